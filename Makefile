@@ -1,0 +1,55 @@
+# Everything from a fresh machine that has make and Python 3.11 or newer:
+#   make train   set up, train the embedded model, draw its picture (ARGS="--domain therapy" RUN=runs/therapy)
+#   make test    set up, lint, check types, run the tests
+# PYTHON chooses the interpreter, VENV the environment's folder. The versions are those of constraints.txt.
+
+VENV ?= .venv
+RUN ?= runs/quickstart
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c '$(SUITABLE)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test lint bench clean
+
+help:  ## show the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST))
+
+train: $(VENV)/.agents  ## train into $(RUN), or go on there; ARGS are ppg-agent train's
+	$(BIN)/ppg-agent train $(ARGS) --out $(RUN) $(if $(wildcard $(RUN)/checkpoints),--resume)
+
+test: lint  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.bench  ## measure the speeds
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+clean:  ## remove builds and caches; runs and the environment stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find envs ppg_gym ppg_agents scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@"$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null || { echo \
+	"expected Python 3.11 or newer with venv and ensurepip, got '$(PYTHON)'; install it, or: make PYTHON=/path/to/python3" \
+	>&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[agents]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[agents,dev]'
+	@touch $(VENV)/.agents $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[agents,bench]'
+	@touch $(VENV)/.agents $@

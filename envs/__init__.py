@@ -1,0 +1,1 @@
+"""Data of the embedded domains, installed as ``ppg_gym.domains``; no code lives here."""

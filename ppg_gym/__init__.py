@@ -1,0 +1,16 @@
+"""ppg_gym: conversations with a persona to keep, as Gymnasium environments.
+
+Importing the package registers ``PersonaChat-v0``. It needs gymnasium and numpy and never imports torch.
+"""
+
+from gymnasium.envs.registration import register
+
+from ppg_gym.conversation import Conversation, Line, Persona, Verdict
+
+__all__ = ["Conversation", "Line", "Persona", "Verdict"]
+
+register(
+    id="PersonaChat-v0",
+    entry_point="ppg_gym.env:PersonaChatEnv",
+    vector_entry_point="ppg_gym.vector:PersonaChatVectorEnv",
+)

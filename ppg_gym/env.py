@@ -1,0 +1,145 @@
+"""``PersonaChat-v0``: the policy plays a persona, a partner talks to it, a judge rewards every reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.spaces import Dict
+
+from ppg_gym.conversation import Conversation
+from ppg_gym.game import Game, Outcome
+from ppg_gym.spaces import Utterance
+
+Observation = dict[str, Any]
+MAX_CHARS = 16_384
+
+
+class PersonaChatEnv(gym.Env[Observation, str]):
+    """One conversation at a time.
+
+    Observation: ``{"instruction": str, "message": str}``, the role-play instruction and the partner's newest
+    line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The end of
+    the planned conversation terminates; a lost judge or partner truncates.
+
+    ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict
+    of its fields; without it, one is drawn.
+
+    Args:
+        domain: ``chatting``, ``education`` or ``therapy``.
+        personas: ``train``, ``held-out``, or a path to a persona file.
+        partner: ``scripted`` or ``console``.
+        partner_options: Plain options of the partner.
+        judge: ``facts``.
+        judge_options: Plain options of the judge.
+        max_turns: Turns per conversation; None for the domain's own length.
+        on_judge_failure: ``raise``, ``nan`` (the reward is NaN) or ``truncate`` (NaN, and the conversation ends).
+        render_mode: None or ``ansi``.
+    """
+
+    metadata = {  # noqa: RUF012 (as Gymnasium declares it)
+        "render_modes": ["ansi"],
+        "render_fps": 1,
+    }
+
+    def __init__(
+        self,
+        domain: str = "chatting",
+        personas: str = "train",
+        partner: str = "scripted",
+        partner_options: Mapping[str, Any] | None = None,
+        judge: str = "facts",
+        judge_options: Mapping[str, Any] | None = None,
+        max_turns: int | None = None,
+        on_judge_failure: str = "raise",
+        render_mode: str | None = None,
+    ) -> None:
+        if render_mode not in (None, "ansi"):
+            raise ValueError(f"expected render_mode None or 'ansi', got {render_mode!r}")
+        self.game = Game(domain, personas, partner, partner_options, judge, judge_options, max_turns, on_judge_failure)
+        self.max_turns = self.game.max_turns
+        self.render_mode = render_mode
+        self.observation_space = Dict({"instruction": Utterance(MAX_CHARS), "message": Utterance(MAX_CHARS)})
+        self.action_space = Utterance(MAX_CHARS)
+        self._conversation: Conversation | None = None
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a conversation; see the class for ``options``."""
+        super().reset(seed=seed)
+        persona = self.game.persona((options or {}).get("persona"), self.np_random)
+        self._conversation, said = self.game.open([persona], [self.np_random])[0]
+        self._over = said.status != "ok"
+        return observe(self._conversation, said.text), start_info(self._conversation, self.game.reachable)
+
+    def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Play one reply.
+
+        Raises:
+            ValueError: The action is not a string of admitted length.
+            JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
+            RuntimeError: There is no conversation, or it is over.
+        """
+        check_reply(action)
+        if self._conversation is None or self._over:
+            raise RuntimeError("expected a conversation that goes on; call reset() first")
+        (outcome,) = self.game.turn([self._conversation], [action], [self.np_random])
+        self._conversation = outcome.conversation
+        self._over = outcome.terminated or outcome.truncated
+        return (
+            observe(outcome.conversation, outcome.message),
+            outcome.reward,
+            outcome.terminated,
+            outcome.truncated,
+            turn_info(outcome),
+        )
+
+    def render(self) -> str | None:
+        """Return the conversation so far, each reply with its verdict (``ansi``), else None."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render mode; make the environment with render_mode='ansi'")
+            return None
+        return "" if self._conversation is None else transcript(self._conversation)
+
+
+def check_reply(action: object) -> None:
+    """Raise a ValueError unless an action is a string of admitted length."""
+    if not isinstance(action, str) or len(action) > MAX_CHARS:
+        what = f"{len(action)} characters" if isinstance(action, str) else type(action).__name__
+        raise ValueError(f"expected the action to be a str of at most {MAX_CHARS} characters, got {what}")
+
+
+def observe(conversation: Conversation, message: str) -> Observation:
+    """Return what the policy sees."""
+    return {"instruction": conversation.persona.instruction, "message": message}
+
+
+def start_info(conversation: Conversation, reachable: float) -> dict[str, Any]:
+    """Return ``reset``'s info; ``reachable`` is the twin's best mean reward per turn, NaN where unknown."""
+    return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable}
+
+
+def turn_info(outcome: Outcome) -> dict[str, Any]:
+    """Return ``step``'s info."""
+    return {
+        "turn": len(outcome.conversation.verdicts),
+        "persona": outcome.conversation.persona.id,
+        "verdict": outcome.verdict.to_dict(),
+        "partner": {"status": outcome.partner_status},
+    }
+
+
+def transcript(conversation: Conversation) -> str:
+    """Return a conversation as text: one line per utterance, the verdict under each reply."""
+    rows = [f"[{conversation.persona.instruction}]"]
+    verdicts = iter(conversation.verdicts)
+    name = conversation.persona.name or "persona"
+    for line in conversation.lines:
+        rows.append(f"{'partner' if line.speaker == 'partner' else name}: {line.text}")
+        if line.speaker == "policy" and (verdict := next(verdicts, None)) is not None:
+            score = verdict.status if verdict.score is None else f"{verdict.score:.2f}"
+            rows.append(f"    ({score}) {verdict.rationale}")
+    return "\n".join(rows)

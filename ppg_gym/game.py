@@ -1,0 +1,173 @@
+"""One turn of many conversations: the rules that the single and the vector environment share.
+
+Reply in, verdict and the partner's next line out. No spaces, no seeds, no episodes: those are the
+environments'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppg_gym import domain as domains
+from ppg_gym import judges, partners
+from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.twin import Twin
+
+ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one turn led to.
+
+    Attributes:
+        conversation: With the reply, its verdict and the partner's next line.
+        reward: The judge's score, NaN when there is none.
+        terminated: The planned conversation is over.
+        truncated: A lost judge or partner ended it.
+        message: The partner's next line; empty when the conversation is over.
+        partner_status: ``ok``, or what is wrong with the partner.
+    """
+
+    conversation: Conversation
+    reward: float
+    terminated: bool
+    truncated: bool
+    message: str
+    partner_status: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the reply."""
+        return self.conversation.verdicts[-1]
+
+
+class Game:
+    """A domain with its personas, partner and judge, made from plain options.
+
+    Args:
+        domain: ``chatting``, ``education`` or ``therapy``.
+        personas: ``train``, ``held-out``, or a path to a persona file.
+        partner: Name of a partner.
+        partner_options: Its options.
+        judge: Name of a judge.
+        judge_options: Its options.
+        max_turns: Turns of the policy per conversation; None for the domain's own length.
+        on_judge_failure: ``raise``, ``nan`` or ``truncate``.
+
+    Raises:
+        ValueError: An option is not what it should be.
+    """
+
+    def __init__(
+        self,
+        domain: str = "chatting",
+        personas: str = "train",
+        partner: str = "scripted",
+        partner_options: Mapping[str, Any] | None = None,
+        judge: str = "facts",
+        judge_options: Mapping[str, Any] | None = None,
+        max_turns: int | None = None,
+        on_judge_failure: str = "raise",
+    ) -> None:
+        self.domain = domains.load(domain)
+        if on_judge_failure not in ON_JUDGE_FAILURE:
+            raise ValueError(
+                f"expected on_judge_failure out of {', '.join(ON_JUDGE_FAILURE)}, got {on_judge_failure!r}"
+            )
+        if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
+            raise ValueError(f"expected max_turns to be a positive integer or None, got {max_turns!r}")
+        self.on_judge_failure = on_judge_failure
+        self.max_turns = max_turns or self.domain.turns
+        self.partner = partners.make(partner, domain, partner_options or {})
+        self.judge = judges.make(judge, domain, judge_options or {})
+        self.personas = _personas(domain, personas)
+        embedded = partner == "scripted" and judge == "facts"
+        self.reachable = Twin.of(self.domain.table).best(self.max_turns) if embedded else math.nan
+
+    def persona(self, wanted: object, rng: np.random.Generator) -> Persona:
+        """Return the persona that ``reset``'s options ask for, or one drawn from ``rng``.
+
+        Args:
+            wanted: None, an id, a :class:`Persona`, or a dict with its fields.
+            rng: The conversation's generator.
+
+        Raises:
+            ValueError: No persona has that id, a dict lacks an instruction, or the judge can not take it.
+        """
+        if wanted is None:
+            chosen = self.personas[int(rng.integers(len(self.personas)))]
+        elif isinstance(wanted, Persona):
+            chosen = wanted
+        elif isinstance(wanted, str):
+            found = [persona for persona in self.personas if persona.id == wanted]
+            if not found:
+                raise ValueError(f"expected the id of one of {len(self.personas)} personas, got {wanted!r}")
+            chosen = found[0]
+        elif isinstance(wanted, Mapping) and isinstance(wanted.get("instruction"), str):
+            chosen = Persona(**{"id": "custom", "domain": self.domain.name, **wanted})
+        else:
+            raise ValueError(
+                f'expected options["persona"] to be an id, a Persona or a dict with an "instruction", got {wanted!r}'
+            )
+        self.judge.check(chosen)
+        return chosen
+
+    def open(
+        self, chosen: Sequence[Persona], rngs: Sequence[np.random.Generator]
+    ) -> list[tuple[Conversation, partners.Said]]:
+        """Return new conversations that hold the partner's first line."""
+        fresh = [Conversation(persona) for persona in chosen]
+        said = self.partner.speak(fresh, rngs)
+        return [(c.add("partner", s.text), s) for c, s in zip(fresh, said, strict=True)]
+
+    def turn(
+        self, conversations: Sequence[Conversation], replies: Sequence[str], rngs: Sequence[np.random.Generator]
+    ) -> list[Outcome]:
+        """Judge one reply per conversation and let the partner speak where the conversation goes on.
+
+        Raises:
+            JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
+        """
+        spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
+        verdicts = self.judge.judge(spoken)
+        judged = [c.judged(v) for c, v in zip(spoken, verdicts, strict=True)]
+        lost = [v.score is None for v in verdicts]
+        if self.on_judge_failure == "raise" and any(lost):
+            raise judges.JudgeError(verdicts[lost.index(True)])
+        cut = [failed and self.on_judge_failure == "truncate" for failed in lost]
+        over = [len(c.verdicts) >= self.max_turns for c in judged]
+        going = [i for i in range(len(judged)) if not over[i] and not cut[i]]
+        said = dict.fromkeys(range(len(judged)), partners.Said(""))
+        answers = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
+        said.update(zip(going, answers, strict=True))
+        return [
+            Outcome(
+                conversation=c.add("partner", said[i].text) if said[i].text else c,
+                reward=math.nan if lost[i] else float(verdicts[i].score or 0.0),
+                terminated=over[i],
+                truncated=not over[i] and (cut[i] or said[i].status != "ok"),
+                message=said[i].text,
+                partner_status=said[i].status,
+            )
+            for i, c in enumerate(judged)
+        ]
+
+
+def _personas(domain: str, source: str) -> tuple[Persona, ...]:
+    if source in domains.SPLITS:
+        return domains.personas(domain, source)
+    if not isinstance(source, str) or not Path(source).exists():
+        raise ValueError(
+            f"expected personas to be {' or '.join(map(repr, domains.SPLITS))} or a path to a persona file,"
+            f" got {source!r}; no such file"
+        )
+    from ppg_gym.personas import read_personas
+
+    return tuple(read_personas(Path(source), domain))

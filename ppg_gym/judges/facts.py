@@ -1,0 +1,75 @@
+"""The facts judge: scores a reply by the persona's structured facts and the domain's rule table.
+
+Deterministic and offline. It knows the words of its domain only (``envs/<domain>/facts.toml``): a truthful
+reply in words from outside that vocabulary is not recognised.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.reading import Reading, reader
+
+_WHY = {
+    "silence": "The reply holds no words.",
+    "gibberish": "Most of the reply is not in the domain's vocabulary.",
+    "meta": "The reply talks to the judge or holds control text.",
+    "copying": "The reply copies a sentence of the persona's instruction.",
+    "repeating": "The reply repeats one of the persona's recent lines word for word.",
+    "listing": "The reply lists facts that were not asked for.",
+    "evasion": "The reply evades the question about {slot}.",
+    "question_back": "The reply throws a question back instead of answering about {slot}.",
+    "vague": "The reply stays vague: it does not name the {slot} ({fact}).",
+    "off_topic": "The reply is not about {slot}.",
+    "truth": "The reply names the {slot} truly ({fact}).",
+    "disclose": "The reply says the {slot} plainly ({fact}).",
+    "tentative": "The reply hints at the {slot} ({fact}) and holds back.",
+    "parrot": "The reply gives the teacher's point back without the student's own {slot} ({fact}).",
+    "request": "The student asks to be taught with {fact}, the own {slot}.",
+    "apply": "The student shows understanding with {fact}, the own {slot}.",
+}
+
+
+class FactsJudge:
+    """Judges by reading: contradiction 0, every trick low, the rest by the state of the conversation.
+
+    Args:
+        domain: Name of an embedded domain.
+    """
+
+    def __init__(self, domain: str) -> None:
+        self._reader = reader(domain)
+
+    def check(self, persona: Persona) -> None:
+        """Refuse a persona whose facts are not this domain's.
+
+        Raises:
+            ValueError: The persona lacks structured facts, or has some that the domain does not know.
+        """
+        slots = self._reader.domain.slots
+        wrong = [s for s in slots if persona.facts.get(s) not in slots[s]]
+        if wrong:
+            raise ValueError(
+                f"the facts judge of {self._reader.domain.name!r} expected a persona with a known value for each of"
+                f" {', '.join(slots)}; persona {persona.id!r} has none for {', '.join(wrong)}."
+                ' Judge personas that are prose with judge="llm" or judge="nli"'
+            )
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        """Return a scored verdict for the newest reply of every conversation."""
+        name = self._reader.domain.name
+        return [_verdict(name, self._reader.track(c).readings[-1]) for c in conversations]
+
+
+@functools.lru_cache(maxsize=16384)
+def _verdict(domain: str, reading: Reading) -> Verdict:
+    slot, fact = reading.slot or "question", reading.fact or "unknown"
+    if reading.kind == "slip":
+        said = f"claims {reading.said}" if reading.said else "denies it"
+        why = f"The persona's {slot} is {fact}; the reply {said}."
+    else:
+        why = _WHY[reading.kind].format(slot=slot, fact=fact)
+    score = reader(domain).domain.table.score[reading.state, reading.kind]
+    return Verdict("scored", score, f"{why[:-1]}, in state {reading.state}.", reading.kind)

@@ -1,0 +1,82 @@
+"""The embedded partner: it follows the domain's rule table and speaks the domain's lines.
+
+It reads what the policy said (through :mod:`ppg_gym.reading`), never what the judge thought of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ppg_gym.conversation import Conversation
+from ppg_gym.partners import Said
+from ppg_gym.reading import Track, reader
+
+FRESH = 4  # turns within which the partner does not use the same words again
+
+
+def pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    """Return one of the options, each with the same probability."""
+    return options[int(rng.random() * len(options))]
+
+
+class ScriptedPartner:
+    """Asks about every fact (or makes every point of the lesson) in turn, in an order drawn anew each round.
+
+    Args:
+        domain: Name of an embedded domain.
+    """
+
+    def __init__(self, domain: str) -> None:
+        self._reader = reader(domain)
+        self._domain = self._reader.domain
+        self._recall_chance = float(self._domain.options.get("recall_chance", 0.0))
+
+    def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
+        """Return the next line of every conversation."""
+        return [Said(self._line(c, rng)) for c, rng in zip(conversations, rngs, strict=True)]
+
+    def _line(self, conversation: Conversation, rng: np.random.Generator) -> str:
+        track = self._reader.track(conversation)
+        facts = conversation.persona.facts
+        lines = self._domain.lines
+        opening = lines["start"].get(track.state) if not track.readings else None
+        prefix = pick(opening or lines["prefix"][track.state], rng)
+        said = ""
+        if "points" in lines:
+            points = lines["points"][facts[self._domain.options["topic"]]]
+            core = points[self._next(tuple(points), track, rng)]
+        else:
+            core, said = self._question(track, facts, rng)
+        heard = [line.text for line in conversation.lines[-2 * FRESH :] if line.speaker == "partner"]
+        line = f"{prefix} {core}".strip().format(said=said, **facts)
+        if line in heard:
+            return self._line(conversation, rng)
+        return line
+
+    def _question(self, track: Track, facts: object, rng: np.random.Generator) -> tuple[str, str]:
+        """Return a question and, when the last reply is disputed, the value that it claimed."""
+        lines = self._domain.lines
+        recall = lines.get("recall", {})
+        if track.state in ("doubt", "wary"):
+            slip = next(reading for reading in reversed(track.readings) if reading.kind == "slip")
+            asked = recall if track.state == "wary" else lines["ask"]
+            question = pick(asked[slip.slot], rng)
+            return question.replace("{value}", "{" + slip.slot + "}"), slip.said or "otherwise"
+        told = [r.slot for r in track.readings[:-1] if r.kind == "truth"]
+        if recall and len(told) >= 2 and rng.random() < self._recall_chance:
+            slot = pick(told, rng)
+            return pick(recall[slot], rng).replace("{value}", "{" + slot + "}"), ""
+        slot = self._next(tuple(lines["ask"]), track, rng)
+        return pick(lines["ask"][slot], rng), ""
+
+    @staticmethod
+    def _next(topics: tuple[str, ...], track: Track, rng: np.random.Generator) -> str:
+        """Return one of the topics that were brought up least often so far."""
+        if not track.asked:
+            return pick(topics, rng)
+        times = Counter(track.asked)
+        least = min(times[topic] for topic in topics)
+        return pick([topic for topic in topics if times[topic] == least], rng)
