@@ -1,0 +1,66 @@
+"""What a learner looks like from outside, and how to get one by name.
+
+A third party adds a learner through the entry-point group ``ppg_agents.agents``. Nothing heavy is imported
+before an agent is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    from ppg_agents.trajectory import Trajectory
+
+GROUP = "ppg_agents.agents"
+
+_OWN = {"ppg": EntryPoint("ppg", "ppg_agents.agents.ppg:PPGAgent", GROUP)}
+
+
+class Agent(Protocol):
+    """Speaks, learns from judged conversations, and can be saved."""
+
+    def start(self, n: int, seed: int = 0) -> None:
+        """Begin n new conversations."""
+
+    def act(self, observations: Mapping[str, Sequence[str]]) -> list[str]:
+        """Answer a batch of observations ``{"instruction": [n], "message": [n]}``."""
+
+    def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Learn from a batch of conversations; return metrics."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write all that is needed to go on."""
+
+    def load(self, folder: str | Path) -> None:
+        """Read back what `save` wrote."""
+
+
+def agents() -> dict[str, EntryPoint]:
+    """Return the agents that are installed, by name."""
+    return {**_OWN, **{point.name: point for point in entry_points(group=GROUP)}}
+
+
+def make_agent(name: str, *args: Any, **options: Any) -> Agent:
+    """Make an agent.
+
+    Args:
+        name: A name out of `agents`.
+        *args: Passed on to the agent.
+        **options: Passed on to the agent.
+
+    Raises:
+        ValueError: No agent of that name is installed.
+    """
+    known = agents()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"expected an agent out of {', '.join(sorted(known))}, got {name!r}{hint}")
+    return cast(Agent, known[name].load()(*args, **options))
+
+
+__all__ = ["Agent", "agents", "make_agent"]

@@ -1,0 +1,224 @@
+"""The commands of ``ppg-agent``: flags in, one call of the library, results out.
+
+Results go to stdout, everything else to stderr. Only click and the standard library are imported before a
+command runs, so that ``--help`` is quick; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+
+from ppg_agents import config as configs
+from ppg_agents import runs
+from ppg_agents.config import PolicyClass, TrainConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors other than click's own are raised."""
+    try:
+        result = cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="ppg-agent",
+            standalone_mode=False,
+        )
+    except click.Abort as abort:
+        raise KeyboardInterrupt from abort
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ppg-gym", message="%(version)s")
+def cli() -> None:
+    """Train language models to stay in character over long conversations."""
+
+
+def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Return the lengths in ``3,3,2``."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter("expected turns per segment such as 3,3,2", param=parameter) from error
+
+
+def shared(*names: str) -> Callable[[F], F]:
+    """Return a decorator that adds the named options, which several commands have."""
+    options = {
+        "domain": click.option("--domain", help="chatting, education or therapy."),
+        "personas": click.option("--personas", help="train, held-out, or a persona file."),
+        "conversations": click.option("--conversations", type=click.IntRange(1), help="How many to play."),
+        "seed": click.option("--seed", type=click.IntRange(0), help="Same seed, same result."),
+        "set": click.option(
+            "--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. lora.rank=8."
+        ),
+    }
+
+    def add(command: F) -> F:
+        for name in reversed(names):
+            command = options[name](command)
+        return command
+
+    return add
+
+
+@cli.command()
+@shared("domain")
+@click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
+@click.option("--lookahead", type=int, metavar="K", help="Rewards that a reply is credited with (k-step).")
+@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="Turns per segment (segment).")
+@click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
+@click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
+@shared("personas")
+@click.option("--iterations", type=int, help="Gradient steps, online.")
+@click.option("--batch", type=int, help="Conversations per step.")
+@shared("seed")
+@click.option("--out", type=click.Path(), help="Run folder; default: a new one under runs/.")
+@click.option("--config", "file", type=click.Path(), metavar="FILE.toml", help="Settings; flags come on top.")
+@shared("set")
+@click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest.")
+@click.argument("more", nargs=-1, metavar="")
+def train(
+    policy_class: str | None,
+    offline: tuple[str, ...],
+    out: str | None,
+    file: str | None,
+    assignments: tuple[str, ...],
+    resume: str | None,
+    more: tuple[str, ...],
+    **flags: Any,
+) -> int:
+    """Train a policy, and evaluate it on held-out personas before and after.
+
+    Without options: the embedded model, in the embedded chatting domain. Everything goes into a run
+    folder: settings, metrics, trajectories, checkpoints, and a picture (curve.png).
+    """
+    if more and not offline:
+        raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
+    flags["policy_class"] = policy_class
+    flags["offline.files"] = [*offline, *more] or None
+    given = {key: value for key, value in flags.items() if value is not None}
+    overrides = configs.parse_assignments(assignments) | given
+    folder = None if resume is None else Path(resume or out or runs.newest_run())
+    base = Path(file) if file else None
+    if folder is not None and base is None:
+        base = runs.Run.open(folder).folder / "config.toml"
+    config = configs.load(base, overrides)
+    if folder is None:
+        folder = Path(out or config.out or runs.default_folder(config))
+
+    from ppg_agents.train import Interrupted
+    from ppg_agents.train import train as start
+
+    try:
+        finished = start(config, folder, resume=resume is not None)
+    except Interrupted as stop:
+        click.echo(str(stop), err=True)
+        return 130
+    click.echo(str(finished.folder / "curve.png"))
+    return 0
+
+
+@cli.command()
+@click.argument("target", metavar="RUN_OR_MODEL")
+@shared("domain", "personas", "conversations", "seed", "set")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any) -> None:
+    """Measure persona consistency on held-out personas.
+
+    RUN_OR_MODEL is a run folder (its newest checkpoint, its settings), tiny (the embedded model), or a
+    Hugging Face model or folder.
+    """
+    personas = flags.pop("personas") or "held-out"
+    flags["evaluation.seed"] = flags.pop("seed")
+    flags["evaluation.conversations"] = conversations
+    config = target_config(target, **flags)
+
+    from ppg_agents.evaluate import evaluate as measure
+    from ppg_agents.evaluate import load_target
+    from ppg_agents.progress import Progress, number, sparkline
+
+    policy, sampler = load_target(target, config)
+    with Progress("evaluating", config.evaluation.conversations) as progress:
+        result = measure(policy, sampler, config, personas=personas, done=progress.advance)
+    if as_json:
+        where = {"target": target, "domain": config.domain, "personas": personas}
+        click.echo(json.dumps({**result.to_dict(), **where, "seed": config.evaluation.seed}, allow_nan=False))
+        return
+    low, high = result.ci95
+    click.echo(f"persona consistency  {number(result.persona_consistency)}  [{number(low)}, {number(high)}] 95% CI")
+    click.echo(f"reachable            {number(result.reachable)}")
+    click.echo(f"per turn             {' '.join(map(number, result.per_turn))}  {sparkline(result.per_turn)}")
+    click.echo(f"personas             {result.n_personas} in {result.conversations} conversations")
+    click.echo(f"not judged           {result.judge_failures} replies")
+
+
+@cli.command()
+@click.argument("target", metavar="RUN_OR_MODEL")
+@shared("domain", "personas", "conversations", "seed", "set")
+@click.option("--out", type=click.Path(), default="-", help="JSONL file; default: stdout.")
+def rollout(target: str, conversations: int | None, seed: int | None, out: str, **flags: Any) -> None:
+    """Write conversations as trajectories, one JSON object per line."""
+    personas = flags.pop("personas") or "train"
+    config = target_config(target, **flags)
+
+    from ppg_agents.evaluate import load_target, play
+    from ppg_agents.progress import Progress
+    from ppg_agents.trajectory import to_json, write_jsonl
+
+    policy, sampler = load_target(target, config)
+    count = conversations or config.batch
+    with Progress("playing", count) as progress:
+        trajectories, _ = play(
+            policy,
+            sampler,
+            config,
+            personas=personas,
+            conversations=count,
+            seed=config.seed if seed is None else seed,
+            done=progress.advance,
+        )
+    if out == "-":
+        for trajectory in trajectories:
+            click.echo(to_json(trajectory))
+    else:
+        write_jsonl(out, trajectories)
+
+
+@cli.command()
+@click.argument("target", metavar="RUN_OR_MODEL", default="tiny")
+@shared("domain", "personas")
+@click.option("--persona", help="Id of the persona; default: one is drawn.")
+@shared("seed", "set")
+def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> None:
+    """Talk to a persona; the judge's verdict stands under each of its lines.
+
+    You play the partner. An empty line or Ctrl-D ends the conversation.
+    """
+    personas = flags.pop("personas") or "held-out"
+    config = target_config(target, **flags)
+
+    from ppg_agents.chat import talk
+    from ppg_agents.evaluate import load_target
+
+    policy, sampler = load_target(target, config)
+    talk(policy, sampler, config, personas=personas, persona=persona, seed=seed)
+
+
+def target_config(target: str, assignments: tuple[str, ...], **overrides: Any) -> TrainConfig:
+    """Return the settings of a run folder, or the defaults for a model, with overrides on top."""
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values = configs.parse_assignments(assignments) | given
+    if runs.is_run(Path(target)):
+        return configs.load(Path(target) / "config.toml", values)
+    return configs.load(None, {"model": target, **values})

@@ -1,0 +1,355 @@
+"""The settings of one training run: frozen dataclasses, one TOML file, ``--set a.b=c``.
+
+Reads, checks and writes settings and nothing else; it may not import torch, so that the command line
+can name a wrong key at once. A setting that is unknown, of the wrong type or out of range is an error
+that names it. Precedence: defaults < TOML file < ``--set`` < flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+PolicyClass = Literal["full", "greedy", "k-step", "segment"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
+RESUMABLE = ("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints")
+"""Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
+falls from where the longer schedule puts it."""
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range; the message names it."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter: rank (0 trains all weights), scale alpha / rank, dropout, and the layers that get one."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How replies are sampled; log-probs are of the sampled tokens at ``temperature``."""
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """The Gymnasium environment.
+
+    ``kwargs`` goes to ``gym.make_vec`` on top of what the other settings say. For an ``id`` other than
+    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation.
+    """
+
+    id: str = PERSONA_CHAT
+    partner: str = "scripted"
+    partner_options: dict[str, Any] = field(default_factory=dict)
+    judge: str = "facts"
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    max_turns: int | None = None
+    on_judge_failure: Literal["raise", "nan", "truncate"] = "nan"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    held_out_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OfflineSettings:
+    """Training on logged dialogues: passes over the data, share of personas held out, longest sequence."""
+
+    files: tuple[str, ...] = ()
+    epochs: int = 1
+    held_out: float = 0.2
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation before and after training; 0 conversations switches it off."""
+
+    conversations: int = 128
+    seed: int = 1_000_003
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on.
+
+    ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``lookahead``
+    belongs to the policy class ``k-step``, ``segments`` to ``segment``.
+    """
+
+    domain: str = "chatting"
+    policy_class: PolicyClass = "full"
+    lookahead: int | None = None
+    segments: tuple[int, ...] | None = None
+    agent: str = "ppg"
+    model: str = "tiny"
+    personas: str = "train"
+    iterations: int = 100
+    batch: int = 32
+    group: int = 1
+    seed: int = 0
+    out: str | None = None
+    baseline: Baseline = "batch-mean"
+    standardise: bool = False
+    discount: float = 1.0
+    learning_rate: float = 3e-3
+    schedule: Schedule = "linear"
+    max_grad_norm: float = 1.0
+    aggregation: Literal["sum", "constant", "token_mean", "sequence_mean", "turn_mean"] = "sum"
+    aggregation_constant: float | None = None
+    weight_decay: float = 0.0
+    micro_batch_tokens: int = 8_192
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    threads: int | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    env: EnvSettings = field(default_factory=EnvSettings)
+    offline: OfflineSettings = field(default_factory=OfflineSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        """Check what one type cannot say.
+
+        Raises:
+            ConfigError: A value out of range, or settings that contradict one another.
+        """
+        at_least_one = {
+            "iterations": self.iterations,
+            "batch": self.batch,
+            "group": self.group,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "checkpoint_every": self.checkpoint_every,
+            "keep_checkpoints": self.keep_checkpoints,
+            "threads": self.threads,
+            "lookahead": self.lookahead,
+            "lora.alpha": self.lora.alpha,
+            "sampling.max_new_tokens": self.sampling.max_new_tokens,
+            "env.max_turns": self.env.max_turns,
+            "offline.epochs": self.offline.epochs,
+            "offline.max_tokens": self.offline.max_tokens,
+        }
+        for name, value in at_least_one.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {value}")
+        positive = {
+            "learning_rate": self.learning_rate,
+            "max_grad_norm": self.max_grad_norm,
+            "aggregation_constant": self.aggregation_constant,
+            "sampling.temperature": self.sampling.temperature,
+        }
+        for name, number in positive.items():
+            if number is not None and not (math.isfinite(number) and number > 0):
+                raise ConfigError(f"{name}: expected a finite number above 0, got {number}")
+        not_negative = {
+            "seed": self.seed,
+            "lora.rank": self.lora.rank,
+            "evaluation.seed": self.evaluation.seed,
+            "evaluation.conversations": self.evaluation.conversations,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise ConfigError(f"{name}: expected at least 0, got {value}")
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"discount: expected a number in [0, 1], got {self.discount}")
+        if not 0 <= self.lora.dropout < 1:
+            raise ConfigError(f"lora.dropout: expected a number in [0, 1), got {self.lora.dropout}")
+        if not 0 < self.offline.held_out < 1:
+            raise ConfigError(f"offline.held_out: expected a share in (0, 1), got {self.offline.held_out}")
+        if self.batch % self.group:
+            raise ConfigError(f"batch: expected a multiple of group = {self.group}, got {self.batch}")
+        if self.baseline == "leave-one-out" and self.group < 2:
+            raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
+        self._check_policy_class()
+
+    def _check_policy_class(self) -> None:
+        if self.policy_class == "k-step" and self.lookahead is None:
+            raise ConfigError("policy class 'k-step' needs --lookahead K, rewards per action; give --lookahead 3")
+        if self.policy_class != "k-step" and self.lookahead is not None:
+            raise ConfigError(
+                f"lookahead belongs to the policy class 'k-step', got {self.policy_class!r}; "
+                "add --policy-class k-step or drop --lookahead"
+            )
+        if self.policy_class == "segment" and not self.segments:
+            raise ConfigError("policy class 'segment' needs --segments, its lengths; give --segments 3,3,2")
+        if self.policy_class != "segment" and self.segments is not None:
+            raise ConfigError(
+                f"segments belong to the policy class 'segment', got {self.policy_class!r}; "
+                "add --policy-class segment or drop --segments"
+            )
+        if self.segments and min(self.segments) < 1:
+            raise ConfigError(f"segments: expected lengths of at least 1, got {list(self.segments)}")
+
+    @property
+    def label(self) -> str:
+        """The policy class in words, for titles and run names: ``k-step 3``, ``segment 3,3,2``."""
+        if self.policy_class == "k-step":
+            return f"{self.lookahead}-step"
+        if self.policy_class == "segment":
+            return "segment " + ",".join(str(length) for length in self.segments or ())
+        return self.policy_class
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the settings of a TOML file with dotted ``overrides`` on top, later keys last.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting is wrong; the message names it.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: expected TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _put(tables, key, value)
+    return from_dict(tables)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return ``{"a.b": value}`` for strings ``a.b=value``; the value is read as TOML, else as a string.
+
+    Raises:
+        ConfigError: No ``=``, or no key before it.
+    """
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set: expected key=value such as lora.rank=8, got {text!r}")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = value
+    return values
+
+
+def from_dict(tables: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings that nested tables describe.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest name), a wrong type, a value out of range.
+    """
+    return _build(TrainConfig, tables, "")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return nested plain tables for TOML and JSON; settings that are None are left out."""
+    tables = _plain(asdict(config))
+    assert isinstance(tables, dict)  # asdict of a dataclass
+    return tables
+
+
+def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """Return ``"key: was X, got Y"`` for every setting that a continuation of a run may not change."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    keys = [key for key in sorted(old | new) if key not in RESUMABLE]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    return [f"{key}: was {old.get(key)!r}, got {new.get(key)!r}" for key in changed]
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one table with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise ConfigError(_unknown(prefix + key, key, known, prefix))
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in table.items()})
+
+
+def _unknown(path: str, key: str, known: list[str], prefix: str) -> str:
+    everywhere = [*known, *(flatten(asdict(TrainConfig())) if not prefix else ())]
+    near = difflib.get_close_matches(key, everywhere, n=1)
+    if not near:  # the right name in the wrong table: rank -> lora.rank
+        near = [prefix + name if prefix else name for name in everywhere if name.split(".")[-1] == key][:1]
+    hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
+    return f"unknown setting {path!r}{hint}"
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """Return ``value`` as the annotated type, widening int to float and list to tuple."""
+    if get_origin(hint) in (Union, types.UnionType):
+        arms = [arm for arm in get_args(hint) if arm is not type(None)]
+        if value is None and len(arms) < len(get_args(hint)):
+            return None
+        return _convert(value, next((arm for arm in arms if _fits(value, arm)), arms[0]), path)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        choices = ", ".join(map(repr, get_args(hint)))
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}: expected one of {choices}, got {value!r}{hint_text}")
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a table, got {value!r}; set {path}.<name>")
+        return _build(hint, value, path + ".")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a list of {get_args(hint)[0].__name__}, got {value!r}")
+        return tuple(_convert(item, get_args(hint)[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a table, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return isinstance(value, list | tuple) if get_origin(hint) is tuple else isinstance(value, hint)
+
+
+def _put(tables: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    table = tables
+    for depth, name in enumerate(parents):
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(parents[: depth + 1])}: expected a table, got {inner!r}")
+        table = inner
+    table[last] = value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

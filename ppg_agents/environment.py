@@ -1,0 +1,115 @@
+"""Make the environment of a run, through Gymnasium's API alone.
+
+Nothing here knows what the environment is about: PersonaChat-v0 gets the run's domain, personas, partner and
+judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+
+from ppg_agents.config import PERSONA_CHAT, ConfigError, TrainConfig
+
+TRAIN, HELD_OUT = "train", "held-out"
+
+
+def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
+    """Return what ``gym.make`` gets besides the id.
+
+    Args:
+        config: The run's settings.
+        personas: ``train``, ``held-out`` or a path; held-out adds ``env.held_out_kwargs``.
+    """
+    env = config.env
+    given: dict[str, Any] = {}
+    if env.id.partition(":")[2] == PERSONA_CHAT.partition(":")[2] or env.id == PERSONA_CHAT.partition(":")[2]:
+        given = {
+            "domain": config.domain,
+            "personas": personas,
+            "partner": env.partner,
+            "partner_options": env.partner_options,
+            "judge": env.judge,
+            "judge_options": env.judge_options,
+            "on_judge_failure": env.on_judge_failure,
+        }
+        if env.max_turns is not None:
+            given["max_turns"] = env.max_turns
+    return given | env.kwargs | (env.held_out_kwargs if personas == HELD_OUT else {})
+
+
+class ResetInfo(gym.vector.VectorWrapper):
+    """Keeps the info of the last reset of all conversations, where an environment says what is reachable."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        super().__init__(env)
+        self.reset_info: dict[str, Any] = {}
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset, and remember the info unless only some conversations were reset."""
+        partial = "reset_mask" in (options or {})
+        observations, info = self.env.reset(seed=seed, options=options)
+        self.reset_info = self.reset_info if partial else info
+        return observations, info
+
+    def reachable(self) -> NDArray[np.float64]:
+        """Return the best mean reward per turn that each conversation can reach, NaN where unknown, [N]."""
+        values: NDArray[np.float64] = np.full(self.num_envs, np.nan)
+        if "reachable" in self.reset_info:
+            values[:] = self.reset_info["reachable"]
+        return values
+
+
+def make_envs(config: TrainConfig, num_envs: int, personas: str) -> ResetInfo:
+    """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
+
+    Raises:
+        ConfigError: The environment cannot be made: its module, its id or its arguments.
+    """
+    module, _, name = config.env.id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        given = keyword_arguments(config, personas)
+        if gym.spec(name).vector_entry_point is not None:
+            envs = gym.make_vec(name, num_envs=num_envs, **given)
+        else:  # an unjudged reward is NaN, which Gymnasium's checker takes for a mistake
+            vector = {"autoreset_mode": AutoresetMode.DISABLED}
+            given["disable_env_checker"] = True
+            envs = gym.make_vec(name, num_envs, "sync", vector, **given)
+    except (ModuleNotFoundError, gym.error.Error) as error:
+        message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
+        raise ConfigError(message) from error
+    return ResetInfo(envs)
+
+
+def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | None:
+    """Return how many turns a conversation is planned to have, None where the environment does not say.
+
+    Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
+    """
+    limits = (
+        config.env.max_turns,
+        config.env.kwargs.get("max_turns"),
+        getattr(envs.unwrapped, "max_turns", None),
+        envs.spec.max_episode_steps if envs.spec else None,
+    )
+    return next((int(limit) for limit in limits if limit), None)
+
+
+def check_segments(config: TrainConfig, turns: int | None) -> None:
+    """Compare the segments with the conversation's real length, where that is known.
+
+    Raises:
+        ConfigError: They do not sum to it.
+    """
+    if config.segments is not None and turns is not None and sum(config.segments) != turns:
+        raise ConfigError(
+            f"segments: expected lengths that sum to the {turns} turns of a conversation, "
+            f"got {list(config.segments)} = {sum(config.segments)}; change --segments"
+        )

@@ -1,0 +1,233 @@
+"""How consistent a policy is on held-out personas, with intervals.
+
+The figure of merit is the judge's mean score over all judged turns of fixed, seeded conversations. Personas
+are the independent unit: the intervals resample personas, not turns. Nothing here may learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppg_agents.config import TrainConfig
+from ppg_agents.environment import HELD_OUT, make_envs
+
+if TYPE_CHECKING:
+    from ppg_agents.generation import Sampler
+    from ppg_agents.policy import Policy
+    from ppg_agents.trajectory import Trajectory
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation; rewards and consistency are the judge's scores in [0, 1].
+
+    Attributes:
+        persona_consistency: Mean over all judged turns, NaN when none was judged.
+        ci95: 95% percentile bootstrap over personas; NaN with fewer than two personas.
+        per_turn: Mean reward of each turn, [n].
+        per_turn_ci95: Its intervals, [n] pairs.
+        n_personas: Different personas that were judged at least once.
+        conversations: Conversations played.
+        reachable: Best mean reward per turn that the environment says can be reached, NaN when unknown.
+        judge_failures: Turns that were played and not judged.
+    """
+
+    persona_consistency: float
+    ci95: Interval
+    per_turn: tuple[float, ...]
+    per_turn_ci95: tuple[Interval, ...]
+    n_personas: int
+    conversations: int
+    reachable: float
+    judge_failures: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, with None for NaN."""
+        from ppg_agents.runs import finite
+
+        result: dict[str, Any] = finite(asdict(self))
+        return result
+
+
+def play(
+    policy: Policy,
+    sampler: Sampler,
+    config: TrainConfig,
+    *,
+    personas: str,
+    conversations: int,
+    seed: int,
+    done: Callable[[int], None] = lambda count: None,
+) -> tuple[list[Trajectory], NDArray[np.float64]]:
+    """Play seeded conversations in lockstep, ``config.batch`` at a time.
+
+    Args:
+        policy: Who speaks.
+        sampler: How it speaks.
+        config: Domain, partner, judge and batch.
+        personas: ``train``, ``held-out`` or a path.
+        conversations: How many, at least 1.
+        seed: Same seed, same personas, same partner, same draws.
+        done: Called with the number of conversations finished.
+
+    Returns:
+        The conversations, and for each the reachable value, [conversations], NaN where unknown.
+    """
+    import torch
+
+    from ppg_agents.rollout import collect
+
+    chunk = min(config.batch, conversations)
+    seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
+    trajectories: list[Trajectory] = []
+    reachable: list[float] = []
+    envs = make_envs(config, chunk, personas)
+    try:
+        with policy.merged():
+            for start in range(0, conversations, chunk):
+                some = seeds[start : start + chunk]
+                padded = some + some[:1] * (chunk - len(some))
+                generator = torch.Generator(policy.device).manual_seed(seed * 1_000_003 + start)
+                played = collect(envs, policy, sampler, padded, generator, config.domain)
+                trajectories += played[: len(some)]
+                reachable += envs.reachable()[: len(some)].tolist()
+                done(len(trajectories))
+    finally:
+        envs.close()
+    return trajectories, np.array(reachable)
+
+
+def evaluate(
+    policy: Policy,
+    sampler: Sampler,
+    config: TrainConfig,
+    *,
+    conversations: int | None = None,
+    seed: int | None = None,
+    personas: str = HELD_OUT,
+    done: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Play held-out personas and summarise; see `play` for the arguments."""
+    trajectories, reachable = play(
+        policy,
+        sampler,
+        config,
+        personas=personas,
+        conversations=config.evaluation.conversations if conversations is None else conversations,
+        seed=config.evaluation.seed if seed is None else seed,
+        done=done,
+    )
+    return summarise(trajectories, reachable)
+
+
+def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64] | None = None) -> Evaluation:
+    """Return the consistency of conversations that were played.
+
+    Args:
+        trajectories: At least one conversation.
+        reachable: The best value of each conversation, [len(trajectories)], NaN where unknown.
+
+    Raises:
+        ValueError: No conversations.
+    """
+    if not trajectories:
+        raise ValueError("expected at least one conversation to summarise, got none")
+    rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
+    names = sorted({t.persona for t in trajectories})
+    row = np.array([names.index(t.persona) for t in trajectories])
+    judged = np.isfinite(rewards)
+    sums, counts = np.zeros((len(names), rewards.shape[1])), np.zeros((len(names), rewards.shape[1]))
+    np.add.at(sums, row, np.where(judged, rewards, 0.0))
+    np.add.at(counts, row, judged)
+    known = np.isfinite(reachable) if reachable is not None else np.zeros(0, dtype=np.bool_)
+    return Evaluation(
+        persona_consistency=_ratio(sums.sum(), counts.sum()),
+        ci95=bootstrap_ci(sums.sum(1), counts.sum(1)),
+        per_turn=tuple(_ratio(s, c) for s, c in zip(sums.sum(0), counts.sum(0), strict=True)),
+        per_turn_ci95=tuple(bootstrap_ci(s, c) for s, c in zip(sums.T, counts.T, strict=True)),
+        n_personas=int((counts.sum(1) > 0).sum()),
+        conversations=len(trajectories),
+        reachable=float(reachable[known].mean()) if reachable is not None and known.any() else math.nan,
+        judge_failures=sum(len(t.turns) for t in trajectories) - int(judged.sum()),
+    )
+
+
+def bootstrap_ci(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas.
+
+    Args:
+        sums: Judge's scores added up per persona, [P].
+        counts: Judged turns per persona, [P]; personas without any are left out.
+        resamples: Bootstrap resamples.
+        seed: Of the resampling.
+
+    Returns:
+        (low, high), NaN with fewer than two personas, the value twice when all personas agree.
+    """
+    from scipy.stats import bootstrap
+
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if len(sums) < 2:
+        return (math.nan, math.nan)
+    means = sums / counts
+    if np.ptp(means) == 0:
+        return (float(means[0]), float(means[0]))
+    result = bootstrap(
+        (sums, counts),
+        lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def reward_table(rewards: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """Return per-turn rewards of conversations as [B, n], NaN after the end of shorter ones."""
+    table = np.full((len(rewards), max((len(row) for row in rewards), default=0)), np.nan)
+    for target, row in zip(table, rewards, strict=True):
+        target[: len(row)] = row
+    return table
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else math.nan
+
+
+def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
+    """Load what is named on the command line.
+
+    Args:
+        target: A run folder (its newest checkpoint), ``tiny``, or a Hugging Face model or folder.
+        config: Settings of the sampler.
+
+    Raises:
+        RunError: A run without a checkpoint.
+    """
+    from ppg_agents.generation.hf import HFSampler
+    from ppg_agents.policy import Policy
+    from ppg_agents.progress import quiet_libraries
+    from ppg_agents.runs import Run, RunError, is_run
+
+    quiet_libraries()
+    place: str | Path = target
+    if is_run(Path(target)):
+        latest = Run.open(Path(target)).latest_checkpoint()
+        if latest is None:
+            raise RunError(f"expected a run with a checkpoint, got {target} without; resume it first")
+        place = latest[1]
+    policy = Policy.load(place, lora=None)
+    return policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)

@@ -1,0 +1,66 @@
+"""Stop a run on Ctrl-C or SIGTERM at a place where its state is whole.
+
+While conversations are sampled nothing is being changed, so they are abandoned at once; everything else runs
+to its end first. A second signal stops at once. Nothing here saves or prints results.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from ppg_agents.progress import say
+
+
+class Stop(KeyboardInterrupt):
+    """The user asked the run to stop; a KeyboardInterrupt, so that no ``except Exception`` takes it."""
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into `Stop` at safe places, while it is entered in the main thread."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._abandon = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take the signals over."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Raise `Stop` at once inside this block, and before it if a signal has come already."""
+        self._abandon = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._abandon = False
+
+    def check(self) -> None:
+        """Raise `Stop` if a signal has come."""
+        if self.requested:
+            raise Stop
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._abandon:
+            raise Stop
+        say("stopping after this step; once more to stop at once")

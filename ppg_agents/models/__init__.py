@@ -1,0 +1,1 @@
+"""Language models that ship with the package; data only."""

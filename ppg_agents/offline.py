@@ -1,0 +1,182 @@
+"""Logged, judged dialogues as training data: read, split by persona, encoded, scored.
+
+The one place of the learner that reads a file format of the environment package. No optimiser step here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppg_agents.config import OfflineSettings
+from ppg_agents.credit import Mask, credit
+from ppg_agents.trajectory import Trajectory, from_logged
+
+if TYPE_CHECKING:
+    from ppg_agents.agents.ppg import PPGAgent
+    from ppg_agents.policy import Policy
+    from ppg_gym.dialogues import FileReport, LoggedDialogue
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Logged conversations, ready to learn from.
+
+    Attributes:
+        train: Conversations to learn from, each with at least one judged turn.
+        held_out: Conversations of other personas, per file.
+        reports: What was read, per file.
+        cut: Dialogues cut at a whole turn to fit the longest sequence.
+        dropped: Dialogues left without a judged turn, by the cut or from the start.
+        personas: Personas in (train, held_out).
+    """
+
+    train: list[Trajectory]
+    held_out: dict[str, list[Trajectory]]
+    reports: list[FileReport]
+    cut: int
+    dropped: int
+    personas: tuple[int, int]
+
+
+def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[FileReport]]:
+    """Read all files.
+
+    Raises:
+        DataError: A file that is refused; the message says where and why.
+    """
+    from ppg_gym.dialogues import read_consistent_llms
+
+    dialogues, reports = [], []
+    for path in settings.files:
+        some, report = read_consistent_llms(path)
+        dialogues += some
+        reports.append(report)
+    return dialogues, reports
+
+
+def encode(
+    dialogues: Sequence[LoggedDialogue],
+    reports: Sequence[FileReport],
+    settings: OfflineSettings,
+    policy: Policy,
+    seed: int,
+) -> Logged:
+    """Hold out personas and encode with the policy's tokenizer.
+
+    Raises:
+        ValueError: Too few personas to hold some out, or nothing fits into the longest sequence.
+    """
+    from ppg_gym.dialogues import split_by_persona
+
+    parts = split_by_persona(dialogues, settings.held_out, seed)
+    encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]
+    kept = [[(d, t) for d, t in part if t.judged()] for part in encoded]
+    if not kept[0] or not kept[1]:
+        raise ValueError(
+            "expected conversations with judged turns that fit in both parts of the split, got "
+            f"{len(kept[0])} and {len(kept[1])}; raise offline.max_tokens, give more files, or a model with "
+            "a longer context"
+        )
+    held_out: dict[str, list[Trajectory]] = {}
+    for dialogue, trajectory in kept[1]:
+        held_out.setdefault(dialogue.source, []).append(trajectory)
+    return Logged(
+        train=[t for _, t in kept[0]],
+        held_out=held_out,
+        reports=list(reports),
+        cut=sum(t.truncated for part in kept for _, t in part),
+        dropped=sum(map(len, encoded)) - sum(map(len, kept)),
+        personas=(len({d.persona.id for d, _ in kept[0]}), len({d.persona.id for d, _ in kept[1]})),
+    )
+
+
+def likelihood(total: float, trajectories: Sequence[Trajectory], mask: Mask, discount: float) -> dict[str, Any]:
+    """Return the reward-weighted log-likelihood of conversations on three scales.
+
+    Args:
+        total: Σ_b Σ_t credit_{b,t} · log π(y_{b,t} | …), nats.
+        trajectories: The B conversations that it was summed over.
+        mask: The policy class [n, n].
+        discount: γ, per turn.
+
+    Returns:
+        ``log_likelihood``: per conversation; ``log_likelihood_per_token``: per reply token of a judged turn;
+        ``weighted_token_log_prob``: per credit-weighted token, total / Σ_b Σ_t credit_{b,t} · |y_{b,t}|, a mean
+        log-probability, which alone can be compared between batches and policy classes; None without credit.
+    """
+    n = len(mask)
+    rewards = np.full((len(trajectories), n), np.nan)
+    lengths = np.zeros(rewards.shape)
+    for b, trajectory in enumerate(trajectories):
+        for t, turn in enumerate(trajectory.turns):
+            rewards[b, t], lengths[b, t] = turn.reward, len(turn.token_ids)
+    judged = np.isfinite(rewards)
+    weight = float((credit(rewards, mask, judged, discount) * lengths).sum())
+    return {
+        "log_likelihood": total / len(trajectories),
+        "log_likelihood_per_token": total / float(lengths[judged].sum()),
+        "weighted_token_log_prob": total / weight if weight else None,
+    }
+
+
+def held_out_likelihood(
+    agent: PPGAgent, held_out: Mapping[str, Sequence[Trajectory]], mask: Mask, discount: float
+) -> dict[str, Any]:
+    """Return the objective of offline learning on held-out personas.
+
+    Returns:
+        What `likelihood` returns, for all of them and under ``per_file``; and how many ``conversations`` and
+        judged ``turns`` there are.
+    """
+    scored = {name: agent.evaluate_offline(trajectories) for name, trajectories in held_out.items()}
+    totals = {name: scored[name]["objective"] * len(trajectories) for name, trajectories in held_out.items()}
+    everyone = [trajectory for trajectories in held_out.values() for trajectory in trajectories]
+    return {
+        **likelihood(sum(totals.values()), everyone, mask, discount),
+        "conversations": len(everyone),
+        "turns": sum(int(result["turns"]) for result in scored.values()),
+        "per_file": {name: likelihood(totals[name], held_out[name], mask, discount) for name in held_out},
+    }
+
+
+def report_table(logged: Logged) -> str:
+    """Return what was read as a plain table, one line per file, and the split below it."""
+    rows: list[tuple[str, ...]] = [("file", "dialogues", "judged lines", "scored", "unparsed", "polarity")]
+    for report in logged.reports:
+        share = f"{report.unparsed / max(report.judged_lines, 1):.1%}"
+        counts = (report.dialogues, report.judged_lines, report.scored)
+        rows.append((_name(report.path), *map(str, counts), share, report.polarity))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
+    lines = ["  ".join(side(cell, width) for side, cell, width in zip(align, row, widths, strict=True)) for row in rows]
+    notes = [f"{_name(report.path)}: {note}" for report in logged.reports for note in report.skipped]
+    held_out = sum(map(len, logged.held_out.values()))
+    split = (
+        f"learning from {len(logged.train)} conversations of {logged.personas[0]} personas, "
+        f"held out {held_out} of {logged.personas[1]} others; {logged.cut} cut at a whole turn to fit, "
+        f"{logged.dropped} without a judged turn left out"
+    )
+    return "\n".join([*(line.rstrip() for line in lines), *notes, split])
+
+
+def to_json(logged: Logged) -> dict[str, Any]:
+    """Return what was read and how it was split, as plain JSON."""
+    return {
+        "files": [asdict(report) for report in logged.reports],
+        "cut": logged.cut,
+        "dropped": logged.dropped,
+        "train": {"conversations": len(logged.train), "personas": sorted({t.persona for t in logged.train})},
+        "held_out": {
+            "conversations": sum(map(len, logged.held_out.values())),
+            "personas": sorted({t.persona for part in logged.held_out.values() for t in part}),
+        },
+    }
+
+
+def _name(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])

@@ -1,0 +1,323 @@
+"""A causal language model with LoRA as a policy: prompts, log-probabilities, merging, saving.
+
+One conversation is one token sequence, scored in one forward pass. Replies come in as the token ids that
+were sampled; nothing here encodes a reply, draws a token or takes an optimiser step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ppg_agents.lora import LoraSettings, adapted_layers, add_lora, fuse, merge
+from ppg_agents.prompts import prompt_format
+
+TINY = "tiny"
+DEFAULT_LORA = LoraSettings()
+
+__all__ = ["TINY", "LoraSettings", "Policy", "add_lora"]
+
+
+class Policy:
+    """A causal language model that speaks for a persona.
+
+    Attributes:
+        model: The transformers model, wrapped by PEFT when it has LoRA.
+        tokenizer: Its tokenizer.
+        name: What was loaded; saved as the adapter's base model.
+        device: Where the weights are.
+        end_of_turn_id: The token that closes a reply.
+        pad_id: The token that fills a batch.
+        context_length: Most tokens that a conversation may have.
+        version: Number of optimiser steps taken; whoever steps increments it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "",
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a model (with or without LoRA) and its tokenizer.
+
+        Args:
+            model: A transformers causal LM or a PEFT model around one.
+            tokenizer: A tokenizer with a chat template.
+            name: Name or path of the base model.
+            template_options: Extra variables for the chat template.
+
+        Raises:
+            ValueError: The chat template cannot be trained on (see `prompts.prompt_format`), the
+                model's head is more than a linear layer with known scalings, or the LoRA variant cannot be
+                merged exactly.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.version = 0
+        self.format = prompt_format(tokenizer, template_options)
+        self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.format.end_of_turn))
+        self.pad_id = int(self.end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self._lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.config = self._lm.config.get_text_config()
+        self.context_length = int(getattr(self.config, "max_position_embeddings", None) or 2**31 - 1)
+        self.device = next(model.parameters()).device
+        self._lora = adapted_layers(model)
+        self._merged = False
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path = TINY,
+        *,
+        lora: LoraSettings | None = DEFAULT_LORA,
+        adapter: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Policy:
+        """Load a model folder or hub name, and put LoRA on it.
+
+        Args:
+            name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save`
+                wrote, whose base model is then loaded first.
+            lora: LoRA to create, or None to train all weights.
+            adapter: A folder with a PEFT adapter to go on from; `lora` is then ignored.
+            device: Default: CUDA when there, else CPU.
+            dtype: Default: bfloat16 on CUDA, else float32. LoRA weights are float32 either way.
+            seed: Seed of LoRA's random half.
+            chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+            template_options: Extra variables for the template.
+
+        Raises:
+            ValueError: See `Policy`.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = str(name_or_path)
+        if (Path(name) / "adapter_config.json").is_file():
+            adapter, folder = name, Path(name)
+            name = str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
+        name = str(Path(name).resolve()) if name != TINY and Path(name).is_dir() else name
+        path = str(resources.files("ppg_agents.models") / TINY) if name == TINY else name
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if chat_template is not None:
+            is_path = "{" not in chat_template and Path(chat_template).is_file()
+            tokenizer.chat_template = Path(chat_template).read_text() if is_path else chat_template
+        with _quiet(Path(path).is_dir()):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(where)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        elif lora is not None:
+            model = add_lora(model, lora, seed)
+        return cls(model, tokenizer, name=name, template_options=template_options)
+
+    def first_prompt(self, instruction: str, message: str) -> list[int]:
+        """Return the tokens from the start of the conversation to the first reply.
+
+        Args:
+            instruction: The role-play instruction.
+            message: The partner's opening line; may be empty.
+        """
+        return self._encode(self.format.first(instruction, message))
+
+    def next_prompt(self, message: str) -> list[int]:
+        """Return the tokens between a reply's end-of-turn token and the next reply."""
+        return self._encode(self.format.next(message))
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Return the tokens of a logged reply, end-of-turn included; never for a reply that was sampled."""
+        return [*self._encode(self.format.plain(text)), self.end_of_turn_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a reply, without control tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable weights."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def transformer(self, **inputs: Any) -> Tensor:
+        """Run the model without its head; return hidden states [B, L, hidden]."""
+        return cast(Tensor, self._lm.base_model(**inputs).last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return next-token logits [..., vocab] of hidden states [..., hidden], in float32 or wider."""
+        logits: Tensor = self._lm.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if scale := getattr(self.config, "logit_scale", None):
+            logits = logits * scale
+        if scale := getattr(self.config, "logits_scaling", None):
+            logits = logits / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def log_probs(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Return ``log p(ids[:, i] | ids[:, :i])`` at the selected positions, 0 elsewhere.
+
+        The head runs on selected positions only and in chunks that are recomputed in the backward pass, so
+        that logits [B, L, vocab] are never held. Differentiable in `parameters`.
+
+        Args:
+            ids: Token ids [B, L], padded on the right.
+            attention: Bool [B, L], True on real tokens.
+            token_mask: Bool [B, L], the positions to score; default every real token. Position 0 has no
+                past and is never scored.
+            temperature: Logits are divided by it.
+            chunk: Positions per chunk; default as many as keep a chunk's logits at 32 MiB (CPU) or
+                512 MiB (CUDA).
+
+        Returns:
+            Float32 (float64 for a float64 model) [B, L].
+
+        Raises:
+            ValueError: Shapes differ, or a row is padded on the left.
+        """
+        token_mask = attention if token_mask is None else token_mask
+        if ids.ndim != 2 or attention.shape != ids.shape or token_mask.shape != ids.shape:
+            shapes = (tuple(ids.shape), tuple(attention.shape), tuple(token_mask.shape))
+            raise ValueError(f"expected ids, attention and token_mask of one shape [B, L], got {shapes}")
+        ids, attention, token_mask = (x.to(self.device) for x in (ids, attention.bool(), token_mask.bool()))
+        if bool((attention[:, 1:] & ~attention[:, :-1]).any()):
+            raise ValueError("expected rows padded on the right, got padding before a token; pad at the end")
+        token_mask = token_mask & attention
+        token_mask[:, 0] = False
+        if not bool(token_mask.any()):
+            return torch.zeros(ids.shape, device=self.device)
+        for layer in self._lora:
+            layer.module.lora_dropout.train(torch.is_grad_enabled())
+        with fuse(self._lora):
+            hidden = self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
+        targets = ids[token_mask]
+        size = chunk or max(1, (2**27 if self.device.type == "cuda" else 2**23) // self.config.vocab_size)
+        pieces = [
+            self._score(hidden[i : i + size], targets[i : i + size], temperature, len(targets) > size)
+            for i in range(0, len(targets), size)
+        ]
+        selected = torch.cat(pieces)
+        return selected.new_zeros(ids.shape).masked_scatter(token_mask, selected)
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, recompute: bool) -> Tensor:
+        """Return log-probabilities [N] of `targets` [N] given `hidden` [N, hidden]."""
+
+        def score(h: Tensor) -> Tensor:
+            logits = self.logits(h)
+            logits = logits if temperature == 1.0 else logits / temperature
+            return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+        if not recompute or not torch.is_grad_enabled():
+            return score(hidden)
+        return cast(Tensor, checkpoint(score, hidden, use_reentrant=False, preserve_rng_state=False))
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Fold LoRA into the base weights for the duration, for fast sampling.
+
+        The base weights return bit for bit (see `lora.merge`). Holds a second copy of the adapted weights
+        meanwhile. Entering twice is harmless.
+        """
+        if self._merged or not self._lora:
+            yield
+            return
+        self._merged = True
+        try:
+            with merge(self._lora):
+                yield
+        finally:
+            self._merged = False
+
+    def save(self, folder: str | Path) -> None:
+        """Write the PEFT adapter (or, without LoRA, the model) and the tokenizer, as safetensors and JSON."""
+        folder = Path(folder)
+        if hasattr(self.model, "peft_config"):
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = self.name
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the network
+        else:
+            self.model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Read back what `save` wrote, into the weights of this policy.
+
+        Raises:
+            FileNotFoundError: No weights in the folder.
+            ValueError: They belong to another architecture or another LoRA.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if hasattr(self.model, "peft_config"):
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+            state = load_file(folder / "adapter_model.safetensors", device=str(self.device))
+            own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
+            if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+                raise ValueError(f"expected this policy's adapter in {folder}, got other names or shapes")
+            set_peft_model_state_dict(self.model, state)
+            return
+        state = load_file(folder / "model.safetensors", device=str(self.device))
+        own = dict(self.model.named_parameters())
+        if set(own) - set(state):
+            raise ValueError(f"expected the weights of this policy in {folder}, got other names")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(state[key])
+
+    def _check_head(self) -> None:
+        """Raise unless `transformer` and `logits` together are the model."""
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        with torch.no_grad():
+            expected = self._lm(input_ids=ids, use_cache=False).logits.float()
+            got = self.logits(self.transformer(input_ids=ids, use_cache=False)).float()
+        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"expected a causal LM whose logits are its head on the last hidden state, got "
+                f"{type(self._lm).__name__}, whose logits differ; choose another architecture"
+            )
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """Hide the progress bar of reading weights from a local folder; a download keeps its own."""
+    from transformers.utils import logging
+
+    if not local or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,214 @@
+"""Conversations between a policy and a Gymnasium vector environment, to their end.
+
+Works for any vector environment with observation ``{"instruction": str, "message": str}`` and ``str``
+actions. Nothing here learns, and nothing here knows what the conversation is about.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from ppg_agents.generation import Sample, Sampler
+from ppg_agents.policy import Policy
+from ppg_agents.trajectory import Trajectory, Turn
+
+log = logging.getLogger(__name__)
+
+
+class Speaker:
+    """Holds up the policy's end of n conversations: observations in, sampled replies out.
+
+    Keeps track of what each conversation's next prompt is and of how many tokens it has.
+    """
+
+    def __init__(self, policy: Policy, sampler: Sampler, n: int) -> None:
+        """Begin n conversations."""
+        self.policy = policy
+        self.sampler = sampler
+        self.started = [False] * n
+        self.cut = [False] * n
+        self.used = [0] * n
+        sampler.start(n)
+
+    def reply(
+        self,
+        instructions: Sequence[str],
+        messages: Sequence[str],
+        active: Sequence[bool],
+        generator: torch.Generator | None,
+    ) -> list[tuple[list[int], Sample] | None]:
+        """Answer one message in every active conversation.
+
+        Args:
+            instructions: n role-play instructions; read at a conversation's first message.
+            messages: n newest lines of the partners.
+            active: n flags; a conversation that is not active is left alone.
+            generator: Source of randomness of the sampler.
+
+        Returns:
+            Per conversation the prompt tokens and the sample; None when it is not active, or when prompt
+            and longest reply would not fit into the policy's context.
+        """
+        prompts: list[list[int] | None] = []
+        for i, speaks in enumerate(active):
+            prompt = self._prompt(i, instructions[i], messages[i]) if speaks else None
+            room = self.policy.context_length - self.used[i] - self.sampler.max_new_tokens
+            prompts.append(prompt if prompt is not None and len(prompt) <= room else None)
+        samples = self.sampler.reply(prompts, generator)
+        replies: list[tuple[list[int], Sample] | None] = []
+        for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+            if prompt is None or sample is None:
+                replies.append(None)
+                continue
+            self.started[i] = True
+            self.cut[i] = not sample.ended
+            self.used[i] += len(prompt) + len(sample.token_ids)
+            replies.append((prompt, sample))
+        return replies
+
+    def _prompt(self, i: int, instruction: str, message: str) -> list[int]:
+        """Return the tokens since the last sampled one; a reply that was cut is closed first."""
+        if not self.started[i]:
+            return self.policy.first_prompt(instruction, message)
+        closing = [self.policy.end_of_turn_id] if self.cut[i] else []
+        return closing + self.policy.next_prompt(message)
+
+
+def collect(
+    envs: gym.vector.VectorEnv[Any, Any, Any],
+    policy: Policy,
+    sampler: Sampler,
+    seeds: Sequence[int | None],
+    generator: torch.Generator | None = None,
+    domain: str = "",
+) -> list[Trajectory]:
+    """Hold one conversation per sub-environment, all of them to their end.
+
+    A sub-environment that has ended is left out of sampling. With autoreset disabled it is reset before the
+    next step (Gymnasium refuses to step it otherwise), unless ``envs.metadata["ended_may_step"]`` says that
+    stepping it is harmless.
+
+    Args:
+        envs: N sub-environments.
+        policy: Who speaks; merged while sampling.
+        sampler: How replies are drawn from `policy`.
+        seeds: N seeds of the episodes; equal seeds share a persona.
+        generator: Source of randomness of the sampler.
+        domain: Written into the trajectories.
+
+    Returns:
+        N trajectories, in the order of `seeds`. A NaN reward is an unjudged turn. A conversation whose next
+        reply might not fit into the policy's context ends truncated.
+
+    Raises:
+        ValueError: Not one seed per sub-environment, or observations of another form.
+    """
+    n = envs.num_envs
+    if len(seeds) != n:
+        raise ValueError(f"expected one seed for each of {n} sub-environments, got {len(seeds)}")
+    mode = envs.metadata.get("autoreset_mode")
+    observations, infos = envs.reset(seed=list(seeds))  # type: ignore[arg-type]
+    instructions, messages = _texts(observations, n)
+    opening = instructions
+    personas = [str(_info(infos, i).get("persona", "")) for i in range(n)]
+    turns: list[list[Turn]] = [[] for _ in range(n)]
+    active, terminated, truncated = [True] * n, [False] * n, [False] * n
+    speaker = Speaker(policy, sampler, n)
+    with policy.merged():
+        while True:
+            replies = speaker.reply(opening, messages, active, generator)
+            for i in range(n):
+                if active[i] and replies[i] is None:
+                    log.warning("conversation %d truncated: no room for another reply in the context", i)
+                    active[i], truncated[i] = False, True
+            if not any(active):
+                break
+            texts = tuple("" if r is None else policy.decode(r[1].token_ids) for r in replies)
+            observations, rewards, ends, cuts, infos = envs.step(texts)
+            for i, reply in enumerate(replies):
+                if reply is None:
+                    continue
+                turns[i].append(_turn(messages[i], texts[i], *reply, float(rewards[i]), infos, i, policy))
+                terminated[i], truncated[i] = bool(ends[i]), bool(cuts[i])
+                active[i] = not (terminated[i] or truncated[i])
+            if not any(active):
+                break
+            ended = np.logical_or(ends, cuts)
+            if mode == AutoresetMode.DISABLED and ended.any() and not envs.metadata.get("ended_may_step"):
+                observations, _ = envs.reset(options={"reset_mask": ended})
+            _, messages = _texts(observations, n)
+    return [
+        Trajectory(
+            instruction=opening[i],
+            persona=personas[i],
+            domain=domain,
+            seed=None if seeds[i] is None else int(seeds[i] or 0),
+            turns=tuple(turns[i]),
+            terminated=terminated[i],
+            truncated=truncated[i],
+        )
+        for i in range(n)
+    ]
+
+
+def _turn(
+    message: str,
+    reply: str,
+    prompt: Sequence[int],
+    sample: Sample,
+    reward: float,
+    infos: Mapping[str, Any],
+    i: int,
+    policy: Policy,
+) -> Turn:
+    info = _info(infos, i)
+    info = info.get("final_info", info)  # autoreset in the same step keeps the episode's own info there
+    verdict = dict(info.get("verdict") or {})
+    return Turn(
+        message=message,
+        reply=reply,
+        prompt_ids=tuple(prompt),
+        token_ids=sample.token_ids,
+        log_probs=sample.log_probs,
+        reward=reward if math.isfinite(reward) else math.nan,
+        verdict=verdict,
+        policy_version=policy.version,
+    )
+
+
+def _texts(observations: Any, n: int) -> tuple[list[str], list[str]]:
+    """Return instructions and messages of a batched observation."""
+    try:
+        instructions, messages = list(observations["instruction"]), list(observations["message"])
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            "expected observations with 'instruction' and 'message' (a Dict space of texts), got "
+            f"{type(observations).__name__}; wrap the environment"
+        ) from error
+    if len(instructions) != n or len(messages) != n:
+        raise ValueError(f"expected {n} texts of each kind, got {len(instructions)} and {len(messages)}")
+    return [str(text) for text in instructions], [str(text) for text in messages]
+
+
+def _info(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Return sub-environment i's own info out of Gymnasium's dict of arrays with ``_key`` masks."""
+    own: dict[str, Any] = {}
+    for key, values in infos.items():
+        mask = infos.get(f"_{key}")
+        if key.startswith("_") or (mask is not None and not mask[i]):
+            continue
+        if isinstance(values, Mapping):
+            own[key] = _info(values, i)
+        elif mask is not None or isinstance(values, np.ndarray | list | tuple):
+            value = values[i]
+            value = value.item() if isinstance(value, np.generic) else value
+            own[key] = None if isinstance(value, float) and math.isnan(value) else value
+    return own

@@ -1,0 +1,333 @@
+"""The turn ledger: what was said, sampled and judged, its file format and its batches.
+
+Token ids are kept as they were sampled. Nothing here encodes text that was sampled, talks to an
+environment or computes a credit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ppg_agents.policy import Policy
+
+SCHEMA = "ppg-trajectory/1"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One exchange: the partner's message and the policy's reply.
+
+    Attributes:
+        message: The partner's line.
+        reply: The reply as the environment heard it.
+        prompt_ids: Tokens between the previous reply's last sampled token and this reply.
+        token_ids: The reply's tokens as sampled, end-of-turn included when it was sampled.
+        log_probs: Their log-probabilities when they were sampled; NaN where nobody knows.
+        reward: The judge's score; NaN when there is none.
+        verdict: The judge's word, a plain dict; empty when the environment gives none.
+        policy_version: Optimiser steps the policy had taken.
+    """
+
+    message: str
+    reply: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    reward: float
+    verdict: Mapping[str, Any] = field(default_factory=dict)
+    policy_version: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.log_probs):
+            raise ValueError(
+                f"expected one log-prob per token, got {len(self.log_probs)} for {len(self.token_ids)} tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One conversation. Its token sequence is the turns' ``prompt_ids + token_ids``, one after the other.
+
+    Attributes:
+        instruction: The role-play instruction.
+        persona: The persona's id; empty when the environment gives none.
+        domain: The domain's name.
+        seed: The seed of the episode.
+        turns: In order; empty when not even the first prompt fitted.
+        terminated: The planned conversation came to its end.
+        truncated: It was cut: by a limit on tokens or turns, or a lost judge.
+    """
+
+    instruction: str
+    persona: str
+    domain: str
+    seed: int | None
+    turns: tuple[Turn, ...]
+    terminated: bool
+    truncated: bool
+
+    def token_ids(self) -> list[int]:
+        """Return the whole conversation's tokens."""
+        return [token for turn in self.turns for token in (*turn.prompt_ids, *turn.token_ids)]
+
+    def judged(self) -> list[float]:
+        """Return the rewards of the turns that were judged."""
+        return [turn.reward for turn in self.turns if math.isfinite(turn.reward)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations as arrays; B conversations, L tokens in the longest, n turns.
+
+    Every [B, L] array is indexed by the position of the token itself.
+
+    Attributes:
+        ids: Tokens [B, L] long, padded on the right.
+        attention: Bool [B, L], True on real tokens.
+        token_mask: Bool [B, L], True on sampled reply tokens.
+        turn_index: Long [B, L], the turn (from 0) that a token belongs to; 0 on padding.
+        rewards: Float64 [B, n], NaN where a turn was not judged or not played.
+        valid: Bool [B, n], True where a turn was played and judged.
+        sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where nobody knows.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    token_mask: Tensor
+    turn_index: Tensor
+    rewards: NDArray[np.float64]
+    valid: NDArray[np.bool_]
+    sampling_log_probs: Tensor
+
+
+def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None = None) -> Batch:
+    """Lay conversations side by side.
+
+    Args:
+        trajectories: At least one.
+        pad_id: Fills the rows on the right.
+        n_turns: n; default the most turns of any conversation, at least 1.
+
+    Raises:
+        ValueError: No trajectory, or one with more than ``n_turns`` turns.
+    """
+    if not trajectories:
+        raise ValueError("expected at least one trajectory, got none")
+    longest = max(len(t.turns) for t in trajectories)
+    n = max(longest, 1) if n_turns is None else n_turns
+    if longest > n:
+        raise ValueError(f"expected at most n_turns={n} turns, got a conversation of {longest}")
+    rows = [t.token_ids() for t in trajectories]
+    length = max(1, max(len(row) for row in rows))
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    attention = np.zeros(ids.shape, dtype=np.bool_)
+    token_mask = np.zeros(ids.shape, dtype=np.bool_)
+    turn_index = np.zeros(ids.shape, dtype=np.int64)
+    log_probs = np.zeros(ids.shape, dtype=np.float32)
+    rewards = np.full((len(rows), n), np.nan)
+    for b, (row, trajectory) in enumerate(zip(rows, trajectories, strict=True)):
+        ids[b, : len(row)] = row
+        attention[b, : len(row)] = True
+        at = 0
+        for t, turn in enumerate(trajectory.turns):
+            reply = at + len(turn.prompt_ids)
+            end = reply + len(turn.token_ids)
+            turn_index[b, at:end] = t
+            token_mask[b, reply:end] = True
+            log_probs[b, reply:end] = turn.log_probs
+            rewards[b, t] = turn.reward
+            at = end
+    return Batch(
+        ids=torch.from_numpy(ids),
+        attention=torch.from_numpy(attention),
+        token_mask=torch.from_numpy(token_mask),
+        turn_index=torch.from_numpy(turn_index),
+        rewards=rewards,
+        valid=np.isfinite(rewards),
+        sampling_log_probs=torch.from_numpy(log_probs),
+    )
+
+
+def to_json(trajectory: Trajectory) -> str:
+    """Return one line of JSON; what is not a number is null."""
+    record = {"schema": SCHEMA, **asdict(trajectory)}
+    return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)
+
+
+def from_json(line: str) -> Trajectory:
+    """Read what `to_json` wrote.
+
+    Raises:
+        ValueError: Not JSON, another schema, or fields missing, unknown or broken.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        got = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"expected schema {SCHEMA!r}, got {got!r}")
+    del record["schema"]
+    try:
+        turns = tuple(
+            Turn(
+                **{
+                    **turn,
+                    "prompt_ids": tuple(turn["prompt_ids"]),
+                    "token_ids": tuple(turn["token_ids"]),
+                    "log_probs": tuple(_number(p) for p in turn["log_probs"]),
+                    "reward": _number(turn["reward"]),
+                }
+            )
+            for turn in record["turns"]
+        )
+        return Trajectory(**{**record, "turns": turns})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected the fields of {SCHEMA}, got {type(error).__name__}: {error}") from error
+
+
+def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], *, append: bool = False) -> None:
+    """Write one trajectory per line, flushed line by line."""
+    with Path(path).open("a" if append else "w", encoding="utf-8") as file:
+        for trajectory in trajectories:
+            file.write(to_json(trajectory) + "\n")
+            file.flush()
+
+
+def append(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Add trajectories at the end of a file."""
+    write_jsonl(path, trajectories, append=True)
+
+
+def read_jsonl(path: str | Path) -> list[Trajectory]:
+    """Read what `write_jsonl` wrote; a last line that was torn by a crash is dropped with a warning.
+
+    Raises:
+        ValueError: Any other line that cannot be read, with file and line number.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")
+    trajectories = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            trajectories.append(from_json(line))
+        except ValueError as error:
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                log.warning("%s:%d: dropped a torn last line", path, number)
+                break
+            raise ValueError(f"{path}:{number}: {error}") from error
+    return trajectories
+
+
+class LoggedTurnLike(Protocol):
+    """A logged exchange; ``verdict`` has ``status``, ``score`` and ``to_dict``."""
+
+    @property
+    def message(self) -> str: ...  # noqa: D102
+    @property
+    def reply(self) -> str: ...  # noqa: D102
+    @property
+    def verdict(self) -> Any: ...  # noqa: D102
+
+
+class LoggedDialogueLike(Protocol):
+    """A judged dialogue that somebody logged; ``persona`` has ``id`` and ``instruction``."""
+
+    @property
+    def domain(self) -> str: ...  # noqa: D102
+    @property
+    def persona(self) -> Any: ...  # noqa: D102
+    @property
+    def turns(self) -> Sequence[LoggedTurnLike]: ...  # noqa: D102
+
+
+def from_logged(
+    dialogues: Iterable[LoggedDialogueLike], policy: Policy, max_tokens: int | None = None
+) -> list[Trajectory]:
+    """Encode logged dialogues for a policy.
+
+    Args:
+        dialogues: Dialogues with persona, messages, replies and verdicts.
+        policy: Its tokenizer and chat template make the tokens.
+        max_tokens: Most tokens in a conversation; default and ceiling the policy's context length.
+
+    Returns:
+        One trajectory per dialogue, log-probs NaN, ``policy_version`` -1. A conversation that is too
+        long is cut before the first turn that does not fit, marked truncated and counted in a warning.
+
+    Raises:
+        ValueError: ``max_tokens`` below 1.
+    """
+    limit = policy.context_length if max_tokens is None else min(max_tokens, policy.context_length)
+    if limit < 1:
+        raise ValueError(f"expected max_tokens >= 1, got {max_tokens}")
+    trajectories, cut = [], 0
+    for dialogue in dialogues:
+        turns: list[Turn] = []
+        used = 0
+        for line in dialogue.turns:
+            if turns:
+                prompt = policy.next_prompt(line.message)
+            else:
+                prompt = policy.first_prompt(dialogue.persona.instruction, line.message)
+            reply = policy.encode_reply(line.reply)
+            used += len(prompt) + len(reply)
+            if used > limit:
+                break
+            score = line.verdict.score
+            turns.append(
+                Turn(
+                    message=line.message,
+                    reply=line.reply,
+                    prompt_ids=tuple(prompt),
+                    token_ids=tuple(reply),
+                    log_probs=(math.nan,) * len(reply),
+                    reward=math.nan if score is None else float(score),
+                    verdict=line.verdict.to_dict(),
+                    policy_version=-1,
+                )
+            )
+        truncated = len(turns) < len(dialogue.turns)
+        cut += truncated
+        trajectories.append(
+            Trajectory(
+                instruction=dialogue.persona.instruction,
+                persona=dialogue.persona.id,
+                domain=dialogue.domain,
+                seed=None,
+                turns=tuple(turns),
+                terminated=not truncated,
+                truncated=truncated,
+            )
+        )
+    if cut:
+        log.warning("%d of %d dialogues cut at %d tokens", cut, len(trajectories), limit)
+    return trajectories
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return ``value`` with None in place of every float that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return value

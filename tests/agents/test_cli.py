@@ -1,0 +1,189 @@
+"""The command line from outside: help is quick, errors are one line, results are where they should be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ppg_agents import cli
+from ppg_agents.policy import Policy
+
+TOY = """
+import gymnasium as gym
+
+class Toy(gym.Env):
+    def __init__(self, turns=2):
+        text = gym.spaces.Text(500)
+        self.observation_space = gym.spaces.Dict({"instruction": text, "message": text})
+        self.action_space, self.turns = text, turns
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turn, self.persona = 0, f"p{self.np_random.integers(3)}"
+        return {"instruction": "Be.", "message": "hi"}, {"turn": 0, "persona": self.persona}
+
+    def step(self, action):
+        self.turn += 1
+        info = {"turn": self.turn, "persona": self.persona, "verdict": {"status": "scored", "score": 0.5}}
+        return {"instruction": "Be.", "message": "and?"}, 0.5, self.turn >= self.turns, False, info
+
+gym.register("CliToy-v0", entry_point=Toy)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> list[str]:
+    """Return flags for a small run on a toy environment that lives in a module of its own."""
+    (tmp_path / "cli_toy.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    policy.model.unload().save_pretrained("model")
+    policy.tokenizer.save_pretrained("model")
+    text = """
+        batch = 4
+        model = "model"
+        [env]
+        id = "cli_toy:CliToy-v0"
+        [sampling]
+        max_new_tokens = 3
+        [evaluation]
+        conversations = 4
+    """
+    Path("toy.toml").write_text(textwrap.dedent(text))
+    return ["--config", "toy.toml"]
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time; from ppg_agents.cli import main; main(['--help']); "
+        "assert time.process_time() < 1.0, time.process_time(); "
+        "heavy = {'torch', 'transformers', 'matplotlib', 'rich', 'numpy', 'gymnasium'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {"train", "evaluate", "rollout", "chat"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["click", "torch"])
+def test_a_missing_extra_is_one_line_with_the_install_command(module: str) -> None:
+    code = (
+        f"import sys; sys.modules['{module}'] = None; from ppg_agents.cli import main; "
+        "sys.exit(main(['evaluate', 'tiny']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f'ppg-agent: {module} is not installed; run: pip install "ppg-gym[agents]"\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--policy-class", "k-step"], "needs --lookahead K"),
+        (["train", "--set", "lora.rnk=8"], "unknown setting 'lora.rnk'; did you mean lora.rank?"),
+        (["train", "--set", "batch=x"], "batch: expected int, got 'x'"),
+        (["train", "--config", "nothing.toml"], "nothing.toml"),
+        (["train", "--resume"], "got none; give its folder"),
+        (["train", "--resume", "nowhere"], "expected a run folder"),
+        (["train", "a.json"], "dialogue files go after --offline"),
+        (["train", "--segments", "3;3"], "expected turns per segment such as 3,3,2"),
+        (["evaluate"], "Missing argument 'RUN_OR_MODEL'"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) in (1, 2)
+    captured = capfd.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--policy-class",
+        "segment",
+        "--segments",
+        "1,1",
+        "--iterations",
+        "2",
+        "--set",
+        "env.max_turns=2",
+    ]
+    assert cli.main(["train", *toy, *flags, "--seed", "3"]) == 0
+    folder = Path("runs/chatting-segment-1-1-seed-3")
+    assert capfd.readouterr().out == f"{folder}/curve.png\n"
+
+    assert cli.main(["train", *toy, *flags, "--seed", "3", "--out", str(folder)]) == 1
+    assert f"go on with --resume {folder}" in capfd.readouterr().err
+    assert cli.main(["train", "--resume", str(folder), "--seed", "4"]) == 1
+    assert "seed: was 3, got 4" in capfd.readouterr().err
+    assert cli.main(["train", "--iterations", "3", "--resume"]) == 0  # the newest run
+    metrics = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3]
+    capfd.readouterr()
+
+    results = []
+    for target, extra in ((str(folder), []), ("model", [*("--set", "env.id=cli_toy:CliToy-v0")])):
+        assert cli.main(["evaluate", target, "--json", "--conversations", "6", *extra]) == 0
+        results.append(json.loads(capfd.readouterr().out))
+    expected = {"persona_consistency", "ci95", "per_turn", "n_personas", "reachable", "judge_failures"}
+    assert all(expected <= set(result) for result in results)
+    assert results[0]["persona_consistency"] == 0.5
+    assert results[0]["ci95"] == [0.5, 0.5]
+    assert results[0]["reachable"] is None
+    assert results[0]["conversations"] == 6
+
+    assert cli.main(["evaluate", str(folder)]) == 0
+    assert "persona consistency  0.500  [0.500, 0.500]" in capfd.readouterr().out
+    assert cli.main(["rollout", str(folder), "--conversations", "3"]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [len(line["turns"]) for line in lines] == [2, 2, 2]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    toy: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from ppg_agents import train
+
+    original = train.collect
+
+    def collect(*args: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "collect", collect)
+    assert cli.main(["train", *toy, "--out", "run"]) == 130
+    assert capfd.readouterr().err.splitlines()[-1].endswith("go on with: ppg-agent train --resume run")
+
+
+def test_chat_asks_for_the_persona_chat_environment(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "model", "--set", "env.id=CliToy-v0"]) == 1
+    assert "expected ppg_gym:PersonaChat-v0 to chat, got 'CliToy-v0'" in capfd.readouterr().err
+
+
+def test_a_person_talks_to_the_persona_until_an_empty_line(
+    toy: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Where do you live?", "And what do you drink?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    flags = ["--set", "sampling.max_new_tokens=3", "--seed", "1", "--persona", "chatting-held-out-007"]
+    assert cli.main(["chat", "model", *flags]) == 0
+    captured = capfd.readouterr()
+    assert captured.out.count("persona> ") == 2
+    assert "[chatting-held-out-007]" in captured.err
+    assert "over 2 replies" in captured.err

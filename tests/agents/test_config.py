@@ -1,0 +1,101 @@
+"""Settings: precedence, types, names, and that they survive a file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppg_agents import config as configs
+from ppg_agents.config import ConfigError, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iteration": 3}, "unknown setting 'iteration'; did you mean iterations?"),
+        ({"lora": {"ranks": 3}}, "unknown setting 'lora.ranks'; did you mean lora.rank?"),
+        ({"rank": 3}, "unknown setting 'rank'; did you mean lora.rank?"),
+        ({"batch": "x"}, "batch: expected int, got 'x'"),
+        ({"batch": True}, "batch: expected int, got True"),
+        ({"batch": 2.5}, "batch: expected int, got 2.5"),
+        ({"lora": 3}, "lora: expected a table, got 3"),
+        ({"segments": 3}, "segments: expected a list of int, got 3"),
+        ({"offline": {"files": [1]}}, "offline.files[0]: expected str, got 1"),
+        ({"policy_class": "k_step"}, "expected one of 'full', 'greedy', 'k-step', 'segment', got 'k_step'"),
+        ({"policy_class": "k_step"}, "did you mean 'k-step'?"),
+        ({"policy_class": "k-step"}, "--lookahead"),
+        ({"policy_class": "segment"}, "--segments"),
+        ({"lookahead": 2}, "--policy-class k-step"),
+        ({"segments": [2]}, "--policy-class segment"),
+        (
+            {"policy_class": "segment", "segments": [3, 0]},
+            "segments: expected lengths of at least 1, got [3, 0]",
+        ),
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"batch": 6, "group": 4}, "batch: expected a multiple of group = 4, got 6"),
+        ({"baseline": "leave-one-out", "group": 1}, "group >= 2"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number above 0, got nan"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"offline": {"held_out": 1.0}}, "offline.held_out: expected a share in (0, 1), got 1.0"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        configs.from_dict(settings)
+
+
+def test_file_then_set_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('batch = 8\nseed = 3\nlearning_rate = 1\n[lora]\nrank = 4\n[env.judge_options]\nmodel = "m"\n')
+    overrides = configs.parse_assignments(["lora.alpha=5", "seed=4", "domain=therapy", "batch=16"]) | {"batch": 32}
+    config = configs.load(file, overrides)
+    assert (config.batch, config.seed, config.lora.rank, config.lora.alpha) == (32, 4, 4, 5)
+    assert config.domain == "therapy"
+    assert config.env.judge_options == {"model": "m"}
+    assert isinstance(config.learning_rate, float)
+    assert config.iterations == TrainConfig().iterations
+
+
+def test_set_reads_toml_values_and_names_what_is_no_assignment() -> None:
+    parsed = configs.parse_assignments(["a=1", "b=1.5", "c=true", "d=[1, 2]", "e=x y", 'f="1"', "g.h=a=b"])
+    assert parsed == {"a": 1, "b": 1.5, "c": True, "d": [1, 2], "e": "x y", "f": "1", "g.h": "a=b"}
+    with pytest.raises(ConfigError, match="expected key=value"):
+        configs.parse_assignments(["lora.rank"])
+    with pytest.raises(ConfigError, match="seed: expected a table, got 1"):
+        configs.load(None, {"seed": 1, "seed.x": 2})
+
+
+@given(
+    batch=st.integers(1, 50),
+    k=st.one_of(st.none(), st.integers(1, 9)),
+    rate=st.floats(1e-6, 1),
+    files=st.lists(st.text(min_size=1), max_size=3),
+    options=st.dictionaries(st.text(min_size=1), st.one_of(st.integers(0, 9), st.text(), st.booleans())),
+)
+def test_settings_survive_toml(
+    batch: int, k: int | None, rate: float, files: list[str], options: dict[str, object]
+) -> None:
+    settings = {"batch": batch, "group": 1, "baseline": "none", "learning_rate": rate}
+    settings |= {"offline": {"files": files}, "env": {"partner_options": options}}
+    config = configs.from_dict(settings | ({} if k is None else {"policy_class": "k-step", "lookahead": k}))
+    again = configs.from_dict(configs.tomllib.loads(tomli_w.dumps(configs.to_dict(config))))
+    assert again == config
+
+
+def test_differences_name_the_field_and_forgive_what_may_change() -> None:
+    before = TrainConfig()
+    after = configs.from_dict({"iterations": 7, "out": "x", "lora": {"rank": 3}, "seed": 9})
+    assert configs.differences(before, after) == ["lora.rank: was 16, got 3", "seed: was 0, got 9"]
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        configs.load(tmp_path / "missing.toml")
+    (tmp_path / "broken.toml").write_text("a = ")
+    with pytest.raises(ConfigError, match=r"broken\.toml: expected TOML"):
+        configs.load(tmp_path / "broken.toml")

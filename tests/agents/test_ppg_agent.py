@@ -1,0 +1,229 @@
+"""The agent's gradient against the definition, and that it learns, repeats itself and can be resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import SyncVectorEnv
+
+from ppg_agents import credit
+from ppg_agents.agents import agents, make_agent
+from ppg_agents.agents.ppg import PPGAgent, linear_decay
+from ppg_agents.generation.hf import HFSampler
+from ppg_agents.policy import Policy
+from ppg_agents.rollout import collect
+from ppg_agents.trajectory import Trajectory, Turn
+
+Make = Callable[..., Policy]
+Envs = Callable[..., SyncVectorEnv]
+
+
+def ledger(policy: Policy, turns: list[int], seed: int = 0, version: int = 0) -> list[Trajectory]:
+    """Return conversations with so many turns each, random tokens and rewards; two share a persona."""
+    random = np.random.default_rng(seed)
+
+    def one_turn() -> Turn:
+        prompt, tokens = random.integers(0, 256, 5), random.integers(0, 256, int(random.integers(1, 6)))
+        ids = (*tokens.tolist(), policy.end_of_turn_id)
+        nobody = (math.nan,) * len(ids)
+        return Turn("m", "r", tuple(prompt.tolist()), ids, nobody, float(random.random()), {}, version)
+
+    return [
+        Trajectory(f"i{b // 2}", "p", "d", None, tuple(one_turn() for _ in range(n)), True, False)
+        for b, n in enumerate(turns)
+    ]
+
+
+def gradient(policy: Policy, trajectories: list[Trajectory], mask: Any = credit.full, **options: Any) -> Any:
+    settings = {"baseline": "none", "learning_rate": 0.0, "max_grad_norm": 1e9, **options}
+    metrics = PPGAgent(policy, mask, **settings).learn(trajectories)
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), metrics
+
+
+@pytest.mark.parametrize("mask", [credit.full, credit.greedy, lambda n: credit.k_step(n, 2)])
+def test_gradient_is_the_sum_of_naive_per_turn_gradients(make_policy: Make, mask: Any) -> None:
+    """Each turn on its own: the whole softmax on its prefix, times the rewards that count for it."""
+    policy = make_policy(dtype=torch.float64)
+    conversations = ledger(policy, [3, 1, 2, 4, 0])
+    got, metrics = gradient(policy, conversations, mask, discount=0.9)
+
+    naive = torch.zeros_like(got)
+    for conversation in conversations:
+        n, prefix = len(conversation.turns), []
+        for t, turn in enumerate(conversation.turns):
+            start = len(prefix) + len(turn.prompt_ids)
+            prefix += [*turn.prompt_ids, *turn.token_ids]
+            counted = [ell for ell in range(t, n) if mask(4)[t, ell]]
+            value = sum(0.9 ** (ell - t) * conversation.turns[ell].reward for ell in counted)
+            scores = policy.model(input_ids=torch.tensor([prefix])).logits[0].log_softmax(-1)
+            own = sum(scores[i - 1, prefix[i]] for i in range(start, len(prefix)))
+            grads = torch.autograd.grad(-value * own / len(conversations), policy.parameters())
+            naive += torch.cat([g.flatten() for g in grads])
+    assert float((got - naive).abs().max()) <= 1e-6  # the model normalises in float32
+    assert metrics["grad_norm"] == pytest.approx(float(naive.norm()))
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "token_mean", "sequence_mean", "turn_mean"])
+def test_micro_batches_add_up(make_policy: Make, aggregation: str) -> None:
+    policy = make_policy(dtype=torch.float64)
+    conversations = ledger(policy, [3, 1, 2, 4, 2])
+    whole, a = gradient(policy, conversations, aggregation=aggregation)
+    parts, b = gradient(policy, conversations, aggregation=aggregation, micro_batch_tokens=40)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    assert a["loss"] == pytest.approx(b["loss"])
+
+
+def test_a_masked_turn_does_not_touch_the_gradient(policy: Policy) -> None:
+    """An unjudged turn has no reward to give and no gradient of its own; its tokens are still read."""
+
+    def with_turn(reward: float, token: int) -> list[Trajectory]:
+        first, *rest = ledger(policy, [3, 3])
+        masked = replace(first.turns[2], reward=reward, token_ids=(token, *first.turns[2].token_ids[1:]))
+        return [replace(first, turns=(*first.turns[:2], masked)), *rest]
+
+    unjudged, _ = gradient(policy, with_turn(math.nan, 1), baseline="leave-one-out")
+    infinite, _ = gradient(policy, with_turn(math.inf, 1), baseline="leave-one-out")
+    other_words, _ = gradient(policy, with_turn(math.nan, 2), baseline="leave-one-out")
+    judged, _ = gradient(policy, with_turn(0.5, 1), baseline="leave-one-out")
+    assert torch.equal(unjudged, infinite)
+    torch.testing.assert_close(unjudged, other_words, rtol=0, atol=1e-7)
+    assert not torch.allclose(unjudged, judged)
+
+
+def test_no_judged_turn_no_step(policy: Policy) -> None:
+    silent = [
+        replace(t, turns=tuple(replace(x, reward=math.nan) for x in t.turns)) for t in ledger(policy, [2, 0])
+    ]
+    agent = PPGAgent(policy, credit.greedy, learning_rate=1.0)
+    before = [p.clone() for p in policy.parameters()]
+    metrics = agent.learn(silent)
+    assert (metrics["loss"], metrics["grad_norm"], metrics["policy_version"], agent.steps) == (0, 0, 0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave-one-out", "batch-mean", "moving-average"])
+def test_same_seed_twice_gives_identical_metrics(make_policy: Make, toy_envs: Envs, baseline: Any) -> None:
+    def train() -> list[dict[str, float]]:
+        policy = make_policy()
+        sampler = HFSampler(policy, max_new_tokens=6)
+        agent = PPGAgent(policy, credit.full, baseline=baseline, standardise=True, n_turns=3)
+        envs = toy_envs(*[{"turns": 3}] * 4)
+        return [
+            agent.learn(collect(envs, policy, sampler, [i, i, 7, 7], torch.Generator().manual_seed(i)))
+            for i in range(3)
+        ]
+
+    a, b = train(), train()
+    assert a == b
+    assert [m["policy_version"] for m in a] == [1, 2, 3]
+    assert any(m["grad_norm"] > 0 for m in a)
+    assert set(a[0]) == {
+        "loss", "grad_norm", "credit_mean", "credit_std", "learning_rate", "tokens", "policy_version",
+    }  # fmt: skip
+
+
+def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(make_policy: Make, tmp_path: Path) -> None:
+    def fresh() -> PPGAgent:
+        return PPGAgent(
+            make_policy(),
+            credit.full,
+            baseline="moving-average",
+            n_turns=4,
+            learning_rate=0.01,
+            total_steps=9,
+        )
+
+    agent = fresh()
+    for i in range(3):
+        agent.learn(ledger(agent.policy, [4, 2, 3], seed=i))
+    agent.save(tmp_path)
+    assert {f.suffix for f in tmp_path.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    twin = fresh()
+    twin.load(tmp_path)
+    assert (twin.steps, twin.policy.version) == (3, 3)
+    expected = [agent.learn(ledger(agent.policy, [4, 2, 3], seed=i)) for i in (3, 4)]
+    assert [twin.learn(ledger(twin.policy, [4, 2, 3], seed=i)) for i in (3, 4)] == expected
+    for a, b in zip(agent.policy.parameters(), twin.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_it_learns_a_toy(make_policy: Make, toy_envs: Envs) -> None:
+    """The reward is the share of vowels in a reply: a random model says few, a trained one many."""
+    policy = make_policy()
+    sampler = HFSampler(policy, max_new_tokens=8)
+    agent = PPGAgent(policy, credit.greedy, baseline="batch-mean", learning_rate=0.03)
+    envs = toy_envs(*[{"turns": 2}] * 24)
+    scores = []
+    for i in range(20):
+        played = collect(envs, policy, sampler, list(range(24)), torch.Generator().manual_seed(i))
+        scores.append(np.mean([r for t in played for r in t.judged()]))
+        agent.learn(played)
+    assert np.mean(scores[:2]) < 0.1
+    assert np.mean(scores[-2:]) > 0.5
+
+
+def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:
+    policy = make_policy()
+    logged = ledger(policy, [3, 3, 2, 4])
+    agent = PPGAgent(policy, credit.full, learning_rate=0.01, micro_batch_tokens=40)
+    before = agent.evaluate_offline(logged)
+    loss = agent.learn_offline(logged)["loss"]
+    assert loss == pytest.approx(-before["objective"], rel=1e-5)
+    for _ in range(10):
+        agent.learn_offline(logged)
+    after = agent.evaluate_offline(logged)
+    assert after["objective"] > before["objective"]
+    assert after["turns"] == 12
+    assert after["objective_per_turn"] == pytest.approx(after["objective"] * 4 / 12)
+    assert after["log_likelihood"] < 0
+
+
+def test_learning_rate_and_clipping(policy: Policy) -> None:
+    assert [linear_decay(2.0, 4)(i) for i in (0, 1, 4, 9)] == [2.0, 1.5, 0.0, 0.0]
+    agent = PPGAgent(
+        policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01
+    )
+    first, second = (agent.learn(ledger(policy, [2, 2])) for _ in range(2))
+    assert (first["learning_rate"], second["learning_rate"]) == (0.1, 0.05)
+    assert second["grad_norm"] > 0.01  # before clipping
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_it_acts(policy: Policy) -> None:
+    agent = PPGAgent(policy, credit.greedy, sampler=HFSampler(policy, max_new_tokens=5))
+    with pytest.raises(ValueError, match="start"):
+        agent.act({"instruction": ["i"], "message": ["m"]})
+
+    def talk() -> list[list[str]]:
+        agent.start(2, seed=4)
+        return [agent.act({"instruction": ["i", "j"], "message": [f"m{t}", "x"]}) for t in range(2)]
+
+    assert talk() == talk()
+    assert [len(replies) for replies in talk()] == [2, 2]
+
+
+def test_refusals_and_registry(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="got 'gae'"):
+        PPGAgent(policy, credit.full, baseline="gae")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="n_turns"):
+        PPGAgent(policy, credit.full, baseline="moving-average")
+    with pytest.raises(ValueError, match="total_steps"):
+        PPGAgent(policy, credit.full, learning_rate=lambda _: 1.0, total_steps=3)
+    with pytest.raises(ValueError, match="sampler"):
+        PPGAgent(policy, credit.full).start(1)
+    bad = ledger(policy, [1])
+    next(iter(policy.parameters())).data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        PPGAgent(policy, credit.full, baseline="none").learn(bad)
+    assert "ppg" in agents()
+    assert isinstance(make_agent("ppg", policy, credit.full), PPGAgent)
+    with pytest.raises(ValueError, match="did you mean 'ppg'"):
+        make_agent("pgg")

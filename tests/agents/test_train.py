@@ -1,0 +1,293 @@
+"""The loop on a toy environment: it learns, repeats itself, and a stop leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ppg_agents import config as configs
+from ppg_agents import train as training
+from ppg_agents.config import ConfigError, TrainConfig
+from ppg_agents.policy import Policy
+from ppg_agents.runs import Run
+from ppg_agents.trajectory import read_jsonl
+
+
+class Toy(gym.Env[dict[str, str], str]):
+    """Asks two or three times; likes replies with letters from a to m; one turn may go unjudged."""
+
+    def __init__(self, unjudged: int = 0, turns: int = 3, personas: int = 4) -> None:
+        text = gym.spaces.Text(500)
+        self.observation_space = gym.spaces.Dict({"instruction": text, "message": text})
+        self.action_space = text
+        self.unjudged, self.turns, self.personas = unjudged, turns, personas
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.turn, self.persona = 0, f"p{int(self.np_random.integers(self.personas))}"
+        return self.seen("hi"), {"turn": 0, "persona": self.persona, "reachable": 1.0}
+
+    def step(self, action: str) -> tuple[dict[str, str], float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        score = sum("a" <= letter <= "m" for letter in action) / max(len(action), 1)
+        judged = self.turn != self.unjudged
+        verdict = {"status": "scored" if judged else "timeout", "score": score if judged else None}
+        info = {"turn": self.turn, "persona": self.persona, "verdict": verdict}
+        reward = score if judged else math.nan
+        return self.seen(f"and {self.turn}?"), reward, self.turn >= self.turns, False, info
+
+    def seen(self, message: str) -> dict[str, str]:
+        return {"instruction": f"Be {self.persona}.", "message": message}
+
+
+@pytest.fixture
+def config(policy: Policy, tmp_path: Path) -> TrainConfig:
+    """Return the settings of a small run on the toy, with a saved tiny model."""
+    if "Toy-v0" not in gym.registry:
+        gym.register("Toy-v0", entry_point=Toy)
+    policy.model.unload().save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    settings = {
+        "model": str(tmp_path / "model"),
+        "iterations": 4,
+        "batch": 4,
+        "group": 2,
+        "baseline": "moving-average",
+        "checkpoint_every": 2,
+        "learning_rate": 0.01,
+        "env": {"id": "Toy-v0", "kwargs": {"unjudged": 2}, "max_turns": 3},
+        "lora": {"rank": 4, "dropout": 0.1},
+        "sampling": {"max_new_tokens": 4},
+        "evaluation": {"conversations": 6},
+    }
+    return configs.from_dict(settings)
+
+
+def records(run: Run) -> list[dict[str, Any]]:
+    """Return the metrics without the clock."""
+    return [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in run.metrics()]
+
+
+def weights(run: Run) -> dict[str, Any]:
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    return load_file(latest[1] / "adapter_model.safetensors")
+
+
+def assert_same(one: Run, other: Run) -> None:
+    assert records(one) == records(other)
+    assert one.trajectories_file.read_text() == other.trajectories_file.read_text()
+    assert one.evaluations() == other.evaluations()
+    for name, tensor in weights(one).items():
+        assert np.array_equal(tensor, weights(other)[name]), name
+
+
+@pytest.fixture
+def whole(config: TrainConfig, tmp_path: Path) -> Run:
+    """Return an uninterrupted run."""
+    return training.train(config, tmp_path / "whole")
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Send SIGINT when the loop calls one of its functions for the n-th time."""
+    original, calls = getattr(training, name), iter(range(1, 1000))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, name, interrupted)
+
+
+def test_a_run_leaves_its_folder_and_masks_unjudged_turns(whole: Run) -> None:
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "trajectories.jsonl",
+        "evaluation.json",
+        "checkpoints",
+        "curve.png",
+    }
+    assert [step for step, _ in whole.checkpoints()] == [2, 4]
+    metrics = whole.metrics()
+    assert [m["iteration"] for m in metrics] == [1, 2, 3, 4]
+    assert all(m["judge_failures"] == 4 and m["reward_per_turn"][1] is None for m in metrics)
+    trajectories = read_jsonl(whole.trajectories_file)
+    assert len(trajectories) == 16
+    first = [t.persona for t in trajectories[:4]]
+    assert first[0] == first[1]
+    assert first[2] == first[3]  # a group shares its persona
+    after = whole.evaluations()["after"]
+    assert (after["reachable"], after["judge_failures"], after["per_turn"][1]) == (1.0, 6, None)
+
+
+def test_the_same_seed_gives_the_same_run(whole: Run, config: TrainConfig, tmp_path: Path) -> None:
+    assert_same(training.train(config, tmp_path / "again"), whole)
+    other = training.train(replace(config, seed=1), tmp_path / "other")
+    assert records(other) != records(whole)
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "saved"),
+    [("collect", 3, 2), ("batch_metrics", 3, 3), ("evaluate", 1, 0), ("evaluate", 2, 4)],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    whole: Run,
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    call: int,
+    saved: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_in(patch, function, call)
+        with pytest.raises(training.Interrupted, match=r"--resume .*stopped") as stop:
+            training.train(config, tmp_path / "stopped")
+    assert stop.value.iteration == saved
+    run = Run.open(tmp_path / "stopped")
+    assert run.latest_checkpoint() is not None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(training.train(config, tmp_path / "stopped", resume=True), whole)
+
+
+def test_a_crash_goes_back_to_the_last_checkpoint(
+    whole: Run, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(1, 100))
+    original = training.batch_metrics
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_metrics", lambda t: original(t) if next(calls) < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            training.train(config, tmp_path / "crashed")
+    run = Run.open(tmp_path / "crashed")
+    assert [m["iteration"] for m in run.metrics()] == [1, 2, 3]
+    run.metrics_file.write_text(run.metrics_file.read_text() + '{"torn')
+    assert_same(training.train(config, run.folder, resume=True), whole)
+
+
+def test_resuming_with_other_settings_names_the_field(whole: Run, config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=r"batch: was 4, got 8; lora\.rank: was 4, got 8"):
+        training.train(replace(config, batch=8, lora=replace(config.lora, rank=8)), whole.folder, resume=True)
+
+
+def test_it_learns(config: TrainConfig, tmp_path: Path) -> None:
+    easy = replace(
+        config,
+        iterations=25,
+        batch=16,
+        baseline="leave-one-out",
+        env=replace(config.env, kwargs={}),
+        learning_rate=0.02,
+        lora=replace(config.lora, dropout=0.0),
+        evaluation=replace(config.evaluation, conversations=32),
+    )
+    evaluations = training.train(easy, tmp_path / "run").evaluations()
+    before, after = (evaluations[when]["persona_consistency"] for when in ("before", "after"))
+    assert after > before + 0.2
+
+
+def test_segments_must_fit_the_conversation(config: TrainConfig, tmp_path: Path) -> None:
+    wrong = replace(config, policy_class="segment", segments=(3, 3))
+    with pytest.raises(ConfigError, match=r"sum to the 3 turns of a conversation, got \[3, 3\] = 6"):
+        training.train(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_that_is_not_there_is_named(config: TrainConfig, tmp_path: Path) -> None:
+    for name in ("Nowhere-v0", "no_such_module:Toy-v0"):
+        with pytest.raises(ConfigError, match=f"env.id: expected a registered environment, got '{name}'"):
+            training.train(replace(config, env=replace(config.env, id=name)), tmp_path / "run")
+
+
+def dialogue_file(folder: Path, dialogues: int = 12) -> Path:
+    """Write a judged dialogue file in the benchmark's form: YES is a contradiction, one verdict is empty."""
+    entries = []
+    for i in range(dialogues):
+        lines = [
+            [0, "Therapist: How are you?\n"],
+            [1, "Patient: Fine, fine.\n"],
+            [2, "Therapist: Really?\n"],
+            [3, "Patient: No, I am sad today.\n"],
+        ]
+        verdicts = [
+            [1, "NO, it fits."],
+            [3, "" if i == 3 else "YES, it does not fit." if i % 3 == 0 else "NO."],
+        ]
+        score = sum("YES" not in verdict[1] for verdict in verdicts) / len(verdicts)
+        entries.append(
+            {
+                "task_name": "Therapy",
+                "topic": "",
+                "grade": "",
+                "P1": "",
+                "P2": f"You are patient number {i // 2}, who is sad.",
+                "conversation": lines,
+                "pturn": 1,
+                "rounds": 4,
+                "eval_prompt_consistency": verdicts,
+                "P2_prompt_consistency_score": score,
+            }
+        )
+    path = folder / "therapy" / "logged.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize(
+    "planned",
+    [
+        {},
+        {"policy_class": "greedy"},
+        {"policy_class": "k-step", "lookahead": 2},
+        {"policy_class": "segment", "segments": [1, 1]},
+    ],
+)
+def test_offline_improves_the_held_out_likelihood_of_every_policy_class(
+    config: TrainConfig, tmp_path: Path, planned: dict[str, Any]
+) -> None:
+    tables = configs.to_dict(config) | {"offline": {"files": [str(dialogue_file(tmp_path))], "epochs": 2}} | planned
+    run = training.train(configs.from_dict(tables), tmp_path / "run")
+    before, after = (run.evaluations()[when] for when in ("before", "after"))
+    for key in ("log_likelihood", "log_likelihood_per_token", "weighted_token_log_prob"):
+        assert before[key] < after[key] < 0
+    assert before["turns"] == after["turns"] > 0
+    assert (run.folder / "curve.png").stat().st_size > 0
+    report = json.loads((run.folder / "offline.json").read_text())
+    assert not set(report["train"]["personas"]) & set(report["held_out"]["personas"])
+    assert [f["unparsed"] for f in report["files"]] == [1]
+
+
+def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),), epochs=2)
+    logged = replace(config, offline=offline)
+    whole = training.train(logged, tmp_path / "whole")
+    stop_in(monkeypatch, "batch_metrics", 3)
+    with pytest.raises(training.Interrupted):
+        training.train(logged, tmp_path / "stopped")
+    again = training.train(logged, tmp_path / "stopped", resume=True)
+    assert records(again) == records(whole)
+    for name, tensor in weights(whole).items():
+        assert np.array_equal(tensor, weights(again)[name])
+
+
+def test_offline_segments_are_those_of_the_longest_dialogue(config: TrainConfig, tmp_path: Path) -> None:
+    offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),))
+    wrong = replace(config, offline=offline, policy_class="segment", segments=(3, 3, 2))
+    with pytest.raises(ConfigError, match=r"sum to the 2 turns of a conversation, got \[3, 3, 2\] = 8"):
+        training.train(wrong, tmp_path / "run")
