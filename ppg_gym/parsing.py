@@ -34,6 +34,7 @@ _ASKING = _set(
 )
 _LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
 _HAVING = _set("have own do play keep got any a an one real")
+_TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
 _SCOPES = _set("negation contrast other_person unreal past")
 _ENDINGS = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
 _IS = _set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
@@ -133,8 +134,9 @@ class _Scope:
     def __init__(self, tokens: list[str], asked: bool) -> None:
         self._tokens = tokens
         self._question = asked
-        pauses = (i for i, token in enumerate(tokens) if token in _PAUSES) if asked else ()
-        self._last = max(pauses, default=-1)
+        self._last = -1
+        if asked:
+            self._last = max((i for i, token in enumerate(tokens) if token in _PAUSES), default=-1)
         self.asked = asked and (self._last < 0 or tokens[0] in _ASKING)
         self._whole = self.asked
         self._denied = -1  # where the last negation ends
@@ -246,12 +248,12 @@ class Parser:
         if _CONTROL.search(text):
             marks.add("meta")
         last_question = False
-        while start < len(tokens):
-            end = next((i for i in range(start, len(tokens)) if tokens[i] in _STOPS), len(tokens))
-            asked = end < len(tokens) and tokens[end] == "?"
+        for end, token in enumerate([*tokens, "\n"]):
+            if token not in _STOPS:
+                continue
             if end > start:
-                last_question = asked
-                cue = self._sentence(tokens[start:end], asked, claims, marks, points) or cue
+                last_question = token == "?"
+                cue = self._sentence(tokens[start:end], last_question, claims, marks, points) or cue
             start = end + 1
         known = sum(word in self._vocabulary for word in said) / max(len(said), 1)
         if len(said) >= MOST_LIKE and len(set(said)) * 2 <= len(said):
@@ -277,8 +279,10 @@ class Parser:
         at = 0
         while at < len(tokens):
             width = 1
-            scope.word(at)
-            for rest, tag, name, value, passing in self._phrases.get(tokens[at], ()):
+            token = tokens[at]
+            if token in _TURNS:
+                scope.word(at)
+            for rest, tag, name, value, passing in self._phrases.get(token, ()):
                 if rest and tuple(tokens[at + 1 : at + 1 + len(rest)]) != rest:
                     continue
                 if tag == "value":
@@ -299,7 +303,8 @@ class Parser:
                     width = 1 + len(rest)
                     break
             at += width
-        for i in range(begun, len(claims) if cues else 0):
-            if claims[i].passing and claims[i].slot in cues:
-                claims[i] = claims[i]._replace(passing=False)
+        if cues:
+            for i in range(begun, len(claims)):
+                if claims[i].passing and claims[i].slot in cues:
+                    claims[i] = claims[i]._replace(passing=False)
         return cues[-1] if cues else ""

@@ -15,7 +15,7 @@ from ppg_gym.conversation import Conversation, Persona
 from ppg_gym.domain import Domain
 from ppg_gym.parsing import Claim, Parsed, Parser, spoken
 
-REPEAT_WINDOW = 6  # own lines; the same words again within so many turns are a repetition
+REPEAT_WINDOW = 6  # own lines; the same words within so many turns are a repetition, unless they answer
 MOST_WORDS = 60
 KNOWN_SHARE = 0.5  # below it, a reply is gibberish
 
@@ -110,9 +110,10 @@ class Reader:
             return base._replace(kind="gibberish")
         if any(sentence in said.text for sentence in instruction_sentences(persona.instruction)):
             return base._replace(kind="copying")
-        if said.text in track.own[-REPEAT_WINDOW:]:
-            return base._replace(kind="repeating")
         named = {claim.slot for claim in claims if not claim.negated}
+        answers = heard.cue in named  # who is asked again may say it again
+        if said.text in track.own[-REPEAT_WINDOW:] and not answers:
+            return base._replace(kind="repeating")
         if len(named - {slot}) >= 2 or len(set(said.points) - set(heard.points)) >= 2 or said.length > MOST_WORDS:
             return base._replace(kind="listing")
         shown = set(said.marks)
@@ -148,7 +149,7 @@ class Reader:
         if not self.domain.options.get("yes_claims", False):
             return claims
         quoted = next((claim.value for claim in heard.claims if claim.slot == slot), "")
-        if quoted and not any(claim.slot == slot for claim in claims):
+        if quoted and not claims:
             negative = not said.marks.isdisjoint(("deny", "negation"))
             if "affirm" in said.marks and (not negative or said.text.startswith("yes")):
                 claims.append(Claim(slot, quoted, False, False))

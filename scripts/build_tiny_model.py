@@ -62,7 +62,7 @@ class Phase:
 PHASES = (
     Phase("cards", 300, 4e-3, 72, 5.0),
     Phase("sincere", 300, 3e-3, 36, 3.0),
-    Phase("mixed", 240, 2e-3, 36, 1.0),
+    Phase("mixed", 280, 2e-3, 36, 1.0),
 )
 
 
