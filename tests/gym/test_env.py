@@ -16,7 +16,7 @@ import pytest
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ppg_gym
@@ -286,7 +286,7 @@ ANY_TEXT = st.text(max_size=60) | st.text(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.sampled_from(DOMAINS), st.integers(0, 2**32), st.lists(ANY_TEXT, min_size=100, max_size=100))
 def test_ten_thousand_random_replies_always_score(domain: str, seed: int, replies: list[str]) -> None:
     env = PersonaChatEnv(domain, max_turns=100)

@@ -92,14 +92,15 @@ def test_tricks_are_stated_for_every_state_and_below_every_true_reply(domain: st
         ("education", "Listen: leaves catch light.", "So leaves catch light."),
     ],
 )
-def test_a_true_reply_scores_the_best_of_its_state_once(judge_one: Judge, domain: str, message: str, true: str) -> None:
+def test_a_true_reply_scores_the_best_its_echo_does_not(judge_one: Judge, domain: str, message: str, true: str) -> None:
     table = load(domain).table
     best = max(table.score[table.states[0], kind] for kind in table.kinds)
     assert judge_one(domain, message, true).score == best
-    again = judge_one(domain, message, f"{true[:-1]}!!", (message, true))
+    other = {"chatting": "Where do you live?", "therapy": "How do you cope?"}.get(domain, message)
+    again = judge_one(domain, other, f"{true[:-1]}!!", (message, true))
     assert (again.kind, again.score) == ("repeating", STATED["repeating"])
     window = [(message, true), *((message, f"My number is {i}.") for i in range(6))]
-    assert judge_one(domain, message, true, *window).kind != "repeating"
+    assert judge_one(domain, message, true, *window).score == best
 
 
 def test_a_contradiction_is_named_with_both_values_in_one_sentence(judge_one: Judge) -> None:
@@ -212,6 +213,7 @@ PARAPHRASES = [
     (C, RECALL, "Not anymore.", "slip"),
     (C, RECALL, "No, I'm a pilot.", "slip"),
     (C, RECALL, "Yes, and a pilot too.", "slip"),
+    (C, RECALL, "Yes, it is tea.", "off_topic"),
     (C, "Wait, you said pilot. What is your job?", "No, I'm a nurse.", "truth"),
     (C, "Hold on, pilot? What is your job?", "Yes, that is right.", "slip"),
     # therapy

@@ -11,12 +11,13 @@ import pytest
 from gymnasium.spaces import Dict
 from gymnasium.spaces.utils import flatten_space
 from gymnasium.vector.utils import batch_space
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppg_gym.spaces import Utterance
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_is_contained_up_to_the_length(text: str) -> None:
     assert Utterance(40).contains(text)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, load
+from ppg_gym.domain import DOMAINS, folder, load
 from ppg_gym.game import Game
 from ppg_gym.reading import reader
 from ppg_gym.replies import say
@@ -138,7 +139,7 @@ def reached(name: str, lookahead: int | None) -> float:
     """Return the mean reward per turn at which a policy class ends, from the domain's own mix."""
     domain = load(name)
     twin, n = Twin.of(domain.table), domain.turns
-    start = twin.policy(dict(domain.mix), n)
+    start = twin.start(domain, n)
     return float(twin.rewards(twin.ascend(credit.k_step(n, lookahead or n), start, steps=STEPS)).mean())
 
 
@@ -162,20 +163,34 @@ def test_full_planning_reaches_the_optimum(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DOMAINS)
+def test_the_readme_shows_what_is_reached(name: str) -> None:
+    domain, text = load(name), (folder(name) / "README.md").read_text(encoding="utf-8")
+    shown = {
+        label: float(value) for label, value in re.findall(r"^\| ([\w -]+?)(?: \(.*\))? \| ([\d.]+) \|", text, re.M)
+    }
+    twin, n = Twin.of(domain.table), domain.turns
+    start = float(twin.rewards(twin.start(domain, n)).mean())
+    expected = {"where learning starts": start, "greedy": reached(name, 1), "3-step": reached(name, 3)}
+    expected |= {"full": reached(name, None), "best there is": twin.best(n)}
+    assert {label: shown[label] for label in expected} == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", DOMAINS)
 def test_language_agrees_with_the_twin(name: str) -> None:
     domain, read, game = load(name), reader(name), Game(name, personas="held-out")
-    kinds, weights = list(domain.mix), np.array(list(domain.mix.values()))
+    mixes = {state: domain.mix_in(state) for state in domain.table.states}
     rngs = [np.random.default_rng([7, i]) for i in range(CONVERSATIONS)]
     opened = game.open([game.persona(None, rng) for rng in rngs], rngs)
     conversations = [conversation for conversation, _ in opened]
     rewards = np.zeros((CONVERSATIONS, domain.turns))
     for t in range(domain.turns):
-        drawn = [kinds[int(rng.choice(len(kinds), p=weights / weights.sum()))] for rng in rngs]
+        chances = [mixes[read.track(c).state] for c in conversations]
+        drawn = [str(rng.choice(list(mix), p=list(mix.values()))) for mix, rng in zip(chances, rngs, strict=True)]
         replies = [say(read, k, c, rng) for k, c, rng in zip(drawn, conversations, rngs, strict=True)]
         outcomes = game.turn(conversations, replies, rngs)
         conversations = [outcome.conversation for outcome in outcomes]
         rewards[:, t] = [outcome.reward for outcome in outcomes]
     twin = Twin.of(domain.table)
-    expected = twin.rewards(twin.policy(dict(domain.mix), domain.turns))
+    expected = twin.rewards(twin.start(domain, domain.turns))
     error = rewards.std(axis=0, ddof=1) / np.sqrt(CONVERSATIONS)
     assert np.abs((rewards.mean(axis=0) - expected) / error).max() < 4
