@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Status = Literal["scored", "unparsed", "timeout", "refused", "error"]
 Speaker = Literal["partner", "policy"]
@@ -70,8 +70,7 @@ class Verdict:
         return {"status": self.status, "score": self.score, "rationale": self.rationale, "kind": self.kind}
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One utterance."""
 
     speaker: Speaker

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,7 @@ from ppg_gym.twin import Twin
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one turn led to.
 
     Attributes:
@@ -136,27 +134,31 @@ class Game:
             JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
         """
         spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
-        verdicts = self.judge.judge(spoken)
-        judged = [c.judged(v) for c, v in zip(spoken, verdicts, strict=True)]
-        lost = [v.score is None for v in verdicts]
-        if self.on_judge_failure == "raise" and any(lost):
-            raise judges.JudgeError(verdicts[lost.index(True)])
-        cut = [failed and self.on_judge_failure == "truncate" for failed in lost]
-        over = [len(c.verdicts) >= self.max_turns for c in judged]
-        going = [i for i in range(len(judged)) if not over[i] and not cut[i]]
-        said = dict.fromkeys(range(len(judged)), partners.Said(""))
-        answers = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
-        said.update(zip(going, answers, strict=True))
+        judged: list[Conversation] = []
+        ends: list[tuple[bool, bool]] = []  # terminated, truncated
+        for conversation, verdict in zip(spoken, self.judge.judge(spoken), strict=True):
+            lost = verdict.score is None
+            if lost and self.on_judge_failure == "raise":
+                raise judges.JudgeError(verdict)
+            judged.append(conversation.judged(verdict))
+            over = len(judged[-1].verdicts) >= self.max_turns
+            ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
+        going = [i for i, end in enumerate(ends) if not any(end)]
+        said = [partners.Said("")] * len(judged)
+        for i, line in zip(
+            going, self.partner.speak([judged[i] for i in going], [rngs[i] for i in going]), strict=True
+        ):
+            said[i] = line
         return [
             Outcome(
-                conversation=c.add("partner", said[i].text) if said[i].text else c,
-                reward=math.nan if lost[i] else float(verdicts[i].score or 0.0),
-                terminated=over[i],
-                truncated=not over[i] and (cut[i] or said[i].status != "ok"),
-                message=said[i].text,
-                partner_status=said[i].status,
+                conversation=c.add("partner", line.text) if line.text else c,
+                reward=math.nan if c.verdicts[-1].score is None else c.verdicts[-1].score,
+                terminated=over,
+                truncated=cut or line.status != "ok",
+                message=line.text,
+                partner_status=line.status,
             )
-            for i, c in enumerate(judged)
+            for c, line, (over, cut) in zip(judged, said, ends, strict=True)
         ]
 
 

@@ -99,9 +99,7 @@ class PPGAgent:
         self._speaker: Speaker | None = None
         self._generator: torch.Generator | None = None
         self._parameters = policy.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self._parameters, lr=self._rate(0), weight_decay=weight_decay, foreach=True
-        )
+        self.optimizer = torch.optim.AdamW(self._parameters, lr=self._rate(0), weight_decay=weight_decay, foreach=True)
 
     def start(self, n: int, seed: int = 0) -> None:
         """Begin n conversations for `act`.
@@ -252,9 +250,7 @@ class PPGAgent:
             return self._average(value, data.valid)
         return baselines.none(value, data.valid)
 
-    def _step(
-        self, data: Batch, weight: Array, value: Array, loss_function: Callable[..., Tensor]
-    ) -> dict[str, float]:
+    def _step(self, data: Batch, weight: Array, value: Array, loss_function: Callable[..., Tensor]) -> dict[str, float]:
         """Accumulate the gradient over micro-batches, clip it and step."""
         rate = self._rate(self.steps)
         judged = value[data.valid]
@@ -311,9 +307,7 @@ class PPGAgent:
             size = max(1, self._budget // length)
             rows, order = order[:size], order[size:]
             token_mask, turn_index = trained[rows, :length], data.turn_index[rows, :length]
-            log_probs = self.policy.log_probs(
-                data.ids[rows, :length], data.attention[rows, :length], token_mask
-            )
+            log_probs = self.policy.log_probs(data.ids[rows, :length], data.attention[rows, :length], token_mask)
             yield rows, log_probs, token_mask.to(log_probs.device), turn_index.to(log_probs.device)
 
 

@@ -54,7 +54,7 @@ class FactsJudge:
             raise ValueError(
                 f"the facts judge of {self._reader.domain.name!r} expected a persona with a known value for each of"
                 f" {', '.join(slots)}; persona {persona.id!r} has none for {', '.join(wrong)}."
-                ' Judge personas that are prose with judge="llm" or judge="nli"'
+                ' Judge personas that are prose with judge="llm" or judge="nli" (planned, not in this version)'
             )
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,8 +13,7 @@ from ppg_gym.conversation import Conversation
 PARTNERS = ("scripted", "console")
 
 
-@dataclass(frozen=True)
-class Said:
+class Said(NamedTuple):
     """A partner's line and how it came about; any status but ``ok`` truncates the conversation."""
 
     text: str

@@ -72,12 +72,8 @@ class ToyChat(gym.Env[dict[str, str], str]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium's own)
 
-    def __init__(
-        self, turns: int = 3, truncate: bool = False, unjudged: int = 0, verdicts: bool = True
-    ) -> None:
-        self.observation_space = gym.spaces.Dict(
-            {"instruction": gym.spaces.Text(500), "message": gym.spaces.Text(500)}
-        )
+    def __init__(self, turns: int = 3, truncate: bool = False, unjudged: int = 0, verdicts: bool = True) -> None:
+        self.observation_space = gym.spaces.Dict({"instruction": gym.spaces.Text(500), "message": gym.spaces.Text(500)})
         self.action_space = gym.spaces.Text(500)
         self.turns, self.truncate, self.unjudged, self.verdicts = turns, truncate, unjudged, verdicts
 

@@ -57,8 +57,7 @@ def test_log_probs_equal_one_pass_over_the_final_sequence(
     def talk() -> None:
         for turn in range(6):
             prompts = [
-                prompt(3 + (7 * i + 5 * turn) % 30, 10 * i + turn) if turn < end else None
-                for i, end in enumerate(ends)
+                prompt(3 + (7 * i + 5 * turn) % 30, 10 * i + turn) if turn < end else None for i, end in enumerate(ends)
             ]
             for i, sample in enumerate(sampler.reply(prompts, random)):
                 given = prompts[i]

@@ -98,9 +98,7 @@ def test_a_masked_turn_does_not_touch_the_gradient(policy: Policy) -> None:
 
 
 def test_no_judged_turn_no_step(policy: Policy) -> None:
-    silent = [
-        replace(t, turns=tuple(replace(x, reward=math.nan) for x in t.turns)) for t in ledger(policy, [2, 0])
-    ]
+    silent = [replace(t, turns=tuple(replace(x, reward=math.nan) for x in t.turns)) for t in ledger(policy, [2, 0])]
     agent = PPGAgent(policy, credit.greedy, learning_rate=1.0)
     before = [p.clone() for p in policy.parameters()]
     metrics = agent.learn(silent)
@@ -187,9 +185,7 @@ def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:
 
 def test_learning_rate_and_clipping(policy: Policy) -> None:
     assert [linear_decay(2.0, 4)(i) for i in (0, 1, 4, 9)] == [2.0, 1.5, 0.0, 0.0]
-    agent = PPGAgent(
-        policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01
-    )
+    agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01)
     first, second = (agent.learn(ledger(policy, [2, 2])) for _ in range(2))
     assert (first["learning_rate"], second["learning_rate"]) == (0.1, 0.05)
     assert second["grad_norm"] > 0.01  # before clipping

@@ -21,9 +21,7 @@ Envs = Callable[..., SyncVectorEnv]
 MIXED = ({"turns": 3}, {"turns": 1}, {"turns": 4, "unjudged": 2}, {"turns": 2, "truncate": True})
 
 
-def roll(
-    policy: Policy, envs: SyncVectorEnv, *, seed: int = 0, seeds: Any = None, **options: Any
-) -> list[Trajectory]:
+def roll(policy: Policy, envs: SyncVectorEnv, *, seed: int = 0, seeds: Any = None, **options: Any) -> list[Trajectory]:
     sampler = HFSampler(policy, **{"max_new_tokens": 6, **options})
     generator = torch.Generator().manual_seed(seed)
     return collect(envs, policy, sampler, seeds or list(range(envs.num_envs)), generator, "toy")
