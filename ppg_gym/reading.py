@@ -108,7 +108,8 @@ class Reader:
                 return Reading(track.state, "slip", claim.slot, "" if claim.negated else claim.value, own)
         if said.known < KNOWN_SHARE:
             return base._replace(kind="gibberish")
-        if any(sentence in said.text for sentence in instruction_sentences(persona.instruction)):
+        copied = instruction_sentences(persona.instruction) if "you" in said.text else ()
+        if any(sentence in said.text for sentence in copied):
             return base._replace(kind="copying")
         named = {claim.slot for claim in claims if not claim.negated}
         answers = heard.cue in named  # who is asked again may say it again

@@ -5,12 +5,11 @@ It reads what the policy said (through :mod:`ppg_gym.reading`), never what the j
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from ppg_gym.conversation import Conversation
+from ppg_gym.conversation import Conversation, Line
 from ppg_gym.partners import Said
 from ppg_gym.reading import Track, reader
 
@@ -50,9 +49,10 @@ class ScriptedPartner:
             core = points[self._next(tuple(points), track, rng)]
         else:
             core, said = self._question(track, facts, rng)
-        heard = [line.text for line in conversation.lines[-2 * FRESH :] if line.speaker == "partner"]
-        line = f"{prefix} {core}".strip().format(said=said, **facts)
-        if line in heard:
+        line = f"{prefix} {core}".strip()
+        if "{" in line:
+            line = line.format(said=said, **facts)
+        if Line("partner", line) in conversation.lines[-2 * FRESH :]:
             return self._line(conversation, rng)
         return line
 
@@ -77,6 +77,6 @@ class ScriptedPartner:
         """Return one of the topics that were brought up least often so far."""
         if not track.asked:
             return pick(topics, rng)
-        times = Counter(track.asked)
-        least = min(times[topic] for topic in topics)
-        return pick([topic for topic in topics if times[topic] == least], rng)
+        times = [track.asked.count(topic) for topic in topics]
+        least = min(times)
+        return pick([topic for topic, count in zip(topics, times, strict=True) if count == least], rng)
