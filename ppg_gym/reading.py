@@ -61,6 +61,9 @@ class Reader:
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
+        self._default_slot = str(domain.options.get("default_slot", ""))
+        self._asking = bool(domain.options.get("questions_claim", False))
+        self._yes_claims = bool(domain.options.get("yes_claims", False))
         self.parse = functools.lru_cache(maxsize=16384)(Parser(domain).parse)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -92,14 +95,13 @@ class Reader:
     def read(self, track: Track, persona: Persona, heard: Parsed, said: Parsed) -> Reading:
         """Return the kind of a reply: tricks and contradictions first, then the domain's own rules."""
         facts = persona.facts
-        slot = heard.cue or self.domain.options.get("default_slot", "")
+        slot = heard.cue or self._default_slot
         fact = facts.get(slot, "")
-        base = Reading(track.state, "", slot, "", fact)
         claims = self._claims(heard, said, slot)
         if not said.length:
-            return base._replace(kind="silence")
+            return Reading(track.state, "silence", slot, "", fact)
         if "meta" in said.marks:
-            return base._replace(kind="meta")
+            return Reading(track.state, "meta", slot, "", fact)
         for claim in claims:
             own = facts.get(claim.slot)
             if claim.passing and claim.slot != slot:
@@ -107,47 +109,48 @@ class Reader:
             if own is not None and (claim.value in (own, "")) == claim.negated:
                 return Reading(track.state, "slip", claim.slot, "" if claim.negated else claim.value, own)
         if said.known < KNOWN_SHARE:
-            return base._replace(kind="gibberish")
+            return Reading(track.state, "gibberish", slot, "", fact)
         copied = instruction_sentences(persona.instruction) if "you" in said.text else ()
         if any(sentence in said.text for sentence in copied):
-            return base._replace(kind="copying")
+            return Reading(track.state, "copying", slot, "", fact)
         named = {claim.slot for claim in claims if not claim.negated}
         answers = heard.cue in named  # who is asked again may say it again
         if said.text in track.own[-REPEAT_WINDOW:] and not answers:
-            return base._replace(kind="repeating")
-        if len(named - {slot}) >= 2 or len(set(said.points) - set(heard.points)) >= 2 or said.length > MOST_WORDS:
-            return base._replace(kind="listing")
+            return Reading(track.state, "repeating", slot, "", fact)
+        others = len(named) - (slot in named)
+        beside = len(set(said.points) - set(heard.points)) if said.points else 0
+        if others >= 2 or beside >= 2 or said.length > MOST_WORDS:
+            return Reading(track.state, "listing", slot, "", fact)
         shown = set(said.marks)
         if said.question:
             shown.add("question")
         if slot in named or (not slot and named):
             shown.add("fact")
-        if not set(heard.points).isdisjoint(said.points):
+        if len(said.points) > beside:
             shown.add("point")
         if said.length < 2 and "affirm" not in shown:
-            return base._replace(kind="vague")
+            return Reading(track.state, "vague", slot, "", fact)
         if said.cue == slot and slot:
             shown.add("cue")
-        if named - {slot}:
+        if others:
             shown.add("other_fact")
         for rule in self.domain.rules:
             if rule.needs <= shown and not rule.without & shown:
-                return base._replace(kind=rule.kind, said=fact if "fact" in shown else "")
-        return base._replace(kind="off_topic")
+                return Reading(track.state, rule.kind, slot, fact if "fact" in shown else "", fact)
+        return Reading(track.state, "off_topic", slot, "", fact)
 
     def _claims(self, heard: Parsed, said: Parsed, slot: str) -> list[Claim]:
         """Return what the reply claims of the speaker; a bare yes or no answers the value that was quoted."""
-        asking = self.domain.options.get("questions_claim", False)
         claims = [
             claim
             for claim in said.claims
-            if (asking or not claim.asked) and (claim.slot == slot or claim.slot not in self.domain.asked_only)
+            if (self._asking or not claim.asked) and (claim.slot == slot or claim.slot not in self.domain.asked_only)
         ]
         if any(claim.slot == slot and claim.value and not claim.negated for claim in claims):
             claims = [claim for claim in claims if claim.value]
         else:
             claims = [claim for claim in claims if claim.value or claim.slot == slot]
-        if not self.domain.options.get("yes_claims", False):
+        if not self._yes_claims:
             return claims
         quoted = next((claim.value for claim in heard.claims if claim.slot == slot), "")
         if quoted and not claims:

@@ -154,6 +154,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     call: int,
     saved: int,
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # not the default one where the tests run in the background
     with monkeypatch.context() as patch:
         stop_in(patch, function, call)
         with pytest.raises(training.Interrupted, match=r"--resume .*stopped") as stop:
@@ -161,7 +162,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert stop.value.iteration == saved
     run = Run.open(tmp_path / "stopped")
     assert run.latest_checkpoint() is not None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert_same(training.train(config, tmp_path / "stopped", resume=True), whole)
 
 
