@@ -32,7 +32,14 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The adapter: rank (0 trains all weights), scale alpha / rank, dropout, and the layers that get one."""
+    """Low-rank adaptation (arXiv 2106.09685): what is adapted, and by how much.
+
+    Attributes:
+        rank: Rank of the update; in a run's settings, 0 trains all weights.
+        alpha: The update is scaled by ``alpha / rank``.
+        dropout: Dropout in front of the update, while gradients are recorded.
+        targets: ``"all-linear"`` (every linear layer but the head) or module name endings.
+    """
 
     rank: int = 16
     alpha: int = 32
@@ -42,7 +49,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How replies are sampled; log-probs are of the sampled tokens at ``temperature``."""
+    """How replies are sampled; log-probs of the sampled tokens are at temperature 1, whatever ``temperature``."""
 
     max_new_tokens: int = 48
     temperature: float = 1.0

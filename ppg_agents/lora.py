@@ -14,22 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What is adapted, and by how much.
-
-    Attributes:
-        rank: Rank of the update.
-        alpha: The update is scaled by ``alpha / rank``.
-        dropout: Dropout in front of the update, while gradients are recorded.
-        targets: ``"all-linear"`` (every linear layer but the head) or module name endings.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
+from ppg_agents.config import LoraSettings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppg_agents.lora import LoraSettings, adapted_layers, add_lora, fuse, merge
+from ppg_agents.config import LoraSettings
+from ppg_agents.lora import adapted_layers, add_lora, fuse, merge
 from ppg_agents.prompts import prompt_format
 
 TINY = "tiny"

@@ -35,7 +35,7 @@ from ppg_agents.generation import Sampler
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.interrupt import Interrupt, Stop
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
-from ppg_agents.policy import LoraSettings, Policy
+from ppg_agents.policy import Policy
 from ppg_agents.progress import Progress, number, quiet_libraries, say, status
 from ppg_agents.rollout import collect
 from ppg_agents.runs import Run
@@ -260,9 +260,7 @@ def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
 def load_policy(config: TrainConfig) -> Policy:
     """Return the policy that the run starts from: the model with a fresh adapter."""
     quiet_libraries()
-    lora = config.lora
-    settings = LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.targets) if lora.rank else None
-    return Policy.load(config.model, lora=settings, seed=config.seed)
+    return Policy.load(config.model, lora=config.lora if config.lora.rank else None, seed=config.seed)
 
 
 def make_sampler(config: TrainConfig, policy: Policy) -> HFSampler:
