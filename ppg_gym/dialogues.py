@@ -34,6 +34,9 @@ _LABEL = re.compile(r"([^:\n]{1,80}):")
 _DOMAINS = ("chatting", "education", "therapy")
 
 
+NO_VERDICT = Verdict("error", None, "No verdict is stored for this line.")
+
+
 class DataError(ValueError):
     """A dialogue file that is refused; the message names the file, the place and what was expected."""
 
@@ -94,6 +97,7 @@ class FileReport:
         neither: Verdicts with neither answer in them.
         both_speakers: Judged lines with a clear answer that speak for both speakers.
         mismatch: Share of the verdicts that the stored scores leave unexplained under ``polarity``.
+        lines: Stored lines of all dialogues, both speakers.
     """
 
     path: str
@@ -107,6 +111,34 @@ class FileReport:
     neither: int = 0
     both_speakers: int = 0
     mismatch: float = 0.0
+    lines: int = 0
+
+
+def read_dialogues(path: str | os.PathLike[str]) -> tuple[list[LoggedDialogue], FileReport]:
+    """Read a file of dialogues in any format that `ppg_gym.data` knows; the format is told by the content.
+
+    Raises:
+        DataError: The file is refused; the message says where and why.
+    """
+    from ppg_gym.data import read_dialogues as read  # the readers build on this module
+
+    return read(path)
+
+
+def prose_persona(description: str, domain: str, name: str = "") -> Persona:
+    """Return the persona of a description; the same words give the same id, wherever they are read."""
+    instruction = role_play_instruction(description, domain)
+    return Persona(persona_id(instruction, domain), instruction, domain=domain, name=name)
+
+
+def persona_id(instruction: str, domain: str) -> str:
+    """Return the id of a persona that has none of its own: the domain and a digest of the instruction's words."""
+    return f"{domain}-{hashlib.sha256(persona_key(instruction).encode()).hexdigest()[:12]}"
+
+
+def check_entry(entry: Any, where: str) -> None:
+    """Raise a `DataError` that begins with ``where`` when an entry of a file is no judged dialogue."""
+    _Stored(entry, where).scores()
 
 
 def read_consistent_llms(path: str | os.PathLike[str]) -> tuple[list[LoggedDialogue], FileReport]:
@@ -158,6 +190,7 @@ def read_consistent_llms(path: str | os.PathLike[str]) -> tuple[list[LoggedDialo
         neither=sum(not _YES.search(text) and not _NO.search(text) for text in texts),
         both_speakers=len(places),
         mismatch=mismatch,
+        lines=sum(len(dialogue.lines) for dialogue in stored),
     )
     return dialogues, report
 
@@ -252,11 +285,9 @@ class _Stored:
 
     def side(self, speaker: int, polarity: str, source: str, index: int) -> LoggedDialogue:
         """Return the dialogue as the given speaker lived it."""
-        instruction = role_play_instruction(self._personas[speaker], self.domain)
-        digest = hashlib.sha256(persona_key(instruction).encode()).hexdigest()[:12]
         own = self._speakers.index(speaker)
         name = self._labels[own].strip() if self.domain == "chatting" else ""
-        persona = Persona(f"{self.domain}-{digest}", instruction, domain=self.domain, name=name)
+        persona = prose_persona(self._personas[speaker], self.domain, name)
         turns = tuple(
             LoggedTurn(self.lines[line - 1] if line else "", self.lines[line], self._verdict(line, polarity))
             for line in range(own, len(self.lines), 2)
@@ -272,7 +303,7 @@ class _Stored:
     def _verdict(self, line: int, polarity: str) -> Verdict:
         raw = self.verdicts.get(line)
         if raw is None:
-            return Verdict("error", None, "No verdict is stored for this line.")
+            return NO_VERDICT
         answer = _answer(raw)
         if not answer:
             return Verdict("unparsed", None, _rationale(raw, answer), raw=raw)

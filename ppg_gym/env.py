@@ -10,6 +10,7 @@ from gymnasium.spaces import Dict
 
 from ppg_gym.conversation import Conversation
 from ppg_gym.game import Game, Outcome
+from ppg_gym.partners import Said
 from ppg_gym.spaces import Utterance
 
 Observation = dict[str, Any]
@@ -21,7 +22,8 @@ class PersonaChatEnv(gym.Env[Observation, str]):
 
     Observation: ``{"instruction": str, "message": str}``, the role-play instruction and the partner's newest
     line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The end of
-    the planned conversation terminates; a lost judge or partner truncates.
+    the planned conversation terminates; a lost judge or partner truncates. Where the partner gave no opening line
+    (``info["partner"]["status"]`` of ``reset``), the message is empty and the first step truncates, unjudged.
 
     ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict
     of its fields; without it, one is drawn.
@@ -29,12 +31,14 @@ class PersonaChatEnv(gym.Env[Observation, str]):
     Args:
         domain: ``chatting``, ``education`` or ``therapy``.
         personas: ``train``, ``held-out``, or a path to a persona file.
-        partner: ``scripted`` or ``console``.
+        partner: ``scripted``, ``llm``, ``console``, or your own as ``package.module:Class``.
         partner_options: Plain options of the partner.
-        judge: ``facts``.
+        judge: ``facts``, ``llm``, ``nli``, ``learned``, or your own as ``package.module:Class``.
         judge_options: Plain options of the judge.
         max_turns: Turns per conversation; None for the domain's own length.
         on_judge_failure: ``raise``, ``nan`` (the reward is NaN) or ``truncate`` (NaN, and the conversation ends).
+        max_failure_rate: Largest share of replies, of the last 1,000, that the judge may leave without a score; 1 for
+            no limit.
         render_mode: None or ``ansi``.
     """
 
@@ -53,11 +57,22 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         judge_options: Mapping[str, Any] | None = None,
         max_turns: int | None = None,
         on_judge_failure: str = "raise",
+        max_failure_rate: float = 0.05,
         render_mode: str | None = None,
     ) -> None:
         if render_mode not in (None, "ansi"):
             raise ValueError(f"expected render_mode None or 'ansi', got {render_mode!r}")
-        self.game = Game(domain, personas, partner, partner_options, judge, judge_options, max_turns, on_judge_failure)
+        self.game = Game(
+            domain,
+            personas,
+            partner,
+            partner_options,
+            judge,
+            judge_options,
+            max_turns,
+            on_judge_failure,
+            max_failure_rate,
+        )
         self.max_turns = self.game.max_turns
         self.render_mode = render_mode
         self.observation_space = Dict({"instruction": Utterance(MAX_CHARS), "message": Utterance(MAX_CHARS)})
@@ -72,8 +87,8 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         super().reset(seed=seed)
         persona = self.game.persona((options or {}).get("persona"), self.np_random)
         self._conversation, said = self.game.open([persona], [self.np_random])[0]
-        self._over = said.status != "ok"
-        return observe(self._conversation, said.text), start_info(self._conversation, self.game.reachable)
+        self._over = False
+        return observe(self._conversation, said.text), start_info(self._conversation, said, self.game.reachable)
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Play one reply.
@@ -81,6 +96,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         Raises:
             ValueError: The action is not a string of admitted length.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
+            FailureRateError: The judge gave too many replies no score.
             RuntimeError: There is no conversation, or it is over.
         """
         check_reply(action)
@@ -104,6 +120,10 @@ class PersonaChatEnv(gym.Env[Observation, str]):
             return None
         return "" if self._conversation is None else transcript(self._conversation)
 
+    def close(self) -> None:
+        """Let go of what judge and partner hold."""
+        self.game.close()
+
 
 def check_reply(action: object) -> None:
     """Raise a ValueError unless an action is a string of admitted length."""
@@ -117,9 +137,10 @@ def observe(conversation: Conversation, message: str) -> Observation:
     return {"instruction": conversation.persona.instruction, "message": message}
 
 
-def start_info(conversation: Conversation, reachable: float) -> dict[str, Any]:
+def start_info(conversation: Conversation, said: Said, reachable: float) -> dict[str, Any]:
     """Return ``reset``'s info; ``reachable`` is the twin's best mean reward per turn, NaN where unknown."""
-    return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable}
+    opening = {"status": said.status}
+    return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable, "partner": opening}
 
 
 def turn_info(outcome: Outcome) -> dict[str, Any]:

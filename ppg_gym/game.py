@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import numpy as np
 from ppg_gym import domain as domains
 from ppg_gym import judges, partners
 from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.health import FailureLimit
 from ppg_gym.twin import Twin
 
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
+UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
 
 
 class Outcome(NamedTuple):
@@ -58,6 +61,7 @@ class Game:
         judge_options: Its options.
         max_turns: Turns of the policy per conversation; None for the domain's own length.
         on_judge_failure: ``raise``, ``nan`` or ``truncate``.
+        max_failure_rate: Largest share of replies that the judge may leave without a score.
 
     Raises:
         ValueError: An option is not what it should be.
@@ -73,6 +77,7 @@ class Game:
         judge_options: Mapping[str, Any] | None = None,
         max_turns: int | None = None,
         on_judge_failure: str = "raise",
+        max_failure_rate: float = 0.05,
     ) -> None:
         self.domain = domains.load(domain)
         if on_judge_failure not in ON_JUDGE_FAILURE:
@@ -82,6 +87,7 @@ class Game:
         if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
             raise ValueError(f"expected max_turns to be a positive integer or None, got {max_turns!r}")
         self.on_judge_failure = on_judge_failure
+        self.failures = FailureLimit(max_failure_rate)
         self.max_turns = max_turns or self.domain.turns
         self.partner = partners.make(partner, domain, partner_options or {})
         self.judge = judges.make(judge, domain, judge_options or {})
@@ -120,35 +126,62 @@ class Game:
     def open(
         self, chosen: Sequence[Persona], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[Conversation, partners.Said]]:
-        """Return new conversations that hold the partner's first line."""
+        """Return new conversations that hold the partner's first line, none where the partner failed."""
         fresh = [Conversation(persona) for persona in chosen]
         said = self.partner.speak(fresh, rngs)
-        return [(c.add("partner", s.text), s) for c, s in zip(fresh, said, strict=True)]
+        return [(c.add("partner", s.text) if s.status == "ok" else c, s) for c, s in zip(fresh, said, strict=True)]
 
     def turn(
         self, conversations: Sequence[Conversation], replies: Sequence[str], rngs: Sequence[np.random.Generator]
     ) -> list[Outcome]:
         """Judge one reply per conversation and let the partner speak where the conversation goes on.
 
+        A judge or partner that waits for a server works while the other does: the partner hears replies, not
+        verdicts. A conversation that the partner never opened is truncated, unjudged.
+
         Raises:
             JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
+            FailureRateError: Too many replies were not scored.
         """
         spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
+        if all(c.lines for c in conversations):
+            return self._turn(spoken, rngs)
+        opened = [i for i, c in enumerate(conversations) if c.lines]
+        played = self._turn([spoken[i] for i in opened], [rngs[i] for i in opened])
+        others = [Outcome(c.judged(UNOPENED), math.nan, False, True, "", "no_opening") for c in spoken]
+        return [dict(zip(opened, played, strict=True)).get(i, other) for i, other in enumerate(others)]
+
+    def _turn(self, spoken: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Outcome]:
+        last = self.max_turns - 1
+        said: dict[int, partners.Said] = {}
+        if self._overlap():
+            with ThreadPoolExecutor(1) as aside:
+                going = [i for i, c in enumerate(spoken) if len(c.verdicts) < last]
+                speaking = aside.submit(self.partner.speak, [spoken[i] for i in going], [rngs[i] for i in going])
+                try:
+                    verdicts = self.judge.judge(spoken)
+                    said = dict(zip(going, speaking.result(), strict=True))
+                except BaseException:  # the partner's thread is waited for: what it waits for must end
+                    getattr(self.partner, "abandon", lambda: None)()
+                    raise
+        else:
+            verdicts = self.judge.judge(spoken)
         judged: list[Conversation] = []
         ends: list[tuple[bool, bool]] = []  # terminated, truncated
-        for conversation, verdict in zip(spoken, self.judge.judge(spoken), strict=True):
+        for conversation, verdict in zip(spoken, verdicts, strict=True):
             lost = verdict.score is None
             if lost and self.on_judge_failure == "raise":
                 raise judges.JudgeError(verdict)
+            self.failures.count(conversation, verdict)
             judged.append(conversation.judged(verdict))
-            over = len(judged[-1].verdicts) >= self.max_turns
+            over = len(conversation.verdicts) >= last
             ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
-        going = [i for i, end in enumerate(ends) if not any(end)]
-        said = [partners.Said("")] * len(judged)
-        for i, line in zip(
-            going, self.partner.speak([judged[i] for i in going], [rngs[i] for i in going]), strict=True
-        ):
-            said[i] = line
+        going = [i for i, end in enumerate(ends) if end == (False, False)]
+        if not said:
+            lines = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
+            said = dict(zip(going, lines, strict=True))
+        silent = partners.Said("")
+        heard = [silent if any(end) else said[i] for i, end in enumerate(ends)]
         return [
             Outcome(
                 conversation=c.add("partner", line.text) if line.text else c,
@@ -158,8 +191,19 @@ class Game:
                 message=line.text,
                 partner_status=line.status,
             )
-            for c, line, (over, cut) in zip(judged, said, ends, strict=True)
+            for c, line, (over, cut) in zip(judged, heard, ends, strict=True)
         ]
+
+    def _overlap(self) -> bool:
+        """Return whether judge and partner work at the same time."""
+        waits = getattr(self.judge, "waits", False) or getattr(self.partner, "waits", False)
+        return waits and not getattr(self.partner, "hears_verdicts", False)
+
+    def close(self) -> None:
+        """Let go of what judge and partner hold."""
+        for part in (self.judge, self.partner):
+            if callable(close := getattr(part, "close", None)):
+                close()
 
 
 def _personas(domain: str, source: str) -> tuple[Persona, ...]:

@@ -15,6 +15,8 @@ from ppg_gym.domain import Domain
 
 REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
 MOST_LIKE = 4  # words from which on half of them have to differ
+FEW_COMMAS = 4  # below it, nothing is enumerated
+SHORT_PIECE = 3  # words that an item of an enumeration has at most
 
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
 _STOPS = frozenset(".!?;\n")
@@ -75,6 +77,7 @@ class Parsed(NamedTuple):
         points: Lesson keywords named, in order.
         known: Share of words in the domain's vocabulary.
         question: The text ends as a question.
+        listed: Items of the longest enumeration: short pieces in a row, of anything.
     """
 
     text: str
@@ -85,6 +88,22 @@ class Parsed(NamedTuple):
     points: tuple[str, ...]
     known: float
     question: bool
+    listed: int
+
+
+def _enumerated(tokens: list[str]) -> int:
+    """Return how many pieces of at most ``SHORT_PIECE`` words stand in a row, parted by commas; 0 below four commas."""
+    longest = run = piece = 0
+    if tokens.count(",") < FEW_COMMAS:
+        return 0
+    for token in [*tokens, "and"]:
+        if token not in _PAUSES and token not in _STOPS and token not in ("and", "or"):
+            piece += 1
+            continue
+        if piece:
+            run = run + 1 if piece <= SHORT_PIECE else 0
+        longest, piece = max(longest, run), 0
+    return longest
 
 
 def words(text: str) -> list[str]:
@@ -107,7 +126,7 @@ def _open(word: str) -> list[str]:
     """Return the words of a contraction: "i'm", "don't", "it's"; a possessive loses its s."""
     base, _, end = word.partition("'")
     if end == "t" and base.endswith("n"):
-        return [base[:-1], "not"]
+        return [base[:-1], "not"] if base != "n" else ["not"]
     if end == "s":
         return [base, "is"] if base in _IS else [base]
     return [base, _ENDINGS[end]] if end in _ENDINGS else [word]
@@ -267,6 +286,7 @@ class Parser:
             tuple(points),
             known,
             last_question,
+            _enumerated(tokens),
         )
 
     def _sentence(

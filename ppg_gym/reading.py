@@ -17,6 +17,7 @@ from ppg_gym.parsing import Claim, Parsed, Parser, spoken
 
 REPEAT_WINDOW = 6  # own lines; the same words within so many turns are a repetition, unless they answer
 MOST_WORDS = 60
+MOST_LISTED = 5  # items of one enumeration
 KNOWN_SHARE = 0.5  # below it, a reply is gibberish
 
 
@@ -119,7 +120,7 @@ class Reader:
             return Reading(track.state, "repeating", slot, "", fact)
         others = len(named) - (slot in named)
         beside = len(set(said.points) - set(heard.points)) if said.points else 0
-        if others >= 2 or beside >= 2 or said.length > MOST_WORDS:
+        if others >= 2 or beside >= 2 or said.length > MOST_WORDS or said.listed > MOST_LISTED:
             return Reading(track.state, "listing", slot, "", fact)
         shown = set(said.marks)
         if said.question:

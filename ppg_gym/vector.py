@@ -111,8 +111,8 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         infos: dict[str, Any] = {}
         for i, (conversation, said) in zip(which, self.game.open(personas, rngs), strict=True):
             self._conversations[i], self._messages[i] = conversation, said.text
-            self._over[i] = said.status != "ok"
-            infos = self._add_info(infos, start_info(conversation, self.game.reachable), i)
+            self._over[i] = False
+            infos = self._add_info(infos, start_info(conversation, said, self.game.reachable), i)
         return infos
 
     def step(self, actions: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], Arrays, Arrays, Arrays, dict[str, Any]]:
@@ -121,6 +121,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         Raises:
             ValueError: Not N strings.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
+            FailureRateError: The judge gave too many replies no score.
             RuntimeError: ``reset`` was never called.
         """
         if len(actions) != self.num_envs:
@@ -170,6 +171,10 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
     def _observations(self) -> dict[str, tuple[str, ...]]:
         instructions = tuple("" if c is None else c.persona.instruction for c in self._conversations)
         return {"instruction": instructions, "message": tuple(self._messages)}
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Let go of what judge and partner hold."""
+        self.game.close()
 
     def render(self) -> tuple[str, ...] | None:
         """Return every conversation so far as text (``ansi``), else None."""

@@ -6,39 +6,14 @@ Run after changing those lists: ``python scripts/make_personas.py``. Seeded; wri
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from ppg_gym.conversation import Persona
+from ppg_gym.data.persona_maker import Facts, draw, save_personas
 from ppg_gym.domain import DOMAINS, SPLITS, load
 
-NAMES = [
-    "Anna",
-    "Ben",
-    "Carla",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Hugo",
-    "Iris",
-    "Jonas",
-    "Kira",
-    "Leo",
-    "Mia",
-    "Noah",
-    "Olga",
-    "Paul",
-    "Quinn",
-    "Rosa",
-    "Sam",
-    "Tara",
-    "Uma",
-    "Victor",
-    "Wanda",
-    "Yusuf",
-]
 COUNTS = {"train": 256, "held-out": 128}
 SEED = 20260306
 
@@ -49,24 +24,13 @@ def main() -> None:
     for number, name in enumerate(DOMAINS):
         rng = np.random.default_rng([SEED, number])
         domain = load(name)
-        seen: set[tuple[str, ...]] = set()
+        seen: set[Facts] = set()
         for split in SPLITS:
-            lines = []
-            while len(lines) < COUNTS[split]:
-                facts = {slot: str(rng.choice(list(values))) for slot, values in domain.slots.items()}
-                if tuple(facts.values()) in seen:
-                    continue
-                seen.add(tuple(facts.values()))
-                called = str(rng.choice(NAMES))
-                record = {
-                    "id": f"{name}-{split}-{len(lines):03d}",
-                    "domain": name,
-                    "name": called,
-                    "instruction": domain.instruct(called, facts),
-                    "facts": facts,
-                }
-                lines.append(json.dumps(record))
-            (root / name / f"personas-{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            personas = [
+                Persona(f"{name}-{split}-{i:03d}", domain.instruct(called, facts), facts, name, called)
+                for i, (called, facts) in enumerate(draw(domain, COUNTS[split], rng, seen))
+            ]
+            save_personas(root / name / f"personas-{split}.jsonl", personas)
 
 
 if __name__ == "__main__":

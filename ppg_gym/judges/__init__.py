@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, Protocol
 
+from ppg_gym import named
 from ppg_gym.conversation import Conversation, Persona, Verdict
 
-JUDGES = ("facts",)
+JUDGES = {
+    "facts": "ppg_gym.judges.facts:FactsJudge",
+    "llm": "ppg_gym.judges.llm:LLMJudge",
+    "nli": "ppg_gym.judges.nli:NLIJudge",
+    "learned": "ppg_gym.judges.learned:LearnedJudge",
+}
 
 
 class JudgeError(RuntimeError):
@@ -22,8 +27,16 @@ class JudgeError(RuntimeError):
         self.verdict = verdict
 
 
+class FailureRateError(RuntimeError):
+    """Too many replies were not scored; the message shows examples."""
+
+
 class Judge(Protocol):
-    """Scores the newest reply of many conversations at once. Holds no state of its own."""
+    """Scores the newest reply of many conversations at once. Holds nothing of a conversation.
+
+    A judge that spends its time waiting for a server says so with an attribute ``waits = True``; the partner
+    then speaks meanwhile. One that holds connections has a method ``close()``.
+    """
 
     def check(self, persona: Persona) -> None:
         """Raise a ValueError when this judge can not judge replies of this persona."""
@@ -35,17 +48,11 @@ class Judge(Protocol):
 
 
 def make(name: str, domain: str, options: Mapping[str, Any]) -> Judge:
-    """Return a judge by name.
+    """Return a judge by name: one of ``JUDGES``, or anybody's own as ``package.module:Class``.
 
     Raises:
         ValueError: An unknown name (the nearest one is offered), or an option that the judge does not take.
+        ModuleNotFoundError: The judge's extra is not installed; the message holds the install command.
     """
-    from ppg_gym.judges.facts import FactsJudge
-
-    if name not in JUDGES:
-        near = get_close_matches(str(name), JUDGES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected a judge out of {', '.join(JUDGES)}, got {name!r}{hint}")
-    if options:
-        raise ValueError(f"expected no judge_options for the facts judge, got {sorted(options)}")
-    return FactsJudge(domain)
+    made: Judge = named.make("judge", name, JUDGES, domain, options)
+    return made

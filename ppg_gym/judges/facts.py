@@ -7,9 +7,11 @@ reply in words from outside that vocabulary is not recognised.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.named import refuse_options
 from ppg_gym.reading import Reading, reader
 
 _WHY = {
@@ -37,9 +39,11 @@ class FactsJudge:
 
     Args:
         domain: Name of an embedded domain.
+        options: None are taken.
     """
 
-    def __init__(self, domain: str) -> None:
+    def __init__(self, domain: str, options: Mapping[str, Any] | None = None) -> None:
+        refuse_options("facts judge", options)
         self._reader = reader(domain)
 
     def check(self, persona: Persona) -> None:
@@ -54,7 +58,7 @@ class FactsJudge:
             raise ValueError(
                 f"the facts judge of {self._reader.domain.name!r} expected a persona with a known value for each of"
                 f" {', '.join(slots)}; persona {persona.id!r} has none for {', '.join(wrong)}."
-                ' Judge personas that are prose with judge="llm" or judge="nli" (planned, not in this version)'
+                ' Judge personas that are prose with judge="llm" or judge="nli"'
             )
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ppg_gym import named
 from ppg_gym.conversation import Conversation
 
-PARTNERS = ("scripted", "console")
+PARTNERS = {
+    "scripted": "ppg_gym.partners.scripted:ScriptedPartner",
+    "llm": "ppg_gym.partners.llm:LLMPartner",
+    "console": "ppg_gym.partners.console:ConsolePartner",
+}
 
 
 class Said(NamedTuple):
-    """A partner's line and how it came about; any status but ``ok`` truncates the conversation."""
+    """A partner's line and how it came about.
+
+    Any status but ``ok`` truncates the conversation: the text is empty, and the status names the partner's fault.
+    """
 
     text: str
     status: str = "ok"
 
 
 class Partner(Protocol):
-    """Speaks the next line of many conversations at once. Holds no state of its own."""
+    """Speaks the next line of many conversations at once. Holds nothing of a conversation.
+
+    Attributes ``waits`` and ``hears_verdicts`` say that it spends its time waiting for a server, and that it
+    must have the verdict on the last reply; both are False when they are missing. One that holds connections
+    has a method ``close()``; one that waits may have ``abandon()``, called from another thread while ``speak`` waits.
+    """
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Return one line per conversation, drawing only from that conversation's generator."""
@@ -29,18 +41,11 @@ class Partner(Protocol):
 
 
 def make(name: str, domain: str, options: Mapping[str, Any]) -> Partner:
-    """Return a partner by name.
+    """Return a partner by name: one of ``PARTNERS``, or anybody's own as ``package.module:Class``.
 
     Raises:
         ValueError: An unknown name (the nearest one is offered), or an option that the partner does not take.
+        ModuleNotFoundError: The partner's extra is not installed; the message holds the install command.
     """
-    from ppg_gym.partners.console import ConsolePartner
-    from ppg_gym.partners.scripted import ScriptedPartner
-
-    if name not in PARTNERS:
-        near = get_close_matches(str(name), PARTNERS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected a partner out of {', '.join(PARTNERS)}, got {name!r}{hint}")
-    if options:
-        raise ValueError(f"expected no partner_options for the {name} partner, got {sorted(options)}")
-    return ScriptedPartner(domain) if name == "scripted" else ConsolePartner()
+    made: Partner = named.make("partner", name, PARTNERS, domain, options)
+    return made

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.named import refuse_options
 from ppg_gym.partners import Said
 
 
@@ -15,6 +17,11 @@ class ConsolePartner:
 
     An empty line or end of input ends the conversation.
     """
+
+    hears_verdicts = True
+
+    def __init__(self, domain: str, options: Mapping[str, Any] | None = None) -> None:
+        refuse_options("console partner", options)
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Ask for one line per conversation."""

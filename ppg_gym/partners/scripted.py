@@ -5,11 +5,13 @@ It reads what the policy said (through :mod:`ppg_gym.reading`), never what the j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ppg_gym.conversation import Conversation, Line
+from ppg_gym.named import refuse_options
 from ppg_gym.partners import Said
 from ppg_gym.reading import Track, reader
 
@@ -26,9 +28,11 @@ class ScriptedPartner:
 
     Args:
         domain: Name of an embedded domain.
+        options: None are taken.
     """
 
-    def __init__(self, domain: str) -> None:
+    def __init__(self, domain: str, options: Mapping[str, Any] | None = None) -> None:
+        refuse_options("scripted partner", options)
         self._reader = reader(domain)
         self._domain = self._reader.domain
         self._recall_chance = float(self._domain.options.get("recall_chance", 0.0))

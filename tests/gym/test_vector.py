@@ -77,7 +77,8 @@ def test_the_same_seeds_give_the_conversations_of_single_environments(mode: str,
         observations, infos = envs.reset(seed=SEEDS)
         for i in range(N):
             assert {key: column[i] for key, column in observations.items()} == shown[i][0][0]
-            assert {key: infos[key][i] for key in ("turn", "persona", "reachable")} == shown[i][0][1]
+            started = {key: infos[key][i] for key in ("turn", "persona", "reachable")}
+            assert started | {"partner": {"status": infos["partner"]["status"][i]}} == shown[i][0][1]
         for t in range(load(domain).turns):
             step = envs.step(tuple(replies[t] for replies in told))
             for i in range(N):

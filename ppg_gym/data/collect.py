@@ -1,0 +1,123 @@
+"""Many files into one set of dialogues and one of personas, without doubles.
+
+Reads through `ppg_gym.data.formats` alone and writes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from ppg_gym.conversation import Persona
+from ppg_gym.data.files import shorten
+from ppg_gym.data.formats import PERSONA_FORMATS, read, read_dialogues
+from ppg_gym.data.report import Report
+from ppg_gym.dialogues import DataError, LoggedDialogue, persona_id
+from ppg_gym.personas import persona_key
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was read from many files.
+
+    Attributes:
+        dialogues: In the order of the files, each once.
+        listed: The personas of persona files, in order.
+        reports: One per file.
+        notes: What was left out or renamed between files, one sentence each.
+    """
+
+    dialogues: list[LoggedDialogue]
+    listed: list[Persona]
+    reports: list[Report]
+    notes: list[str]
+
+    def personas(self) -> tuple[list[Persona], list[str]]:
+        """Return every persona once, those of persona files first, and what was left out, in sentences.
+
+        Personas are told apart by the words of their instruction. One whose id belongs to another one gets
+        the id that its words give.
+
+        Raises:
+            DataError: The personas are of several domains; a persona file holds one.
+        """
+        given = [*self.listed, *(dialogue.persona for dialogue in self.dialogues)]
+        domains = sorted({persona.domain for persona in given})
+        if len(domains) > 1:
+            raise DataError(
+                f"expected personas of one domain for one file, got {', '.join(map(shorten, domains))}; "
+                "import the files of each domain alone"
+            )
+        kept: dict[str, Persona] = {}
+        ids: set[str] = set()
+        renamed = 0
+        for persona in given:
+            key = persona_key(persona.instruction)
+            if key in kept:
+                continue
+            if persona.id in ids:
+                persona = replace(persona, id=persona_id(persona.instruction, persona.domain))
+                renamed += 1
+            ids.add(persona.id)
+            kept[key] = persona
+        notes = []
+        if len(self.listed) + len({persona_key(d.persona.instruction) for d in self.dialogues}) > len(kept):
+            notes.append(f"{len(kept)} different personas are kept, each once")
+        if renamed:
+            notes.append(f"{renamed} personas got a new id: theirs belongs to another one")
+        return list(kept.values()), notes
+
+
+def collect(
+    paths: Sequence[str | os.PathLike[str]],
+    format: str = "auto",
+    domain: str | None = None,
+    dialogues_only: bool = False,
+) -> Collected:
+    """Read many files.
+
+    A dialogue's ``source`` is the file's name, with as many folders before it as tell the files apart.
+
+    Args:
+        paths: The files.
+        format: See `ppg_gym.data.formats.read`; the same for all files.
+        domain: See there.
+        dialogues_only: Refuse persona files.
+
+    Raises:
+        DataError: A file that is refused; the message says where and why.
+    """
+    names = _names(paths)
+    dialogues: dict[tuple[Any, ...], LoggedDialogue] = {}
+    listed: list[Persona] = []
+    reports: list[Report] = []
+    doubles = 0
+    for path, name in zip(paths, names, strict=True):
+        items, report = (read_dialogues if dialogues_only else read)(path, format, domain)
+        reports.append(report)
+        if report.format in PERSONA_FORMATS:
+            listed += cast("list[Persona]", items)
+            continue
+        for dialogue in cast("list[LoggedDialogue]", items):
+            if dialogue.source == Path(path).name:
+                dialogue = replace(dialogue, source=name)
+            key = (dialogue.source, dialogue.index, dialogue.speaker, dialogue.persona.instruction, dialogue.turns)
+            doubles += key in dialogues
+            dialogues.setdefault(key, dialogue)
+    notes = [f"{doubles} dialogues left out: they are there already, from the same place"] if doubles else []
+    return Collected(list(dialogues.values()), listed, reports, notes)
+
+
+def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Return each file's name with the fewest folders before it that tell different files apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    names = []
+    for own in parts:
+        depth = 1
+        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in parts if other != own):
+            depth += 1
+        names.append("/".join(own[-depth:]))
+    return names

@@ -1,0 +1,267 @@
+"""The project's own dialogue files: ``ppg-dialogue/1``, and trajectories ``ppg-trajectory/1`` read as dialogues.
+
+A line of ``ppg-dialogue/1`` is one judged speaker's side of a dialogue::
+
+    {"schema": "ppg-dialogue/1", "domain": "chatting",
+     "persona": {"id": "…", "name": "…", "instruction": "…", "facts": {}},
+     "source": "file.json", "index": 0, "speaker": 2,
+     "turns": [{"message": "…", "reply": "…",
+                "verdict": {"status": "scored", "score": 1.0, "rationale": "…", "kind": "", "raw": "…"}}]}
+
+``schema``, ``domain``, ``persona.id``, ``persona.instruction`` and ``turns`` are needed; a turn needs ``message``
+and ``reply``, a verdict ``status`` and ``score``. A turn without a verdict (or with null) was not judged. What is
+written can be read back unchanged. A file with a bad line is refused whole.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ppg_gym.conversation import Persona, Verdict
+from ppg_gym.data.files import Problem, RefusedError, json_lines, shorten, write_lines
+from ppg_gym.data.report import Report, of_dialogues
+from ppg_gym.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, persona_id
+
+SCHEMA = "ppg-dialogue/1"
+TRAJECTORY_SCHEMA = "ppg-trajectory/1"
+
+
+class _FaultError(ValueError):
+    """What is wrong with one line."""
+
+
+def to_record(dialogue: LoggedDialogue) -> dict[str, Any]:
+    """Return a dialogue as one object of ``ppg-dialogue/1``."""
+    persona = dialogue.persona
+    return {
+        "schema": SCHEMA,
+        "domain": dialogue.domain,
+        "persona": {
+            "id": persona.id,
+            "name": persona.name,
+            "instruction": persona.instruction,
+            "facts": dict(persona.facts),
+        },
+        "source": dialogue.source,
+        "index": dialogue.index,
+        "speaker": dialogue.speaker,
+        "turns": [
+            {
+                "message": turn.message,
+                "reply": turn.reply,
+                "verdict": {**turn.verdict.to_dict(), "raw": turn.verdict.raw},
+            }
+            for turn in dialogue.turns
+        ],
+    }
+
+
+def from_record(
+    record: Mapping[str, Any], source: str = "", index: int = 0, domain: str | None = None
+) -> LoggedDialogue:
+    """Return the dialogue of an object of ``ppg-dialogue/1``.
+
+    Args:
+        record: The object.
+        source: Stands in for a missing ``source``.
+        index: Stands in for a missing ``index``.
+        domain: Refuse any other; fills in an empty one.
+
+    Raises:
+        ValueError: A key is missing, unknown or holds something else than expected.
+    """
+    _keys(record, "", ("schema", "domain", "persona", "turns"), ("source", "index", "speaker"))
+    if record["schema"] != SCHEMA:
+        raise _FaultError(f"key 'schema': expected {SCHEMA!r}, got {shorten(record['schema'])}")
+    entry = _object(record, "persona", "")
+    _keys(entry, "persona.", ("id", "instruction"), ("name", "facts"))
+    facts = _object(entry, "facts", "persona.") if "facts" in entry else {}
+    own = _own_domain(_take(record, "domain", str, ""), domain)
+    persona = Persona(
+        id=_text(entry, "id", "persona."),
+        instruction=_text(entry, "instruction", "persona."),
+        facts={slot: _take(facts, slot, str, "persona.facts.") for slot in facts},
+        domain=own,
+        name=_take(entry, "name", str, "persona.") if "name" in entry else "",
+    )
+    turns = _take(record, "turns", list, "")
+    if not turns:
+        raise _FaultError("key 'turns': expected at least one turn, got none")
+    speaker = _take(record, "speaker", int, "") if "speaker" in record else 2
+    if speaker not in (1, 2):
+        raise _FaultError(f"key 'speaker': expected 1 or 2, got {speaker}")
+    return LoggedDialogue(
+        domain=own,
+        persona=persona,
+        turns=tuple(_turn(turn, f"turns[{i}]") for i, turn in enumerate(turns)),
+        source=_take(record, "source", str, "") if "source" in record else source,
+        index=_take(record, "index", int, "") if "index" in record else index,
+        speaker=speaker,
+    )
+
+
+def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[LoggedDialogue]) -> None:
+    """Write dialogues as ``ppg-dialogue/1``, one per line; the file is replaced in one step."""
+    write_lines(path, map(to_record, dialogues))
+
+
+def read_records(path: str | os.PathLike[str], text: str, domain: str | None) -> tuple[list[LoggedDialogue], Report]:
+    """Read ``ppg-dialogue/1``.
+
+    Raises:
+        RefusedError: Any line is bad; every bad line is named.
+    """
+    dialogues: list[LoggedDialogue] = []
+    problems: list[Problem] = []
+    for number, record in json_lines(text):
+        if isinstance(record, Problem):
+            problems.append(record)
+            continue
+        try:
+            dialogues.append(from_record(record, Path(path).name, number - 1, domain))
+        except ValueError as fault:
+            problems.append(Problem(number, "", str(fault)))
+    if problems:
+        raise RefusedError(path, problems)
+    return dialogues, of_dialogues(path, "dialogues", dialogues)
+
+
+def read_trajectories(
+    path: str | os.PathLike[str], text: str, domain: str | None
+) -> tuple[list[LoggedDialogue], Report]:
+    """Read ``ppg-trajectory/1`` as dialogues: what was said and judged, without tokens.
+
+    A conversation without a turn, without an instruction, and a last line that a crash tore off are skipped. A
+    turn without a verdict takes its reward for a score where that is one.
+
+    Raises:
+        RefusedError: Any other line is bad; every bad line is named.
+    """
+    dialogues: list[LoggedDialogue] = []
+    problems: list[Problem] = []
+    skipped: list[Problem] = []
+    last = text.count("\n") + 1
+    for number, record in json_lines(text):
+        if isinstance(record, Problem):
+            torn = number == last and record.detail.startswith("invalid JSON")
+            (skipped if torn else problems).append(
+                Problem(number, f"line {number}", "the last line is torn off") if torn else record
+            )
+            continue
+        try:
+            dialogue = _trajectory(record, Path(path).name, number - 1, domain)
+        except ValueError as fault:
+            problems.append(Problem(number, "", str(fault)))
+            continue
+        if isinstance(dialogue, str):
+            skipped.append(Problem(number, f"line {number}", dialogue))
+        else:
+            dialogues.append(dialogue)
+    if problems:
+        raise RefusedError(path, problems)
+    return dialogues, of_dialogues(path, "trajectories", dialogues, skipped, "conversation")
+
+
+def _trajectory(record: Mapping[str, Any], source: str, index: int, domain: str | None) -> LoggedDialogue | str:
+    """Return the dialogue of a trajectory, or why it holds none."""
+    if record.get("schema") != TRAJECTORY_SCHEMA:
+        raise _FaultError(f"key 'schema': expected {TRAJECTORY_SCHEMA!r}, got {shorten(record.get('schema'))}")
+    instruction = _take(record, "instruction", str, "")
+    own = _own_domain(_take(record, "domain", str, ""), domain)
+    name = _take(record, "persona", str, "")
+    turns = tuple(_played(turn, f"turns[{i}]") for i, turn in enumerate(_take(record, "turns", list, "")))
+    if not turns:
+        return "no turn was played"
+    if not instruction.strip():
+        return "no instruction"
+    persona = Persona(name or persona_id(instruction, own), instruction, domain=own)
+    return LoggedDialogue(own, persona, turns, source, index, speaker=2)
+
+
+def _played(turn: Any, where: str) -> LoggedTurn:
+    if not isinstance(turn, Mapping):
+        raise _FaultError(f"{where}: expected an object, got {shorten(turn)}")
+    said = _object(turn, "verdict", f"{where}.") if turn.get("verdict") else {}
+    reward = turn.get("reward")
+    if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
+        raise _FaultError(f"{where}.reward: expected a number or null, got {shorten(reward)}")
+    if said:
+        texts = {key: said[key] for key in ("rationale", "kind", "raw") if key in said}
+        verdict = _verdict({"status": said.get("status"), "score": said.get("score"), **texts}, f"{where}.verdict")
+    elif reward is None or not math.isfinite(reward):
+        verdict = NO_VERDICT
+    elif 0.0 <= reward <= 1.0:
+        verdict = Verdict("scored", float(reward))
+    else:
+        verdict = Verdict("error", None, f"The reward {reward} is no score in [0, 1].")
+    return LoggedTurn(_take(turn, "message", str, f"{where}."), _take(turn, "reply", str, f"{where}."), verdict)
+
+
+def _turn(turn: Any, where: str) -> LoggedTurn:
+    if not isinstance(turn, Mapping):
+        raise _FaultError(f"{where}: expected an object, got {shorten(turn)}")
+    _keys(turn, f"{where}.", ("message", "reply"), ("verdict",))
+    verdict = NO_VERDICT
+    if turn.get("verdict") is not None:
+        verdict = _verdict(_object(turn, "verdict", f"{where}."), f"{where}.verdict")
+    return LoggedTurn(_take(turn, "message", str, f"{where}."), _take(turn, "reply", str, f"{where}."), verdict)
+
+
+def _verdict(said: Mapping[str, Any], where: str) -> Verdict:
+    _keys(said, f"{where}.", ("status", "score"), ("rationale", "kind", "raw"))
+    score = said["score"]
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+        raise _FaultError(f"{where}.score: expected a number or null, got {shorten(score)}")
+    texts = {key: _take(said, key, str, f"{where}.") for key in ("rationale", "kind", "raw") if key in said}
+    status = _take(said, "status", str, f"{where}.")
+    try:
+        return Verdict(status, None if score is None else float(score), **texts)
+    except ValueError as error:
+        raise _FaultError(f"{where}: {error}") from error
+
+
+def _own_domain(own: str, domain: str | None) -> str:
+    if domain is not None and own not in ("", domain):
+        raise _FaultError(f"key 'domain': expected {domain!r}, got {own!r}")
+    return own or domain or ""
+
+
+def _keys(entry: Mapping[str, Any], where: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
+    for key in needed:
+        if key not in entry:
+            raise _FaultError(f"missing key '{where}{key}'")
+    known = (*needed, *optional)
+    for key in entry:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+            raise _FaultError(f"unknown key '{where}{key}'; {hint}")
+
+
+def _take(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    if key not in entry:
+        raise _FaultError(f"missing key '{where}{key}'")
+    value = entry[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        names = {str: "a string", int: "a whole number", list: "a list"}
+        raise _FaultError(f"key '{where}{key}': expected {names[kind]}, got {shorten(value)}")
+    return value
+
+
+def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
+    value: str = _take(entry, key, str, where)
+    if not value.strip():
+        raise _FaultError(f"key '{where}{key}': expected text, got an empty string")
+    return value
+
+
+def _object(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    value = entry[key]
+    if not isinstance(value, Mapping):
+        raise _FaultError(f"key '{where}{key}': expected an object, got {shorten(value)}")
+    return value

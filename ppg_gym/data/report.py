@@ -1,0 +1,168 @@
+"""What was read from a file, in numbers and sentences: the report of every reader, as JSON and as a table.
+
+Counts what the readers hand over; reads no file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppg_gym.conversation import Persona
+from ppg_gym.data.files import Problem, first_places
+from ppg_gym.dialogues import NO_VERDICT, FileReport, LoggedDialogue
+from ppg_gym.personas import persona_key
+
+
+@dataclass(frozen=True)
+class Report(FileReport):
+    """What was read from one file of any format.
+
+    ``judged_lines`` = ``scored`` + ``unparsed`` + judged lines without a score for another reason.
+    ``polarity`` is empty where a file holds scores, or none, instead of YES and NO; ``yes_share`` and
+    ``neither`` then count nothing.
+
+    Attributes:
+        format: Name of the format.
+        personas: Different personas, told apart by the words of their instruction.
+        consistent: Mean of the scores; None when nothing is scored.
+        left_out: Rows or dialogues that are skipped, and judged lines without a score for another reason than
+            ``unparsed``.
+        problems: What is skipped, one by one.
+        notes: What was changed while reading, one sentence each.
+    """
+
+    format: str = ""
+    personas: int = 0
+    consistent: float | None = None
+    left_out: int = 0
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON; what does not apply to the format is None."""
+        answers = bool(self.polarity)
+        return {
+            "path": self.path,
+            "format": self.format,
+            "dialogues": self.dialogues,
+            "lines": self.lines,
+            "judged_lines": self.judged_lines,
+            "scored": self.scored,
+            "unparsed": self.unparsed,
+            "consistent": self.consistent,
+            "personas": self.personas,
+            "polarity": self.polarity or None,
+            "yes_share": self.yes_share if answers else None,
+            "neither": self.neither if answers else None,
+            "skipped": self.left_out,
+            "notes": [*self.skipped, *self.notes],
+        }
+
+
+def of_dialogues(
+    path: str | os.PathLike[str],
+    format: str,
+    dialogues: Sequence[LoggedDialogue],
+    problems: Sequence[Problem] = (),
+    unit: str = "dialogue",
+    notes: Sequence[str] = (),
+) -> Report:
+    """Return the report of dialogues whose verdicts are scores, or that have none.
+
+    Args:
+        path: The file.
+        format: Name of its format.
+        dialogues: What was read.
+        problems: What was skipped.
+        unit: What a problem is about: ``row``, ``dialogue`` or ``line``.
+        notes: What was changed.
+    """
+    verdicts = [turn.verdict for dialogue in dialogues for turn in dialogue.turns if turn.verdict != NO_VERDICT]
+    statuses = Counter(verdict.status for verdict in verdicts)
+    failed = {status: n for status, n in sorted(statuses.items()) if status not in ("scored", "unparsed")}
+    skipped = list(sentences(problems, unit))
+    if failed:
+        which = ", ".join(f"{status} {n}" for status, n in failed.items())
+        skipped.append(f"{sum(failed.values())} judged lines carry no score: {which}")
+    return Report(
+        path=str(path),
+        dialogues=len({(dialogue.source, dialogue.index) for dialogue in dialogues}),
+        judged_lines=len(verdicts),
+        scored=statuses["scored"],
+        unparsed=statuses["unparsed"],
+        polarity="",
+        skipped=tuple(skipped),
+        lines=_lines(dialogues),
+        format=format,
+        personas=len({persona_key(dialogue.persona.instruction) for dialogue in dialogues}),
+        consistent=mean_score(dialogues),
+        left_out=len(problems) + sum(failed.values()),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def of_personas(path: str | os.PathLike[str], format: str, personas: Sequence[Persona]) -> Report:
+    """Return the report of a persona file."""
+    different = len({persona_key(persona.instruction) for persona in personas})
+    notes = (f"{len(personas)} entries, {different} of them different",) if different < len(personas) else ()
+    return Report(str(path), 0, 0, 0, 0, "", format=format, personas=different, notes=notes)
+
+
+def mean_score(dialogues: Sequence[LoggedDialogue]) -> float | None:
+    """Return the mean score of the scored replies, None when there is none."""
+    verdicts = (turn.verdict for dialogue in dialogues for turn in dialogue.turns)
+    scores = [verdict.score for verdict in verdicts if verdict.score is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def sentences(problems: Sequence[Problem], unit: str) -> tuple[str, ...]:
+    """Return one sentence per reason: how many, why, and the first places."""
+    by_reason: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_reason[problem.why].append(problem)
+    return tuple(
+        f"{len(found)} {unit}{'s' if len(found) > 1 else ''} skipped: {why} ({first_places(found)})"
+        for why, found in by_reason.items()
+    )
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Return the reports as a plain table, one line per file, and their sentences below it."""
+    head = ("file", "format", "dialogues", "lines", "judged", "scored", "unparsed", "consistent", "personas", "skipped")
+    rows: list[tuple[str, ...]] = [(*head, "polarity")]
+    for report in reports:
+        share = "-" if report.consistent is None else f"{report.consistent:.3f}"
+        counts = (report.dialogues, report.lines, report.judged_lines, report.scored, report.unparsed)
+        ending = (share, str(report.personas), str(report.left_out), report.polarity or "-")
+        rows.append((_name(report.path), report.format, *map(str, counts), *ending))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = {0, 1, len(head)}
+    lines = [
+        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    notes = [f"{_name(report.path)}: {note}" for report in reports for note in (*report.skipped, *report.notes)]
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
+
+
+def _lines(dialogues: Sequence[LoggedDialogue]) -> int:
+    """Return how many lines were said: the replies of both sides, or of one side with what it answers."""
+    sides: dict[tuple[str, int], list[LoggedDialogue]] = defaultdict(list)
+    for dialogue in dialogues:
+        sides[dialogue.source, dialogue.index].append(dialogue)
+    total = 0
+    for found in sides.values():
+        total += sum(len(side.turns) for side in found)
+        if len(found) == 1:
+            turns = found[0].turns
+            total += len(turns) - (not turns[0].message)
+    return total
+
+
+def _name(path: str) -> str:
+    return "/".join(path.replace(os.sep, "/").split("/")[-2:])

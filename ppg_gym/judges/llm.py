@@ -1,0 +1,333 @@
+"""The LLM judge: a chat model says whether a reply is consistent, framed, answered to a schema, read strictly.
+
+The metrics follow Abdulhai et al., "Consistently Simulating Human Personas with Multi-Turn Reinforcement
+Learning" (arXiv 2511.00222). A call that fails or an answer that can not be read is never a number.
+
+What costs no call, and is a rule rather than the model's verdict, scores 0: a reply of control tokens alone (kind
+``meta``), and what :mod:`ppg_gym.judges.rules` calls silence, copying and repeating.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from ppg_gym import domain as domains
+from ppg_gym.conversation import Conversation, Line, Persona, Status, Verdict
+from ppg_gym.judges import framing, questions, verdicts
+from ppg_gym.judges.rules import rule_verdict
+from ppg_gym.llm import background
+from ppg_gym.llm.client import Chat, ChatClient, Request
+from ppg_gym.llm.settings import ClientSettings
+from ppg_gym.llm.sharing import lease, release
+from ppg_gym.sanitise import holds_control, plain
+
+WARM = 0.7  # temperature of several samples, and of a new try at an answer that could not be read
+BETWEEN = "\n-----\n"  # stands between several answers in `Verdict.raw`
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The judge's own options; the client's are :class:`~ppg_gym.llm.settings.ClientSettings`.
+
+    Attributes:
+        metric: ``prompt-to-line`` (the reply does not contradict the persona's description), ``line-to-line`` (nor
+            any of the persona's own earlier lines that are shown; a first line has none, so it scores 1 unless it
+            is a trick, with the kind ``first_line``), or ``qa`` (the share of the questions about the persona that
+            the reply touches and answers in agreement).
+        scale: ``binary``, or ``graded``: 1 to 5, scored (grade - 1) / 4. ``qa`` is a share and has no grades.
+        samples: Odd number of answers per reply. The score is their median: for ``binary`` the majority, for
+            ``graded`` a grade that was given, which one gullible sample can not move. Every sample has to be read.
+        retries: New samples in place of each answer that can not be read.
+        history: Earlier lines shown, of both speakers.
+        max_chars: Length of each text at most; longer ones are cut with a mark.
+        temperature: None: 0 for one sample, else ``WARM``.
+        max_tokens: Length of an answer at most.
+        max_rationale: Characters of the rationale at most, as ``maxLength`` of the schema: keeps a talkative model
+            within ``max_tokens`` where the server honours it (vLLM does; OpenAI refuses the keyword); None: not sent.
+        schema: Whether the JSON schema goes to the server: ``always``, ``never``, or ``auto`` (if it honours it).
+        questions: For ``qa``: questions per persona at most.
+        untouched: For ``qa``: the score of a reply that touches no question, with the kind ``untouched``. The share
+            is 0/0 there: no failure, as nothing went wrong, and neither 1, which would pay for never saying
+            anything of oneself, nor 0, which would punish a greeting. The middle keeps the order: a fact told
+            truly, no fact, a contradiction.
+
+    Raises:
+        ValueError: A value of the wrong type or range.
+    """
+
+    metric: str = "prompt-to-line"
+    scale: str = "binary"
+    samples: int = 1
+    retries: int = 2
+    history: int = 12
+    max_chars: int = 8000
+    temperature: float | None = None
+    max_tokens: int = 400
+    max_rationale: int | None = None
+    schema: str = "auto"
+    questions: int = 8
+    untouched: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                near = get_close_matches(str(value), known, n=1)
+                raise _wrong(name, f"one of {', '.join(known)}", value, f"; did you mean {near[0]!r}?" if near else "")
+        least = {"samples": 1, "retries": 0, "history": 0, "max_chars": 100, "max_tokens": 16, "questions": 1}
+        for name, at_least in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < at_least:
+                raise _wrong(name, f"a whole number of at least {at_least}", value)
+        if self.max_rationale is not None and (type(self.max_rationale) is not int or self.max_rationale < 1):
+            raise _wrong("max_rationale", "a whole number of at least 1 or none", self.max_rationale)
+        if self.samples % 2 == 0:
+            raise _wrong("samples", "an odd number", self.samples)
+        if not _number(self.untouched) or not 0.0 <= self.untouched <= 1.0:
+            raise _wrong("untouched", "a number in [0, 1]", self.untouched)
+        if self.temperature is not None and (not _number(self.temperature) or not 0.0 <= self.temperature <= 2.0):
+            raise _wrong("temperature", "a number in [0, 2] or none", self.temperature)
+        if self.samples > 1 and self.temperature == 0:
+            raise _wrong("temperature", "a number above 0 for several samples, which would all be the same", 0)
+        if self.metric == "qa" and self.scale != "binary":
+            raise _wrong("scale", "'binary' for the metric 'qa', which is a share", self.scale)
+        if self.metric == "line-to-line" and self.history < 2:
+            raise _wrong("history", "at least 2 for the metric 'line-to-line'", self.history)
+
+
+_CHOICES = {"metric": verdicts.METRICS, "scale": verdicts.SCALES, "schema": ("auto", "always", "never")}
+_OWN = tuple(field.name for field in dataclasses.fields(JudgeOptions))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(name: str, expected: str, got: object, hint: str = "") -> ValueError:
+    return ValueError(f"judge_options[{name!r}]: expected {expected}, got {got!r}{hint}")
+
+
+class _Case(NamedTuple):
+    """What there is to know for judging one reply."""
+
+    messages: framing.Messages
+    own_lines: tuple[int, ...]  # numbers of the persona's earlier lines shown
+    questions: int
+
+
+class _Read(NamedTuple, Generic[T]):
+    """What became of a question: what was read from an answer, or the status and the reason why nothing was."""
+
+    value: T | None
+    texts: tuple[str, ...]
+    status: Status = "scored"
+    reason: str = ""
+
+
+class LLMJudge:
+    """Judges by asking a chat model; all conversations of a call are asked about at once.
+
+    Args:
+        domain: Name of a domain; its scenario is told to the model.
+        options: The client's settings and the judge's own (:class:`JudgeOptions`).
+        chat: Who answers; None for a client made from the settings, which are needed only then.
+
+    Attributes:
+        chat: Who answers; its ``counts`` tell what judging has cost.
+        options: The judge's own options.
+
+    Raises:
+        ValueError: An option is unknown, missing or not what it should be.
+    """
+
+    waits = True
+
+    def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
+        if chat is None or "base_url" in options:
+            settings, own = ClientSettings.take(options, "judge_options", _OWN)
+        else:
+            own = dict(options)
+            for name in own.keys() - set(_OWN):
+                near = get_close_matches(str(name), _OWN, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(_OWN)}"
+                raise ValueError(f"judge_options: expected no option {name!r}; {hint}")
+        self.options = JudgeOptions(**own)
+        chosen = self.options
+        self._task = verdicts.task(chosen.metric, chosen.scale, domains.load(domain).scenario)
+        self._shape = verdicts.schema(chosen.metric, chosen.scale, chosen.max_rationale)
+        self._question_shape = questions.schema(chosen.questions)
+        self._questions: dict[str, tuple[questions.Question, ...]] = {}
+        self._own_client: ChatClient | None = None
+        if chat is None:
+            chat = self._own_client = lease(settings)
+        self.chat: Chat = chat
+
+    def check(self, persona: Persona) -> None:
+        """Refuse a persona without a description, or with one that does not fit into a prompt.
+
+        Raises:
+            ValueError: The instruction is empty once sanitised, or longer than ``max_chars``.
+        """
+        limit = self.options.max_chars
+        if not plain(persona.instruction, limit):
+            raise ValueError(f"the LLM judge expected an instruction that describes persona {persona.id!r}, got none")
+        if len(persona.instruction) > limit:
+            raise ValueError(
+                f"the LLM judge expected an instruction of at most {limit} characters for persona {persona.id!r}, got"
+                f" {len(persona.instruction)}; raise judge_options['max_chars']"
+            )
+
+    def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        """Return one verdict per conversation; a failed one leaves the others alone.
+
+        Raises:
+            ValueError: A conversation does not end with a line of the policy.
+            BudgetError: The budget is used up.
+            EndpointError: No endpoint can serve the model.
+        """
+        for conversation in conversations:
+            if not conversation.lines or conversation.lines[-1].speaker != "policy":
+                raise ValueError("expected a conversation that ends with a line of the policy, got one that does not")
+        return background.run(self._judge(conversations))
+
+    def close(self) -> None:
+        """Give the client back, once; a chat that was given belongs to the giver."""
+        client, self._own_client = self._own_client, None
+        if client is not None:
+            release(client)
+
+    async def _judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+        found = [by_rule(conversation) for conversation in conversations]
+        left = [i for i, verdict in enumerate(found) if verdict is None]
+        failed: dict[str, Verdict] = {}
+        if self.options.metric == "qa":
+            new = dict.fromkeys(conversations[i].persona.instruction for i in left)
+            new = {instruction: None for instruction in new if instruction not in self._questions}
+            made = await _all([self._make_questions(instruction) for instruction in new])
+            failed = {instruction: verdict for instruction, verdict in zip(new, made, strict=True) if verdict}
+        asked = [i for i in left if conversations[i].persona.instruction not in failed]
+        given = dict(zip(asked, await _all([self._ask(conversations[i]) for i in asked]), strict=True))
+        return [
+            found[i] or given.get(i) or failed[conversation.persona.instruction]
+            for i, conversation in enumerate(conversations)
+        ]
+
+    async def _ask(self, conversation: Conversation) -> Verdict:
+        case = self._case(conversation)
+        samples = await _all([self._sample(case, number) for number in range(self.options.samples)])
+        return _together(samples)
+
+    def _case(self, conversation: Conversation) -> _Case:
+        *earlier, reply = enumerate(conversation.lines, start=1)
+        shown = earlier[len(earlier) - self.options.history :] if self.options.history < len(earlier) else earlier
+        made: tuple[questions.Question, ...] = ()
+        fields: dict[str, Any] = {}
+        if self.options.metric == "prompt-to-line":
+            fields["persona"] = conversation.persona.instruction
+        elif self.options.metric == "qa":
+            made = self._questions[conversation.persona.instruction]
+            fields["questions"] = [{"number": i, **q._asdict()} for i, q in enumerate(made, start=1)]
+        fields["history"] = [
+            {"line": i, "speaker": "persona" if line.speaker == "policy" else "partner", "text": line.text}
+            for i, line in shown
+        ]
+        fields["reply"] = {"line": reply[0], "text": reply[1].text}
+        own = tuple(i for i, line in shown if line.speaker == "policy")
+        return _Case(framing.frame(fields, self._task, self.options.max_chars), own, len(made))
+
+    async def _sample(self, case: _Case, number: int) -> _Read[verdicts.Opinion]:
+        def read(text: str, finish: str) -> verdicts.Opinion:
+            answer = verdicts.read(text, finish, self._shape)
+            return verdicts.opinion(answer, case.own_lines, case.questions, self.options.untouched)
+
+        temperature = self.options.temperature
+        if temperature is None:
+            temperature = WARM if self.options.samples > 1 else 0.0
+        request = Request(case.messages, temperature, self.options.max_tokens, sample=number)
+        return await self._until_read(request, self._shape, read)
+
+    async def _make_questions(self, instruction: str) -> Verdict | None:
+        """Make the questions about a persona; return the verdict on its replies if that fails."""
+        chosen, shape = self.options, self._question_shape
+        request = Request(
+            questions.messages(instruction, chosen.questions, chosen.max_chars),
+            max_tokens=chosen.questions * questions.MAX_TOKENS,
+        )
+        made = await self._until_read(request, shape, lambda text, finish: questions.read(text, finish, shape))
+        if made.value is None:
+            why = f"No questions about the persona: {made.reason}"
+            return Verdict(made.status, None, why, raw=BETWEEN.join(made.texts))
+        self._questions[instruction] = made.value
+        return None
+
+    async def _until_read(
+        self, request: Request, shape: Mapping[str, Any], read: Callable[[str, str], T]
+    ) -> _Read[T]:
+        """Ask until an answer can be read, ``retries`` times anew; a call that fails is not asked again here."""
+        schema = self.options.schema
+        if schema == "always" or (schema == "auto" and await self.chat.structured()):
+            request = dataclasses.replace(request, schema=shape)
+        texts: list[str] = []
+        reason = ""
+        for attempt in range(1 + self.options.retries):
+            sample = request.sample + attempt * self.options.samples
+            temperature = max(request.temperature, WARM) if attempt else request.temperature
+            seed = sample if temperature else None
+            answer = await self.chat.ask(
+                dataclasses.replace(request, sample=sample, temperature=temperature, seed=seed)
+            )
+            if answer.status != "ok":
+                return _Read(None, tuple(texts), answer.status, plain(answer.reason, verdicts.RATIONALE))
+            texts.append(answer.text)
+            try:
+                return _Read(read(answer.text, answer.finish), tuple(texts))
+            except verdicts.UnparsedError as error:
+                reason = f"{error} ({attempt + 1} of {1 + self.options.retries} answers)"
+        return _Read(None, tuple(texts), "unparsed", reason)
+
+
+def by_rule(conversation: Conversation) -> Verdict | None:
+    """Return the verdict on a newest line that needs no model, or None; see the module's docstring."""
+    reply = conversation.lines[-1].text
+    said = plain(reply, max(len(reply), 100))
+    if holds_control(reply) and not any(char.isalnum() for char in said):
+        return Verdict("scored", 0.0, "The reply holds control tokens and nothing else.", "meta")
+    spoken = Conversation(conversation.persona, (*conversation.lines[:-1], Line("policy", said)))
+    return rule_verdict(spoken)
+
+
+def _together(samples: Sequence[_Read[verdicts.Opinion]]) -> Verdict:
+    """Return the verdict of all samples: their median, or the first failure among them."""
+    raw = BETWEEN.join(text for sample in samples for text in sample.texts)
+    opinions = [sample.value for sample in samples if sample.value is not None]
+    if len(opinions) < len(samples):
+        lost = next(sample for sample in samples if sample.value is None)
+        return Verdict(lost.status, None, lost.reason, raw=raw)
+    score = statistics.median(opinion.score for opinion in opinions)
+    agreeing = [opinion for opinion in opinions if opinion.score == score]
+    kind = statistics.mode(opinion.kind for opinion in agreeing)
+    why = next(opinion.rationale for opinion in agreeing if opinion.kind == kind) or "The model gave no reason."
+    if len(opinions) > 1:
+        why = f"{len(agreeing)} of {len(opinions)} samples agree: {why}"
+    return Verdict("scored", score, why, kind, raw)
+
+
+async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Return all results; when one raises, cancel the others and wait for them before raising."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

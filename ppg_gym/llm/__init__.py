@@ -1,0 +1,1 @@
+"""Chat models behind OpenAI-compatible endpoints: one client for judges and partners (extra ``[llm]``)."""

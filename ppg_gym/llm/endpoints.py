@@ -1,0 +1,308 @@
+"""The endpoints of one model: one call to one of them, and which of them is next.
+
+A call ends in a completion or in a CallError that says whether to try again. Nothing here counts, caches or repeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, NoReturn
+
+from ppg_gym.extras import need
+from ppg_gym.llm.settings import ClientSettings
+
+FIRST_REST = 0.1  # seconds; doubles with every failure in a row
+LONGEST_REST = 30.0
+LONGEST_RETRY_AFTER = 60.0
+IDLE = 3.0  # seconds before an idle connection is dropped; servers drop theirs after 5 s and more
+
+_log = logging.getLogger("ppg_gym.llm")
+
+
+class CallError(Exception):
+    """A call without a usable answer.
+
+    Attributes:
+        status: The status of the answer if this call was the last one.
+        reason: One sentence; never holds a key.
+        again: Whether another call may do better.
+        lost: Whether the endpoint itself is in trouble.
+        after: Seconds that the server asks to wait, if it does.
+        code: The HTTP status, if there was one.
+    """
+
+    def __init__(
+        self,
+        status: Literal["timeout", "refused", "error"],
+        reason: str,
+        *,
+        again: bool = False,
+        lost: bool = False,
+        after: float | None = None,
+        code: int | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.again = again
+        self.lost = lost
+        self.after = after
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A well-formed answer of a server, its text possibly empty; ``tokens`` is None when it reports no usage."""
+
+    text: str
+    finish: str
+    refusal: str
+    tokens: tuple[int, int] | None
+
+
+class Endpoint:
+    """One server, reached through one client of the ``openai`` library."""
+
+    def __init__(self, url: str, settings: ClientSettings) -> None:
+        openai = need("openai", "llm")
+        self.url = url
+        self.load = 0
+        self.streak = 0
+        self.rested_at = -math.inf
+        self.rest_until = -math.inf
+        self.asked_until = -math.inf  # the server's own wish (Retry-After): no success shortens it
+        self._settings = settings
+        self._key = os.environ.get(settings.api_key_env, "")
+        self._openai = openai
+        # The connection pool never limits below `concurrency`: a call holds a place of the Pool before it needs one.
+        size = settings.concurrency + 8
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
+            max_connections=size, max_keepalive_connections=size, keepalive_expiry=IDLE
+        )
+        client = openai.AsyncOpenAI(
+            base_url=url,
+            api_key=self._key or "EMPTY",
+            max_retries=0,
+            # One clock for the whole call (below), none per read: a server that dribbles bytes must end too.
+            timeout=openai.Timeout(None, connect=settings.timeout),
+            http_client=openai.DefaultAioHttpClient(limits=limits),
+        )
+        # The headers that describe this machine are of no use to the server, and every header costs time.
+        self._client = client.with_options(default_headers={name: openai.Omit() for name in client.platform_headers()})
+
+    async def complete(self, body: bytes) -> Completion:
+        """Send one chat request.
+
+        Args:
+            body: The request as JSON.
+
+        Raises:
+            CallError: No answer, an error, or a malformed answer.
+        """
+        # The client's low-level method: building its typed objects would double the time per call.
+        text = await self._call("post", "/chat/completions", self._settings.timeout, content=body)
+        try:
+            return _parse(text)
+        except (ValueError, RecursionError) as error:
+            reason = f"{self.url} sent a malformed answer: {self.scrub(str(error))}"
+            raise CallError("error", reason, again=True) from None
+
+    async def models(self, timeout: float) -> list[str] | None:
+        """Return the names of the served models; None when the server has no readable list of them.
+
+        Raises:
+            CallError: No answer, or an error.
+        """
+        try:
+            listed = json.loads(await self._call("get", "/models", timeout))
+            return [str(model["id"]) for model in listed["data"]]
+        except (ValueError, TypeError, LookupError):
+            return None
+        except CallError as failure:  # a server without such a path is no reason to stop
+            if failure.code is None or failure.code in (401, 403) or (failure.code >= 500 and failure.code != 501):
+                raise
+            return None
+
+    def scrub(self, text: str) -> str:
+        """Return the text on one line, short, and without the key."""
+        text = text.replace(self._key, "[key]") if self._key else text
+        text = " ".join(text.split())
+        return text if len(text) <= 300 else text[:300] + "…"
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _call(self, method: str, path: str, timeout: float, **rest: Any) -> str:
+        openai = self._openai
+        try:
+            async with asyncio.timeout(timeout):
+                answer: str = await getattr(self._client, method)(self.url + path, cast_to=str, **rest)
+                return answer
+        except openai.APIStatusError as error:
+            self._refused(error)
+        except TimeoutError:
+            reason = f"{self.url} gave no answer within {timeout:g} s"
+        except Exception as error:
+            # Whatever the libraries raise is a failed call. They report a lost connection as a timeout, too: the
+            # innermost cause tells.
+            cause: BaseException = error
+            while (deeper := cause.__cause__ or cause.__context__) is not None:
+                cause = deeper
+            if not isinstance(cause, TimeoutError):
+                reason = f"{self.url} can not be reached: {self.scrub(str(cause)) or type(cause).__name__}"
+                raise CallError("error", reason, again=True, lost=True) from None
+            reason = f"{self.url} gave no answer within {timeout:g} s"
+        raise CallError("timeout", reason, again=True, lost=True)
+
+    def _refused(self, error: Any) -> NoReturn:
+        code: int = error.status_code
+        body = error.body
+        said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+        variable, whose = self._settings.api_key_env, self._settings.whose
+        if code in (401, 403):
+            state = "holds the key that was sent" if self._key else "is not set"
+            hint = f"; check the key: the environment variable {variable} {state}"
+        elif code == 404:
+            hint = f"; check {whose}['model'] and that {whose}['base_url'] ends like '/v1'"
+        elif code in (400, 422):
+            hint = f"; check {whose}: the model's name, and what the server takes"
+        else:
+            hint = ""
+        again = code in (408, 409, 429) or code >= 500
+        reason = f"{self.url} answered with status {code}: {self.scrub(str(said or ''))}{hint}"
+        after = _retry_after(error.response.headers.get("retry-after", "")) if again else None
+        raise CallError("error", reason, again=again, lost=code >= 500, after=after, code=code) from None
+
+
+class Pool:
+    """Hands out endpoints: the least loaded first, those in trouble after a rest, none beyond its limit.
+
+    While other endpoints are well, one that comes back from a rest gets a single call at a time until one succeeds.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.endpoints = tuple(Endpoint(url, settings) for url in settings.base_url)
+        self._limit = settings.concurrency
+        self._waiting: deque[asyncio.Future[Endpoint]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def take(self) -> Endpoint:
+        """Return the endpoint for the next call, waiting for one in order of arrival; give it back with ``done``."""
+        if not self._waiting and (endpoint := self._next()):
+            endpoint.load += 1
+            return endpoint
+        place: asyncio.Future[Endpoint] = self._loop.create_future()
+        self._waiting.append(place)
+        self._hand_out()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():
+                place.result().load -= 1
+            else:
+                with suppress(ValueError):
+                    self._waiting.remove(place)
+            self._hand_out()
+            raise
+
+    def done(self, endpoint: Endpoint, began: float, failure: CallError | None, answered: bool) -> None:
+        """Take an endpoint back after a call.
+
+        Args:
+            endpoint: As given out.
+            began: When, in the loop's time.
+            failure: How the call failed, if it did.
+            answered: Whether the server answered at all; false for a call that was cancelled.
+        """
+        now = self._loop.time()
+        endpoint.load -= 1
+        if failure is not None and failure.lost:
+            if began >= endpoint.rested_at:  # calls that were in flight together fail together: one rest for all
+                endpoint.streak += 1
+                rest = min(LONGEST_REST, FIRST_REST * 2.0 ** min(endpoint.streak - 1, 30))
+                endpoint.rested_at, endpoint.rest_until = now, now + rest
+                level = logging.WARNING if endpoint.streak == 3 else logging.DEBUG
+                _log.log(level, "%s; it rests for %.1f s", failure.reason, rest)
+        elif answered:
+            endpoint.streak, endpoint.rest_until = 0, -math.inf
+        if failure is not None and failure.after is not None:
+            endpoint.asked_until = max(endpoint.asked_until, now + failure.after)
+        self._hand_out()
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._timer:
+            self._timer.cancel()
+        await asyncio.gather(*(endpoint.aclose() for endpoint in self.endpoints))
+
+    def _next(self) -> Endpoint | None:
+        now = self._loop.time()
+        free = [e for e in self._open() if max(e.rest_until, e.asked_until) <= now]
+        return min(free, key=lambda e: e.load) if free else None
+
+    def _open(self) -> Iterator[Endpoint]:
+        """Yield the endpoints with a place left, also those at rest."""
+        well = any(e.streak == 0 for e in self.endpoints)
+        return (e for e in self.endpoints if e.load < (1 if well and e.streak else self._limit))
+
+    def _hand_out(self) -> None:
+        while self._waiting and (endpoint := self._next()):
+            place = self._waiting.popleft()
+            if not place.done():
+                endpoint.load += 1
+                place.set_result(endpoint)
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            returns = [max(e.rest_until, e.asked_until) for e in self._open()]
+            if returns:
+                self._timer = self._loop.call_at(min(returns), self._hand_out)
+
+
+def _parse(text: str) -> Completion:
+    body = json.loads(text, parse_constant=_no_constant)
+    try:
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        content, refusal = message.get("content"), message.get("refusal")
+        usage = body.get("usage")
+        tokens = None if usage is None else (usage["prompt_tokens"], usage.get("completion_tokens", 0))
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"expected choices with a message, got {text[:80]!r}") from error
+    for name, value in (("content", content), ("refusal", refusal), ("finish_reason", finish)):
+        if not isinstance(value, str | None):
+            raise ValueError(f"expected text or null as {name}, got {value!r}")
+    if tokens is not None and not all(isinstance(n, int) and n >= 0 for n in tokens):
+        raise ValueError(f"expected counts of tokens, got {tokens!r}")
+    return Completion(content or "", finish or "", refusal or "", tokens)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected JSON, got {name}")
+
+
+def _retry_after(header: str) -> float | None:
+    """Return the seconds of a Retry-After header, which are a number or a date; None for neither."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = (date - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if math.isfinite(seconds) else None

@@ -1,0 +1,136 @@
+"""How to reach a chat model: the endpoints, the model, limits and the cache, read from plain options.
+
+Holds the name of the environment variable with the key, never the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+from urllib.parse import urlsplit
+
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Settings of a chat client.
+
+    Attributes:
+        base_url: OpenAI-compatible endpoints that serve the same model, each like ``http://localhost:8000/v1``.
+        model: The name the endpoints serve it under.
+        timeout: Seconds per call.
+        attempts: Calls per answer at most, the first included.
+        concurrency: Calls in flight per endpoint at most.
+        api_key_env: Name of the environment variable that holds the key; unset is right for a server without keys.
+        cache: True for the user's cache folder, False for no cache, or a folder.
+        max_calls: Budget of calls; cached answers are free.
+        max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls that are in flight
+            when it is used up are not stopped.
+        whose: What the options are called where they were given, for messages.
+
+    Raises:
+        ValueError: A value of the wrong type or range.
+    """
+
+    base_url: tuple[str, ...]
+    model: str
+    timeout: float = 60.0
+    attempts: int = 5
+    concurrency: int = 64
+    api_key_env: str = "OPENAI_API_KEY"
+    cache: bool | str = True
+    max_calls: int | None = None
+    max_total_tokens: int | None = None
+    whose: str = dataclasses.field(default="options", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.api_key_env, str) or not _ENV_NAME.fullmatch(self.api_key_env):
+            raise ValueError(
+                f"{self.whose}['api_key_env']: expected the name of an environment variable such as"
+                " 'OPENAI_API_KEY', got something else (not repeated here, as it may be a key);"
+                " put the key into that variable"
+            )
+        urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+        if not isinstance(urls, list | tuple) or not urls or not all(isinstance(url, str) for url in urls):
+            raise self._wrong("base_url", "an endpoint's URL or a list of them", type(self.base_url).__name__)
+        urls = tuple(self._url(url) for url in urls)
+        if len(set(urls)) < len(urls):
+            raise self._wrong("base_url", "every endpoint once", ", ".join(urls))
+        object.__setattr__(self, "base_url", urls)
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise self._wrong("model", "the name of a served model", self.model)
+        seconds = self.timeout
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise self._wrong("timeout", "seconds above 0", seconds)
+        if not math.isfinite(seconds) or seconds <= 0:
+            raise self._wrong("timeout", "seconds above 0", seconds)
+        for name in ("attempts", "concurrency", "max_calls", "max_total_tokens"):
+            value = getattr(self, name)
+            if value is None and name.startswith("max_"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise self._wrong(name, "a whole number of at least 1", value)
+        if not isinstance(self.cache, bool | str) or self.cache == "":
+            raise self._wrong("cache", "true, false or a folder", self.cache)
+
+    @classmethod
+    def take(
+        cls, options: Mapping[str, Any], whose: str, known: Iterable[str] = ()
+    ) -> tuple[ClientSettings, dict[str, Any]]:
+        """Split plain options into the client's settings and the caller's own.
+
+        Args:
+            options: All JSON.
+            whose: ``"judge_options"`` or ``"partner_options"``.
+            known: Names of the caller's own options.
+
+        Returns:
+            The settings, and those of the options that are named in ``known``.
+
+        Raises:
+            ValueError: An unknown name (the nearest one is offered), a missing one, or a bad value.
+        """
+        mine = [field.name for field in dataclasses.fields(cls) if field.name != "whose"]
+        own = set(known)
+        if "api_key" in options:
+            name = options.get("api_key_env", cls.api_key_env)
+            variable = name if isinstance(name, str) and _ENV_NAME.fullmatch(name) else cls.api_key_env
+            raise ValueError(
+                f"{whose}['api_key']: expected no key among the options, which are written to files; put it into the"
+                f" environment variable {variable}, or name another variable with {whose}['api_key_env']"
+            )
+        for name in options:
+            if name not in mine and name not in own:
+                near = get_close_matches(str(name), [*mine, *own], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(sorted({*mine, *own}))}"
+                raise ValueError(f"{whose}: expected no option {name!r}; {hint}")
+        for name, example in (("base_url", "'http://localhost:8000/v1'"), ("model", "the name the server lists")):
+            if name not in options:
+                raise ValueError(f"{whose}: expected {name!r}, got none; set it to {example}")
+        settings = cls(**{name: options[name] for name in mine if name in options}, whose=whose)
+        return settings, {name: value for name, value in options.items() if name in own}
+
+    def _url(self, url: str) -> str:
+        try:
+            parts = urlsplit(url.strip())
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            parts, host = urlsplit(""), None
+        if "@" in url or parts.query or "?" in url or "#" in url:
+            raise ValueError(
+                f"{self.whose}['base_url']: expected a plain URL such as 'http://localhost:8000/v1', got one with a"
+                " user, a password or a query (not repeated here, as it may hold a key); put the key into the"
+                f" environment variable {self.api_key_env}"
+            )
+        if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url.strip()):
+            raise self._wrong("base_url", "a URL such as 'http://localhost:8000/v1'", url)
+        return url.strip().rstrip("/")
+
+    def _wrong(self, name: str, expected: str, got: object) -> ValueError:
+        return ValueError(f"{self.whose}[{name!r}]: expected {expected}, got {got!r}")

@@ -1,0 +1,41 @@
+"""One client for equal settings in a process: one budget, one limit of concurrency, one set of connections.
+
+A run makes several environments (training, evaluation, one per conversation): they share what they ask with. A
+judge and a partner have a client each, as their settings are given under different names.
+"""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from ppg_gym.llm.client import ChatClient
+from ppg_gym.llm.settings import ClientSettings
+
+_lock = threading.Lock()
+_clients: WeakValueDictionary[tuple[ClientSettings, str], ChatClient] = WeakValueDictionary()
+_users: WeakKeyDictionary[ChatClient, int] = WeakKeyDictionary()
+
+
+def lease(settings: ClientSettings) -> ChatClient:
+    """Return the client of these settings, made if there is none; give it back with ``release``.
+
+    Raises:
+        CacheError: The folder of cached answers can not be used.
+        ModuleNotFoundError: The extra ``[llm]`` is not installed.
+    """
+    with _lock:
+        client = _clients.get((settings, settings.whose))
+        if client is None:
+            client = _clients[settings, settings.whose] = ChatClient(settings)
+        _users[client] = _users.get(client, 0) + 1
+        return client
+
+
+def release(client: ChatClient) -> None:
+    """Give a client back; the last one closes its connections. Its counts, and so its budget, go on."""
+    with _lock:
+        _users[client] = max(0, _users.get(client, 0) - 1)
+        if _users[client]:
+            return
+    client.close()

@@ -1,0 +1,202 @@
+"""A language model behind an OpenAI-compatible endpoint plays the partner.
+
+It meets the persona as a stranger: it is told its role and what has been said, never the persona's instruction,
+facts or verdicts. Every line is audited; a line with a fault is sampled again, and where the fault stays, or the
+call fails, there is no line. Nothing here may make up, cut or mend a line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import dropwhile, groupby
+from typing import Any
+
+import numpy as np
+
+from ppg_gym.conversation import Conversation, Line
+from ppg_gym.llm.background import run
+from ppg_gym.llm.client import Chat, ChatClient, Request
+from ppg_gym.llm.settings import ClientSettings
+from ppg_gym.llm.sharing import lease, release
+from ppg_gym.partners import Said
+from ppg_gym.partners.audit import audit, own_words
+from ppg_gym.partners.scenes import Scene, scene
+from ppg_gym.sanitise import plain, without_reasoning
+
+HEARD = 4_000  # characters of a reply that reach the partner
+_SEEDS = 2**31
+
+_RULES = """\
+Rules of this conversation:
+- You are {role} and nobody else. Never write what {counterpart} says, does or thinks.
+- Say one turn of spoken words, of {words} words at most, and stop. No name or label in front, no stage directions, no \
+lists, no remarks on these rules.
+- Go on from what was said last. Do not say again what was said before.
+- The conversation goes on until somebody else ends it: never say goodbye and never close it."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the partner speaks.
+
+    Attributes:
+        temperature: Of sampling.
+        max_tokens: Most tokens of an answer; a line that is cut off there is a fault.
+        max_words: Most words of a line.
+        history: Most lines of the conversation that the model sees; None for all.
+        retries: New samples of a line with a fault.
+
+    Raises:
+        ValueError: A value of the wrong type or range, or retries at temperature 0, where every sample is the same.
+    """
+
+    temperature: float = 0.7
+    max_tokens: int = 200
+    max_words: int = 120
+    history: int | None = 40
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        warm = self.temperature
+        if isinstance(warm, bool) or not isinstance(warm, int | float) or not 0 <= warm <= 2:
+            raise _wrong("temperature", "a number in [0, 2]", warm)
+        for name, least in (("max_tokens", 1), ("max_words", 1), ("history", 1), ("retries", 0)):
+            value = getattr(self, name)
+            if name == "history" and value is None:
+                continue
+            if type(value) is not int or value < least:
+                raise _wrong(name, f"a whole number of at least {least}", value)
+        if self.retries and not warm:
+            raise _wrong("retries", "0 at temperature 0, where every sample is the same", self.retries)
+
+
+def _wrong(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"partner_options[{name!r}]: expected {expected}, got {got!r}")
+
+
+class LLMPartner:
+    """Plays the other speaker of a domain's scenario through a chat model.
+
+    Every line draws one integer from its conversation's generator, however many samples it takes; the samples'
+    seeds derive from it. With a cache, or a server that honours seeds, the same generators give the same lines.
+
+    Args:
+        domain: Name of an embedded domain.
+        options: The client's settings and those of :class:`Style`.
+        chat: Who answers; None for a client made from the settings.
+
+    Attributes:
+        lines: Lines asked for.
+        faults: Why there was no line in the end: the fault of the last sample, or how the call failed.
+        retried: Faults of samples that were followed by a good one.
+
+    Raises:
+        ValueError: An option is not what it should be.
+    """
+
+    waits = True
+    hears_verdicts = False
+
+    def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
+        settings, own = ClientSettings.take(options, "partner_options", [field.name for field in fields(Style)])
+        self.style = Style(**own)
+        self._scene = scene(domain)
+        self._client: ChatClient | None = None
+        if chat is None:
+            chat = self._client = lease(settings)
+        self.chat = chat
+        self._asking: set[asyncio.Task[Said]] = set()
+        self.lines = 0
+        self.faults: Counter[str] = Counter()
+        self.retried: Counter[str] = Counter()
+
+    def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
+        """Return one line per conversation, all asked for at once.
+
+        Raises:
+            BudgetError: The budget is used up.
+            EndpointError: No endpoint can serve the model.
+        """
+        pairs = zip(conversations, rngs, strict=True)
+        seeded = [(conversation, int(rng.integers(_SEEDS))) for conversation, rng in pairs]
+        return run(self._all(seeded)) if seeded else []
+
+    def close(self) -> None:
+        """Give the client back, once; a chat that was given belongs to the giver."""
+        client, self._client = self._client, None
+        if client is not None:
+            release(client)
+
+    def abandon(self) -> None:
+        """Cancel what ``speak`` waits for in another thread; it raises ``CancelledError`` there."""
+        for task in list(self._asking):
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    async def _all(self, seeded: Sequence[tuple[Conversation, int]]) -> list[Said]:
+        tasks = [asyncio.ensure_future(self._say(conversation, seed)) for conversation, seed in seeded]
+        self._asking.update(tasks)
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # what one error ends, ends for all
+            self._asking.difference_update(tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _say(self, conversation: Conversation, seed: int) -> Said:
+        self.lines += 1
+        asked = messages(conversation, self._scene, self.style)
+        roles = self._scene.roles(conversation.persona)
+        found: list[str] = []
+        for sample in range(self.style.retries + 1):
+            request = Request(
+                messages=asked,
+                temperature=self.style.temperature,
+                max_tokens=self.style.max_tokens,
+                seed=(seed + sample) % _SEEDS,
+                sample=sample,
+            )
+            answer = await self.chat.ask(request)
+            if answer.status != "ok":
+                self.faults[answer.status] += 1
+                return Said("", answer.status)
+            fault = audit(answer.text, conversation, roles, self.style.max_words)
+            if fault == "ok" and answer.finish == "length":
+                fault = "too_long"
+            if fault == "ok":
+                self.retried.update(found)
+                return Said(own_words(answer.text, roles))
+            found.append(fault)
+        self.faults[found[-1]] += 1
+        return Said("", found[-1])
+
+
+def messages(conversation: Conversation, played: Scene, style: Style) -> tuple[Mapping[str, str], ...]:
+    """Return what the model is asked: its role, then the lines, its own as ``assistant`` and the policy's as ``user``.
+
+    The first message after the system's is always the user's, and roles always alternate: lines of one speaker in
+    a row are one message.
+
+    Args:
+        conversation: So far.
+        played: Whom the model plays, and where.
+        style: How many lines are shown, and how long a new one may be.
+    """
+    rules = _RULES.format(role=f"the {played.role}", counterpart=played.counterpart, words=style.max_words)
+    parts = (played.brief, played.known(conversation.persona), rules)
+    turns = [("user", played.opening), *(_heard(line, played) for line in conversation.lines)]
+    if style.history is not None and len(conversation.lines) > style.history:
+        shown = turns[-style.history :]
+        turns = list(dropwhile(lambda turn: turn[0] == "assistant", shown)) or turns[:1]
+    joined = ((role, "\n".join(text for _, text in run)) for role, run in groupby(turns, key=lambda turn: turn[0]))
+    said = [("system", "\n\n".join(part for part in parts if part)), *joined]
+    return tuple({"role": role, "content": text} for role, text in said)
+
+
+def _heard(line: Line, played: Scene) -> tuple[str, str]:
+    if line.speaker == "partner":
+        return "assistant", line.text
+    return "user", plain(without_reasoning(line.text), HEARD) or played.silence

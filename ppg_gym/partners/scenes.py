@@ -1,0 +1,120 @@
+"""Who a language model plays opposite the persona: the ``[partner]`` table of ``envs/<domain>/domain.toml``.
+
+Reads and validates data. A scene holds nothing of a persona but what a stranger may know.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from ppg_gym.conversation import Persona
+from ppg_gym.domain import folder, load
+from ppg_gym.partners.audit import Roles
+from ppg_gym.sanitise import plain
+
+_LONGEST = 80  # characters of a name or a topic
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A role and what goes with it.
+
+    Attributes:
+        role: What the partner is: "therapist".
+        counterpart: Whom it talks to: "the patient".
+        labels: What the partner's lines may be labelled with, besides ``role``.
+        counterparts: The same for the other speaker; the persona's own name is always among them.
+        kinds: Nouns of the other speaker's role that the partner never claims for itself.
+        flips: Regular expressions of what only the other speaker says.
+        brief: The role in a few sentences.
+        opening: What asks for the first line.
+        silence: What stands for an empty reply.
+        with_name: Said when the persona's name may be known and is; holds ``{name}``.
+        with_topic: Said when the persona's facts name the topic; holds ``{topic}``.
+        without_topic: Said when they do not.
+        topic: The fact that is the topic; from the domain's own options.
+    """
+
+    role: str
+    counterpart: str
+    labels: tuple[str, ...]
+    counterparts: tuple[str, ...]
+    kinds: tuple[str, ...]
+    flips: tuple[str, ...]
+    brief: str
+    opening: str
+    silence: str
+    with_name: str = ""
+    with_topic: str = ""
+    without_topic: str = ""
+    topic: str = ""
+
+    def known(self, persona: Persona) -> str:
+        """Return what the partner knows of this meeting beyond its role, as sentences."""
+        name = plain(persona.name, _LONGEST) if self.with_name else ""
+        topic = plain(persona.facts.get(self.topic, ""), _LONGEST) if self.with_topic else ""
+        said = (self.with_name.format(name=name) if name else "", self._lesson(topic))
+        return " ".join(sentence for sentence in said if sentence)
+
+    def _lesson(self, topic: str) -> str:
+        return self.with_topic.format(topic=topic) if topic else self.without_topic
+
+    def roles(self, persona: Persona) -> Roles:
+        """Return who speaks to whom in a conversation with this persona."""
+        names = tuple(dict.fromkeys(name for name in (persona.name, *persona.name.split()[:1]) if name.strip()))
+        return Roles((self.role, *self.labels), (*self.counterparts, *names), self.kinds, names, self.flips)
+
+
+_KEYS = tuple(field.name for field in fields(Scene) if field.default is MISSING)
+
+
+@functools.cache
+def scene(domain: str) -> Scene:
+    """Return the scene of an embedded domain; read once per process.
+
+    Raises:
+        ValueError: There is no such domain, or its table is not one of a scene; the nearest key is offered.
+    """
+    where = f"{domain}/domain.toml"
+    data = tomllib.loads((folder(domain) / "domain.toml").read_text(encoding="utf-8"))
+    return parse(data.get("partner"), where, topic=str(load(domain).options.get("topic", "")))
+
+
+def parse(table: Any, where: str, topic: str = "") -> Scene:
+    """Return the scene that a ``[partner]`` table describes.
+
+    Args:
+        table: The table.
+        where: The file, for messages.
+        topic: The fact that is the topic of the conversation, if one is.
+
+    Raises:
+        ValueError: A key that is missing, unknown or of the wrong type, or a pattern that is no regular expression.
+    """
+    if not isinstance(table, dict):
+        raise ValueError(f"{where}: expected a table [partner], got {table!r}; add one with {', '.join(_KEYS)}")
+    kinds = {field.name: str(field.type) for field in fields(Scene) if field.name != "topic"}
+    for key, value in table.items():
+        if key not in kinds:
+            near = get_close_matches(key, kinds, n=1)
+            raise ValueError(f"{where}: unknown key partner.{key}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        listed = kinds[key] != "str"
+        if not (isinstance(value, list) and all(isinstance(v, str) for v in value) if listed else type(value) is str):
+            raise ValueError(f"{where}: partner.{key}: expected {'a list of strings' if listed else 'a string'}")
+    missing = [key for key in _KEYS if key not in table]
+    if missing:
+        raise ValueError(f"{where}: expected every key of [partner], missing {', '.join(missing)}")
+    for pattern in table["flips"]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            what = f"expected regular expressions, got {pattern!r} ({error})"
+            raise ValueError(f"{where}: partner.flips: {what}") from error
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v.strip() for k, v in table.items()}
+    return Scene(**given, topic=topic)
+
