@@ -14,7 +14,8 @@ _AGENTS = ("click", "torch", "transformers", "tokenizers", "peft", "accelerate",
 EXTRAS = {
     "agents": (*_AGENTS, "rich", "matplotlib", "scipy", "tomli_w"),
     "vllm": ("vllm",),
-    "llm": ("openai", "tenacity", "diskcache"),
+    "llm": ("openai", "tenacity", "diskcache", "aiohttp"),
+    "learned": ("sklearn", "joblib"),
     "sb3": ("stable_baselines3",),
 }
 
@@ -41,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f'{error.name} is not installed; run: pip install "ppg-gym[{extra}]"')
     except KeyboardInterrupt as stop:
         return fail(str(stop) or "stopped", 130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("PPG_TRACEBACK"):
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        own = type(error).__module__.partition(".")[0] in ("ppg_gym", "ppg_agents")
+        if os.environ.get("PPG_TRACEBACK") or (isinstance(error, RuntimeError) and not own):
             raise
         return fail(" ".join(str(error).split()) or type(error).__name__)
 

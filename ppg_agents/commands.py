@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -16,6 +17,8 @@ import click
 from ppg_agents import config as configs
 from ppg_agents import runs
 from ppg_agents.config import PolicyClass, TrainConfig
+from ppg_agents.data_commands import data
+from ppg_agents.judge_commands import judge
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,6 +45,10 @@ def cli() -> None:
     """Train language models to stay in character over long conversations."""
 
 
+cli.add_command(data)
+cli.add_command(judge)
+
+
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """Return the lengths in ``3,3,2``."""
     if text is None:
@@ -62,6 +69,13 @@ def shared(*names: str) -> Callable[[F], F]:
         "set": click.option(
             "--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. lora.rank=8."
         ),
+        "judge": click.option("--judge", help="facts (embedded), llm, nli, learned, or package.module:Class."),
+        "judge_url": click.option("--judge-url", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
+        "judge_model": click.option("--judge-model", metavar="NAME", help="The model that the endpoint serves."),
+        "partner": click.option("--partner", help="scripted (embedded), llm, or package.module:Class."),
+        "partner_url": click.option("--partner-url", multiple=True, metavar="URL", help="As --judge-url."),
+        "partner_model": click.option("--partner-model", metavar="NAME", help="As --judge-model."),
+        "no_cache": click.option("--no-cache", is_flag=True, help="Neither read nor keep answers of endpoints."),
     }
 
     def add(command: F) -> F:
@@ -72,6 +86,40 @@ def shared(*names: str) -> Callable[[F], F]:
     return add
 
 
+SERVERS = ("judge", "judge_url", "judge_model", "partner", "partner_url", "partner_model", "no_cache")
+
+
+def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a file with ``--set`` and flags on top.
+
+    ``--judge-url`` implies the judge ``llm``. Another judge than the file's begins without options; so does
+    another partner.
+
+    Args:
+        base: A TOML file, or None.
+        assignments: ``a.b=c`` as given.
+        flags: Flags by name; those that were not given are None, empty or False.
+    """
+    flags = dict(flags)
+    no_cache = flags.pop("no_cache", False)
+    fresh: dict[str, Any] = {}
+    for part in ("judge", "partner"):
+        name, urls = flags.pop(part, None), list(flags.pop(f"{part}_url", ()))
+        name = name or ("llm" if urls else None)
+        if name and base is not None and name != getattr(configs.load(base).env, part):
+            fresh[f"env.{part}_options"] = {}
+        flags[f"env.{part}"] = name
+        flags[f"env.{part}_options.base_url"] = urls or None
+        flags[f"env.{part}_options.model"] = flags.pop(f"{part}_model", None)
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = configs.load(base, fresh | configs.parse_assignments(assignments) | given)
+    for part in ("judge", "partner") if no_cache else ():
+        if getattr(config.env, part) == "llm":
+            uncached = {f"{part}_options": getattr(config.env, f"{part}_options") | {"cache": False}}
+            config = replace(config, env=replace(config.env, **uncached))
+    return config
+
+
 @cli.command()
 @shared("domain")
 @click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
@@ -80,6 +128,7 @@ def shared(*names: str) -> Callable[[F], F]:
 @click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
 @shared("personas")
+@shared(*SERVERS)
 @click.option("--iterations", type=int, help="Gradient steps, online.")
 @click.option("--batch", type=int, help="Conversations per step.")
 @shared("seed")
@@ -107,13 +156,11 @@ def train(
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
     flags["policy_class"] = policy_class
     flags["offline.files"] = [*offline, *more] or None
-    given = {key: value for key, value in flags.items() if value is not None}
-    overrides = configs.parse_assignments(assignments) | given
     folder = None if resume is None else Path(resume or out or runs.newest_run())
     base = Path(file) if file else None
     if folder is not None and base is None:
         base = runs.Run.open(folder).folder / "config.toml"
-    config = configs.load(base, overrides)
+    config = settings(base, assignments, flags)
     if folder is None:
         folder = Path(out or config.out or runs.default_folder(config))
 
@@ -131,7 +178,7 @@ def train(
 
 @cli.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
-@shared("domain", "personas", "conversations", "seed", "set")
+@shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any) -> None:
     """Measure persona consistency on held-out personas.
@@ -160,12 +207,14 @@ def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any
     click.echo(f"reachable            {number(result.reachable)}")
     click.echo(f"per turn             {' '.join(map(number, result.per_turn))}  {sparkline(result.per_turn)}")
     click.echo(f"personas             {result.n_personas} in {result.conversations} conversations")
-    click.echo(f"not judged           {result.judge_failures} replies")
+    click.echo(f"not judged           {result.judge_failures} replies ({result.judge_failure_rate:.1%})")
+    faults = "".join(f"; {fault}: {count}" for fault, count in result.partner_failures.items())
+    click.echo(f"partner failed       {sum(result.partner_failures.values())} conversations{faults}")
 
 
 @cli.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
-@shared("domain", "personas", "conversations", "seed", "set")
+@shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
 @click.option("--out", type=click.Path(), default="-", help="JSONL file; default: stdout.")
 def rollout(target: str, conversations: int | None, seed: int | None, out: str, **flags: Any) -> None:
     """Write conversations as trajectories, one JSON object per line."""
@@ -197,7 +246,7 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
 
 @cli.command()
 @click.argument("target", metavar="RUN_OR_MODEL", default="tiny")
-@shared("domain", "personas")
+@shared("domain", "personas", "judge", "judge_url", "judge_model", "no_cache")
 @click.option("--persona", help="Id of the persona; default: one is drawn.")
 @shared("seed", "set")
 def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> None:
@@ -215,10 +264,8 @@ def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> No
     talk(policy, sampler, config, personas=personas, persona=persona, seed=seed)
 
 
-def target_config(target: str, assignments: tuple[str, ...], **overrides: Any) -> TrainConfig:
-    """Return the settings of a run folder, or the defaults for a model, with overrides on top."""
-    given = {key: value for key, value in overrides.items() if value is not None}
-    values = configs.parse_assignments(assignments) | given
+def target_config(target: str, assignments: tuple[str, ...], **flags: Any) -> TrainConfig:
+    """Return the settings of a run folder, or the defaults for a model, with flags on top."""
     if runs.is_run(Path(target)):
-        return configs.load(Path(target) / "config.toml", values)
-    return configs.load(None, {"model": target, **values})
+        return settings(Path(target) / "config.toml", assignments, flags)
+    return settings(None, assignments, {"model": target, **flags})

@@ -21,7 +21,11 @@ Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
-RESUMABLE = ("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints")
+_SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
+RESUMABLE = (
+    *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "env.max_failure_rate"),
+    *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
+)
 """Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
 falls from where the longer schedule puts it."""
 
@@ -70,6 +74,7 @@ class EnvSettings:
     judge_options: dict[str, Any] = field(default_factory=dict)
     max_turns: int | None = None
     on_judge_failure: Literal["raise", "nan", "truncate"] = "nan"
+    max_failure_rate: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +180,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: expected at least 0, got {value}")
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"discount: expected a number in [0, 1], got {self.discount}")
+        if not 0 <= self.env.max_failure_rate <= 1:
+            raise ConfigError(f"env.max_failure_rate: expected a share in [0, 1], got {self.env.max_failure_rate}")
         if not 0 <= self.lora.dropout < 1:
             raise ConfigError(f"lora.dropout: expected a number in [0, 1), got {self.lora.dropout}")
         if not 0 < self.offline.held_out < 1:

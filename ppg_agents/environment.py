@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from ppg_agents.config import PERSONA_CHAT, ConfigError, TrainConfig
+from ppg_agents.runs import RunError
 
 TRAIN, HELD_OUT = "train", "held-out"
 
@@ -37,25 +38,48 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
             "judge": env.judge,
             "judge_options": env.judge_options,
             "on_judge_failure": env.on_judge_failure,
+            "max_failure_rate": env.max_failure_rate,
         }
         if env.max_turns is not None:
             given["max_turns"] = env.max_turns
     return given | env.kwargs | (env.held_out_kwargs if personas == HELD_OUT else {})
 
 
-class ResetInfo(gym.vector.VectorWrapper):
-    """Keeps the info of the last reset of all conversations, where an environment says what is reachable."""
+class ConversationError(RunError):
+    """The environment can not go on: its judge fails too often, a server is gone, a budget is used up."""
+
+
+class Conversations(gym.vector.VectorWrapper):
+    """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
         self.reset_info: dict[str, Any] = {}
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset, and remember the info unless only some conversations were reset."""
+        """Reset, and remember the info unless only some conversations were reset.
+
+        Raises:
+            ConversationError: The environment raised a RuntimeError.
+        """
         partial = "reset_mask" in (options or {})
-        observations, info = self.env.reset(seed=seed, options=options)
+        try:
+            observations, info = self.env.reset(seed=seed, options=options)
+        except RuntimeError as error:
+            raise ConversationError(str(error)) from error
         self.reset_info = self.reset_info if partial else info
         return observations, info
+
+    def step(self, actions: Any) -> Any:
+        """Step.
+
+        Raises:
+            ConversationError: The environment raised a RuntimeError.
+        """
+        try:
+            return self.env.step(actions)
+        except RuntimeError as error:
+            raise ConversationError(str(error)) from error
 
     def reachable(self) -> NDArray[np.float64]:
         """Return the best mean reward per turn that each conversation can reach, NaN where unknown, [N]."""
@@ -65,7 +89,7 @@ class ResetInfo(gym.vector.VectorWrapper):
         return values
 
 
-def make_envs(config: TrainConfig, num_envs: int, personas: str) -> ResetInfo:
+def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
     """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
 
     Raises:
@@ -85,7 +109,7 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> ResetInfo:
     except (ModuleNotFoundError, gym.error.Error) as error:
         message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
         raise ConfigError(message) from error
-    return ResetInfo(envs)
+    return Conversations(envs)
 
 
 def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | None:

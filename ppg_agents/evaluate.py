@@ -7,7 +7,8 @@ are the independent unit: the intervals resample personas, not turns. Nothing he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class Evaluation:
         conversations: Conversations played.
         reachable: Best mean reward per turn that the environment says can be reached, NaN when unknown.
         judge_failures: Turns that were played and not judged.
+        judge_failure_rate: Their share, NaN without turns.
+        partner_failures: The partner's faults: fault -> conversations that it ended. No fault of the policy.
     """
 
     persona_consistency: float
@@ -49,6 +52,8 @@ class Evaluation:
     conversations: int
     reachable: float
     judge_failures: int
+    judge_failure_rate: float
+    partner_failures: Mapping[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, with None for NaN."""
@@ -148,6 +153,7 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     sums, counts = np.zeros((len(names), rewards.shape[1])), np.zeros((len(names), rewards.shape[1]))
     np.add.at(sums, row, np.where(judged, rewards, 0.0))
     np.add.at(counts, row, judged)
+    turns = sum(len(t.turns) for t in trajectories)
     known = np.isfinite(reachable) if reachable is not None else np.zeros(0, dtype=np.bool_)
     return Evaluation(
         persona_consistency=_ratio(sums.sum(), counts.sum()),
@@ -157,8 +163,15 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
         n_personas=int((counts.sum(1) > 0).sum()),
         conversations=len(trajectories),
         reachable=float(reachable[known].mean()) if reachable is not None and known.any() else math.nan,
-        judge_failures=sum(len(t.turns) for t in trajectories) - int(judged.sum()),
+        judge_failures=turns - int(judged.sum()),
+        judge_failure_rate=_ratio(turns - judged.sum(), turns),
+        partner_failures=partner_faults(trajectories),
     )
+
+
+def partner_faults(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Return how many conversations each fault of the partner ended; empty when there was none."""
+    return dict(Counter(t.partner_status for t in trajectories if t.partner_status != "ok"))
 
 
 def bootstrap_ci(

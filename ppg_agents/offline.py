@@ -49,11 +49,11 @@ def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Fi
     Raises:
         DataError: A file that is refused; the message says where and why.
     """
-    from ppg_gym.dialogues import read_consistent_llms
+    from ppg_gym.dialogues import read_dialogues
 
     dialogues, reports = [], []
     for path in settings.files:
-        some, report = read_consistent_llms(path)
+        some, report = read_dialogues(path)
         dialogues += some
         reports.append(report)
     return dialogues, reports
@@ -150,7 +150,7 @@ def report_table(logged: Logged) -> str:
     for report in logged.reports:
         share = f"{report.unparsed / max(report.judged_lines, 1):.1%}"
         counts = (report.dialogues, report.judged_lines, report.scored)
-        rows.append((_name(report.path), *map(str, counts), share, report.polarity))
+        rows.append((_name(report.path), *map(str, counts), share, report.polarity or "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
     lines = ["  ".join(side(cell, width) for side, cell, width in zip(align, row, widths, strict=True)) for row in rows]

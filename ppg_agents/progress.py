@@ -38,6 +38,8 @@ def status(metrics: Mapping[str, Any]) -> str:
     ends = f"{number(turns[0])}..{number(turns[-1])}" if turns else "-"
     failures = metrics.get("judge_failures") or 0
     lost = f"  {failures} not judged" if failures else ""
+    faults = sum((metrics.get("partner_failures") or {}).values())
+    lost += f"  {faults} lost partners" if faults else ""
     return f"consistency {number(metrics.get('consistency'))}  per turn {ends} {sparkline(turns)}{lost}"
 
 

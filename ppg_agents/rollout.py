@@ -121,6 +121,7 @@ def collect(
     personas = [str(_info(infos, i).get("persona", "")) for i in range(n)]
     turns: list[list[Turn]] = [[] for _ in range(n)]
     active, terminated, truncated = [True] * n, [False] * n, [False] * n
+    partners = ["ok"] * n
     speaker = Speaker(policy, sampler, n)
     with policy.merged():
         while True:
@@ -136,7 +137,10 @@ def collect(
             for i, reply in enumerate(replies):
                 if reply is None:
                     continue
-                turns[i].append(_turn(messages[i], texts[i], *reply, float(rewards[i]), infos, i, policy))
+                info = _info(infos, i)
+                info = info.get("final_info", info)  # autoreset in the same step keeps the episode's own info there
+                turns[i].append(_turn(messages[i], texts[i], *reply, float(rewards[i]), info, policy))
+                partners[i] = str((info.get("partner") or {}).get("status", "ok"))
                 terminated[i], truncated[i] = bool(ends[i]), bool(cuts[i])
                 active[i] = not (terminated[i] or truncated[i])
             if not any(active):
@@ -154,6 +158,7 @@ def collect(
             turns=tuple(turns[i]),
             terminated=terminated[i],
             truncated=truncated[i],
+            partner_status=partners[i],
         )
         for i in range(n)
     ]
@@ -165,12 +170,9 @@ def _turn(
     prompt: Sequence[int],
     sample: Sample,
     reward: float,
-    infos: Mapping[str, Any],
-    i: int,
+    info: Mapping[str, Any],
     policy: Policy,
 ) -> Turn:
-    info = _info(infos, i)
-    info = info.get("final_info", info)  # autoreset in the same step keeps the episode's own info there
     verdict = dict(info.get("verdict") or {})
     return Turn(
         message=message,

@@ -28,8 +28,8 @@ from ppg_agents import trajectory as ledger
 from ppg_agents.agents import Agent, make_agent
 from ppg_agents.config import ConfigError, TrainConfig, differences
 from ppg_agents.credit import policy_class
-from ppg_agents.environment import check_segments, make_envs, planned_turns
-from ppg_agents.evaluate import evaluate, reward_table
+from ppg_agents.environment import ConversationError, check_segments, make_envs, planned_turns
+from ppg_agents.evaluate import evaluate, partner_faults, reward_table
 from ppg_agents.figures import curve
 from ppg_agents.generation import Sampler
 from ppg_agents.generation.hf import HFSampler
@@ -46,8 +46,13 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
     """The user stopped the run; it is saved after ``iteration`` iterations in ``folder``."""
 
     def __init__(self, folder: Path, iteration: int) -> None:
-        super().__init__(f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}")
+        super().__init__(saved(folder, iteration))
         self.folder, self.iteration = folder, iteration
+
+
+def saved(folder: Path, iteration: int) -> str:
+    """Return where a stopped run is, and how to go on with it."""
+    return f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}"
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
@@ -64,6 +69,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
     Raises:
         ConfigError: Settings that contradict the environment or the run that is resumed.
         RunError: The folder is not empty, or holds no run.
+        ConversationError: The judge fails too often, a server is gone, a budget is used up; the run is saved.
         Interrupted: The user stopped the run; it is saved.
     """
     run = continue_run(folder, config) if resume else None
@@ -93,11 +99,13 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                         run.save_checkpoint(done, agent.save)
                     progress.advance(done, status(metrics))
             held_out(task, agent, run, "after", done)
-        except Stop:
+        except (Stop, ConversationError) as stop:
             latest = run.latest_checkpoint()
             if latest is None or latest[0] != done:
                 run.save_checkpoint(done, agent.save)
-            raise Interrupted(run.folder, done) from None
+            if isinstance(stop, Stop):
+                raise Interrupted(run.folder, done) from None
+            raise ConversationError(f"{stop}; {saved(run.folder, done)}") from stop
         finally:
             task.close()
     curve(run)
@@ -244,15 +252,22 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int) -> N
 
 
 def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Return what the judge said about a batch; unjudged turns are counted and left out of the means."""
+    """Return what the judge said about a batch; unjudged turns are counted and left out of the means.
+
+    ``partner_failures``: the partner's faults, fault -> conversations that it ended.
+    """
     rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
     judged = np.isfinite(rewards)
+    turns = sum(len(t.turns) for t in trajectories)
+    lost = turns - int(judged.sum())
     counts, sums = judged.sum(0), np.where(judged, rewards, 0.0).sum(0)
     per_turn = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
     return {
         "consistency": float(sums.sum() / counts.sum()) if counts.sum() else None,
         "reward_per_turn": per_turn,
-        "judge_failures": sum(len(t.turns) for t in trajectories) - int(judged.sum()),
+        "judge_failures": lost,
+        "judge_failure_rate": lost / turns if turns else None,
+        "partner_failures": partner_faults(trajectories),
         "truncated": sum(t.truncated for t in trajectories),
     }
 

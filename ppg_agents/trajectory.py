@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,9 @@ class Turn:
         log_probs: Their log-probabilities when they were sampled; NaN where nobody knows.
         reward: The judge's score; NaN when there is none.
         verdict: The judge's word, a plain dict; empty when the environment gives none.
-        policy_version: Optimiser steps the policy had taken.
+        policy_version: Optimiser steps the policy had taken; -1 when another speaker's words were logged.
+        sampler: What sampled the tokens (``hf``, ``vllm``); empty when nobody knows.
+        temperature: Of the distribution that was sampled from, to which ``log_probs`` belong.
     """
 
     message: str
@@ -50,12 +52,22 @@ class Turn:
     reward: float
     verdict: Mapping[str, Any] = field(default_factory=dict)
     policy_version: int = 0
+    sampler: str = ""
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.log_probs):
             raise ValueError(
                 f"expected one log-prob per token, got {len(self.log_probs)} for {len(self.token_ids)} tokens"
             )
+
+
+class Span(NamedTuple):
+    """Where a turn stands in its conversation's tokens: prompt [prompt, start), sampled reply [start, end)."""
+
+    prompt: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,8 @@ class Trajectory:
         seed: The seed of the episode.
         turns: In order; empty when not even the first prompt fitted.
         terminated: The planned conversation came to its end.
-        truncated: It was cut: by a limit on tokens or turns, or a lost judge.
+        truncated: It was cut: by a limit on tokens or turns, a lost judge or a lost partner.
+        partner_status: ``ok``, or the partner's fault that ended the conversation.
     """
 
     instruction: str
@@ -79,10 +92,20 @@ class Trajectory:
     turns: tuple[Turn, ...]
     terminated: bool
     truncated: bool
+    partner_status: str = "ok"
 
     def token_ids(self) -> list[int]:
         """Return the whole conversation's tokens."""
         return [token for turn in self.turns for token in (*turn.prompt_ids, *turn.token_ids)]
+
+    def spans(self) -> list[Span]:
+        """Return where each turn stands in `token_ids`."""
+        spans, at = [], 0
+        for turn in self.turns:
+            start = at + len(turn.prompt_ids)
+            spans.append(Span(at, start, start + len(turn.token_ids)))
+            at = spans[-1].end
+        return spans
 
     def judged(self) -> list[float]:
         """Return the rewards of the turns that were judged."""
@@ -103,6 +126,7 @@ class Batch:
         rewards: Float64 [B, n], NaN where a turn was not judged or not played.
         valid: Bool [B, n], True where a turn was played and judged.
         sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where nobody knows.
+        spans: Int64 [B, n, 3], the `Span` of every turn; -1 where it was not played.
     """
 
     ids: Tensor
@@ -112,6 +136,7 @@ class Batch:
     rewards: NDArray[np.float64]
     valid: NDArray[np.bool_]
     sampling_log_probs: Tensor
+    spans: NDArray[np.int64]
 
 
 def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None = None) -> Batch:
@@ -139,18 +164,16 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
     turn_index = np.zeros(ids.shape, dtype=np.int64)
     log_probs = np.zeros(ids.shape, dtype=np.float32)
     rewards = np.full((len(rows), n), np.nan)
+    spans = np.full((len(rows), n, 3), -1, dtype=np.int64)
     for b, (row, trajectory) in enumerate(zip(rows, trajectories, strict=True)):
         ids[b, : len(row)] = row
         attention[b, : len(row)] = True
-        at = 0
-        for t, turn in enumerate(trajectory.turns):
-            reply = at + len(turn.prompt_ids)
-            end = reply + len(turn.token_ids)
-            turn_index[b, at:end] = t
-            token_mask[b, reply:end] = True
-            log_probs[b, reply:end] = turn.log_probs
+        for t, (turn, span) in enumerate(zip(trajectory.turns, trajectory.spans(), strict=True)):
+            turn_index[b, span.prompt : span.end] = t
+            token_mask[b, span.start : span.end] = True
+            log_probs[b, span.start : span.end] = turn.log_probs
             rewards[b, t] = turn.reward
-            at = end
+            spans[b, t] = span
     return Batch(
         ids=torch.from_numpy(ids),
         attention=torch.from_numpy(attention),
@@ -159,12 +182,15 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
         rewards=rewards,
         valid=np.isfinite(rewards),
         sampling_log_probs=torch.from_numpy(log_probs),
+        spans=spans,
     )
 
 
 def to_json(trajectory: Trajectory) -> str:
-    """Return one line of JSON; what is not a number is null."""
-    record = {"schema": SCHEMA, **asdict(trajectory)}
+    """Return one line of JSON; what is not a number is null, and every turn has its reply's ``span``."""
+    record: dict[str, Any] = {"schema": SCHEMA, **asdict(trajectory)}
+    for turn, span in zip(record["turns"], trajectory.spans(), strict=True):
+        turn["span"] = [span.start, span.end]
     return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)
 
 
@@ -172,7 +198,8 @@ def from_json(line: str) -> Trajectory:
     """Read what `to_json` wrote.
 
     Raises:
-        ValueError: Not JSON, another schema, or fields missing, unknown or broken.
+        ValueError: Not JSON, another schema, fields missing, unknown or broken, or a reply that is not where its
+            ``span`` says (files without spans are read as well).
     """
     record = json.loads(line)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -180,6 +207,7 @@ def from_json(line: str) -> Trajectory:
         raise ValueError(f"expected schema {SCHEMA!r}, got {got!r}")
     del record["schema"]
     try:
+        said = [turn.pop("span", None) for turn in record["turns"]]
         turns = tuple(
             Turn(
                 **{
@@ -192,9 +220,16 @@ def from_json(line: str) -> Trajectory:
             )
             for turn in record["turns"]
         )
-        return Trajectory(**{**record, "turns": turns})
-    except (KeyError, TypeError) as error:
+        trajectory = Trajectory(**{**record, "turns": turns})
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"expected the fields of {SCHEMA}, got {type(error).__name__}: {error}") from error
+    for t, (span, (_, start, end)) in enumerate(zip(said, trajectory.spans(), strict=True)):
+        if span is not None and span != [start, end]:
+            raise ValueError(
+                f"expected the reply of turn {t} at its span {span}, got its tokens at [{start}, {end}); "
+                "tokens or a turn are missing"
+            )
+    return trajectory
 
 
 def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], *, append: bool = False) -> None:

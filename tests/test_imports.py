@@ -15,6 +15,9 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "scipy", "matplotlib")
 ENVIRONMENT = ("gymnasium", "numpy", "cloudpickle", "farama_notifications", "typing_extensions")
 # `import ppg_gym` registers the environment; the other two read files, for which no environment is needed.
 KNOWN_TO_THE_LEARNER = {"ppg_gym", "ppg_gym.dialogues", "ppg_gym.personas"}
+# Command lines of the environment's own tools: they know them, and nothing of the learner's but its manners.
+FRONT_ENDS = {"ppg_agents.data_commands", "ppg_agents.judge_commands"}
+MANNERS = {"ppg_agents.config", "ppg_agents.progress"}
 
 
 def run(code: str, folder: Path) -> list[str]:
@@ -111,7 +114,14 @@ def test_the_learner_knows_the_environment_through_gymnasium_alone() -> None:
     seen = {(name, other) for name, tree in modules("ppg_agents") for other in imported(tree)}
     ours = {(name, other) for name, other in seen if other.partition(".")[0] == "ppg_gym"}
     assert ours, "the offline learner reads logged dialogues"
-    assert {(name, other) for name, other in ours if other not in KNOWN_TO_THE_LEARNER} == set()
+    strangers = {(name, other) for name, other in ours if name not in FRONT_ENDS}
+    assert {(name, other) for name, other in strangers if other not in KNOWN_TO_THE_LEARNER} == set()
+
+
+def test_the_front_ends_of_the_environment_s_tools_know_nothing_of_the_learner() -> None:
+    seen = {(name, other) for name, tree in modules("ppg_agents") for other in imported(tree) if name in FRONT_ENDS}
+    theirs = {(name, other) for name, other in seen if other.partition(".")[0] == "ppg_agents"}
+    assert {(name, other) for name, other in theirs if other not in MANNERS} == set()
 
 
 def test_the_environment_does_not_know_the_learner() -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from ppg_agents.evaluate import partner_faults
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
-from ppg_agents.trajectory import Trajectory, batch, to_json
+from ppg_agents.trajectory import Trajectory, batch, from_json, to_json
 
 Envs = Callable[..., SyncVectorEnv]
 MIXED = ({"turns": 3}, {"turns": 1}, {"turns": 4, "unjudged": 2}, {"turns": 2, "truncate": True})
@@ -46,6 +47,22 @@ def test_every_conversation_goes_to_its_own_end(policy: Policy, toy_envs: Envs, 
             assert turn.verdict == {"status": status, "score": score, "rationale": "vowels"}
             assert turn.reply == policy.decode(turn.token_ids)
     to_json(got[2])
+
+
+def test_a_partner_s_fault_is_kept_apart(policy: Policy, toy_envs: Envs, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = toy_envs({"turns": 2, "truncate": True}, {"turns": 2})
+    step = envs.step
+
+    def with_partner(actions: Any) -> Any:
+        *rest, infos = step(actions)
+        status = np.array(["role_flip" if cut else "ok" for cut in rest[3]], dtype=object)
+        return *rest, {**infos, "partner": {"status": status}, "_partner": np.array([True, True])}
+
+    monkeypatch.setattr(envs, "step", with_partner)
+    got = roll(policy, envs)
+    assert [t.partner_status for t in got] == ["role_flip", "ok"]
+    assert partner_faults(got) == {"role_flip": 1}
+    assert from_json(to_json(got[0])).partner_status == "role_flip"
 
 
 def test_the_ledger_is_the_token_sequence_that_was_sampled(policy: Policy, toy_envs: Envs) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from ppg_agents import config as configs
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
+from ppg_agents.environment import ConversationError
 from ppg_agents.policy import Policy
 from ppg_agents.runs import Run
 from ppg_agents.trajectory import read_jsonl
@@ -179,6 +180,27 @@ def test_a_crash_goes_back_to_the_last_checkpoint(
     assert [m["iteration"] for m in run.metrics()] == [1, 2, 3]
     run.metrics_file.write_text(run.metrics_file.read_text() + '{"torn')
     assert_same(training.train(config, run.folder, resume=True), whole)
+
+
+def test_an_environment_that_fails_leaves_a_run_that_goes_on(
+    whole: Run, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Toy.step, iter(range(10_000))
+
+    def budget(calls: int) -> TrainConfig:
+        return replace(config, env=replace(config.env, judge_options={"max_calls": calls}))
+
+    def failing(self: Toy, action: str) -> Any:
+        if next(calls) == 24 + 2 * 12 + 5:  # held-out before: 2 x 4 x 3 turns; an iteration: 4 x 3
+            raise RuntimeError("the budget of 7 calls is used up")
+        return original(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "step", failing)
+        with pytest.raises(ConversationError, match=r"of 7 calls is used up; saved after iteration 2; .*--resume"):
+            training.train(budget(7), tmp_path / "failed")
+    raised = replace(budget(9), env=replace(budget(9).env, max_failure_rate=0.5))
+    assert_same(training.train(raised, tmp_path / "failed", resume=True), whole)
 
 
 def test_resuming_with_other_settings_names_the_field(whole: Run, config: TrainConfig) -> None:
