@@ -23,7 +23,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
 _SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
 RESUMABLE = (
-    *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "env.max_failure_rate"),
+    *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
+    *("sampling.endpoints", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
 """Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
@@ -43,20 +44,54 @@ class LoraSettings:
         alpha: The update is scaled by ``alpha / rank``.
         dropout: Dropout in front of the update, while gradients are recorded.
         targets: ``"all-linear"`` (every linear layer but the head) or module name endings.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
+        dora: Learn magnitude and direction apart (arXiv 2402.09353).
     """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How the model is loaded.
+
+    Attributes:
+        chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+        template_options: Extra variables for the template, e.g. ``enable_thinking``.
+        quantisation: ``4bit`` keeps the base weights in NF4 (bitsandbytes, CUDA).
+        dtype: ``auto`` is bfloat16 on CUDA, else float32.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+    """
+
+    chat_template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    quantisation: Literal["none", "4bit"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How replies are sampled; log-probs of the sampled tokens are at temperature 1, whatever ``temperature``."""
+    """How replies are sampled; log-probs in the ledger are those of the distribution that was sampled from.
+
+    Attributes:
+        max_new_tokens: A reply is cut at this length.
+        temperature: Of sampling, and of the learner's log-probs.
+        backend: ``hf`` (the learner's own model) or ``vllm``.
+        endpoints: vLLM servers; none: vLLM in this process.
+        sync: How vLLM gets the newest weights: a new ``adapter`` per version, or ``merged`` weights.
+    """
 
     max_new_tokens: int = 48
     temperature: float = 1.0
+    backend: Literal["hf", "vllm"] = "hf"
+    endpoints: tuple[str, ...] = ()
+    sync: Literal["adapter", "merged"] = "adapter"
 
 
 @dataclass(frozen=True)
@@ -130,6 +165,12 @@ class TrainConfig:
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     threads: int | None = None
+    importance: Literal["none", "turn", "token"] = "none"
+    importance_cap: float = 2.0
+    kl_coefficient: float = 0.0
+    max_log_prob_gap: float | None = None
+    report_to: tuple[str, ...] = ()
+    load: LoadSettings = field(default_factory=LoadSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     env: EnvSettings = field(default_factory=EnvSettings)
@@ -164,6 +205,8 @@ class TrainConfig:
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
             "aggregation_constant": self.aggregation_constant,
+            "importance_cap": self.importance_cap,
+            "max_log_prob_gap": self.max_log_prob_gap,
             "sampling.temperature": self.sampling.temperature,
         }
         for name, number in positive.items():
@@ -178,6 +221,10 @@ class TrainConfig:
         for name, value in not_negative.items():
             if value < 0:
                 raise ConfigError(f"{name}: expected at least 0, got {value}")
+        if not (math.isfinite(self.kl_coefficient) and self.kl_coefficient >= 0):
+            raise ConfigError(f"kl_coefficient: expected a finite number of at least 0, got {self.kl_coefficient}")
+        if self.sampling.endpoints and self.sampling.backend != "vllm":
+            raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"discount: expected a number in [0, 1], got {self.discount}")
         if not 0 <= self.env.max_failure_rate <= 1:

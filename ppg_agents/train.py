@@ -167,7 +167,8 @@ class Online:
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         ledger.append(run.trajectories_file, trajectories)
-        return {**batch_metrics(trajectories), **learned, **seconds}
+        usage = getattr(self.envs.unwrapped, "usage", dict)()  # calls and tokens of the environment's servers so far
+        return {**batch_metrics(trajectories), **learned, **({"usage": usage} if usage else {}), **seconds}
 
     def evaluate(self, agent: Agent) -> dict[str, Any] | None:
         """Play held-out personas; the agent speaks through the policy it learns."""

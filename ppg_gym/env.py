@@ -74,6 +74,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
             max_failure_rate,
         )
         self.max_turns = self.game.max_turns
+        self.usage = self.game.usage
         self.render_mode = render_mode
         self.observation_space = Dict({"instruction": Utterance(MAX_CHARS), "message": Utterance(MAX_CHARS)})
         self.action_space = Utterance(MAX_CHARS)

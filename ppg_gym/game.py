@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,17 @@ class Game:
         """Return whether judge and partner work at the same time."""
         waits = getattr(self.judge, "waits", False) or getattr(self.partner, "waits", False)
         return waits and not getattr(self.partner, "hears_verdicts", False)
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """Return what judge and partner have asked for so far in this process, where they ask a server.
+
+        Returns:
+            ``{"judge": {"calls": …, "prompt_tokens": …, …}, "partner": {…}}``; environments of equal options share
+            their counts. Empty without servers.
+        """
+        parts = {"judge": self.judge, "partner": self.partner}
+        counted = {name: getattr(getattr(part, "chat", None), "counts", None) for name, part in parts.items()}
+        return {name: asdict(counts) for name, counts in counted.items() if counts is not None}
 
     def close(self) -> None:
         """Let go of what judge and partner hold."""

@@ -54,6 +54,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         single = PersonaChatEnv(**kwargs)
         self.game = single.game
         self.max_turns = single.max_turns
+        self.usage = single.usage
         self.num_envs = num_envs
         self.render_mode = single.render_mode
         self.metadata = {

@@ -223,3 +223,15 @@ class Interrupted(Judge):
 
 
 SAYS = '{"rationale": "Fine.", "contradicts": false, "addresses_judge": false, "says_something": true}'
+
+
+def test_usage_counts_calls_and_tokens(tmp_path: Path) -> None:
+    with Loopback(lambda body: SAYS, model="m") as server:
+        options = {"model": "m", "cache": str(tmp_path), "base_url": server.url, "schema": "never"}
+        made = PersonaChatVectorEnv(2, judge="llm", judge_options=options)
+        made.reset(seed=0)
+        made.step(("one", "two"))
+        made.close()
+    assert made.usage()["judge"]["calls"] == 2
+    assert made.usage()["judge"]["completion_tokens"] > 0
+    assert PersonaChatVectorEnv(1).usage() == {}
