@@ -118,7 +118,8 @@ def test_every_direct_requirement_is_pinned_to_a_version_that_it_allows(extra: s
 
 
 def test_everything_that_make_installs_is_pinned() -> None:
-    lines = [*PROJECT["dependencies"], *(line for extra in ("agents", "llm", "learned", "dev") for line in EXTRAS[extra])]
+    extras = (EXTRAS[extra] for extra in ("agents", "llm", "learned", "dev"))
+    lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
     waiting = [Requirement(line) for line in lines]
     seen: set[tuple[str, frozenset[str]]] = set()
     while waiting:
