@@ -167,7 +167,7 @@ class Online:
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         ledger.append(run.trajectories_file, trajectories)
-        usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # calls and tokens of the environment's servers so far
+        usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
         return {**batch_metrics(trajectories), **learned, **({"usage": usage} if usage else {}), **seconds}
 
     def evaluate(self, agent: Agent) -> dict[str, Any] | None:
