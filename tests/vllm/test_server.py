@@ -138,8 +138,9 @@ def test_the_same_seeds_give_the_same_lines_without_a_cache(options: Options) ->
 
 
 def test_a_timeout_is_a_status_and_the_server_stops_working_on_it(server: Any, options: Options) -> None:
-    chat = client(options, timeout=0.3, attempts=2)
-    background.run(chat.structured())
+    patient, chat = client(options), client(options, timeout=0.3, attempts=2)
+    assert background.run(patient.structured())  # kept in the cache that both share
+    patient.close()
     answer = background.run(chat.ask(Request(SAY, 1.0, 3500, seed=1, schema=ENDLESS)))
     assert (answer.status, answer.text) == ("timeout", "")
     assert "0.3 s" in answer.reason
