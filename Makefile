@@ -22,7 +22,7 @@ help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST))
 
 train: $(VENV)/.agents  ## train into $(RUN), or go on there; ARGS are ppg-agent train's
-	$(BIN)/ppg-agent train $(ARGS) --out $(RUN) $(if $(wildcard $(RUN)/checkpoints),--resume)
+	$(BIN)/ppg-agent train $(ARGS) --out $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
 
 test: lint  ## lint, types, tests
 	$(BIN)/python -m pytest
@@ -52,7 +52,7 @@ $(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[agents,llm,learned,dev]'
+	$(PIP) -e '.[agents,llm,learned,sb3,bench,tensorboard,dev]'
 	@touch $(VENV)/.agents $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python

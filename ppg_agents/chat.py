@@ -80,7 +80,7 @@ def talk(
                 if turn is None:
                     click.echo("(the conversation is as long as the model's context)", err=True)
                     break
-                reply = policy.decode(turn[1].token_ids)
+                reply = policy.spoken(turn[1].token_ids)
                 click.echo(f"persona> {reply}")
                 observation, reward, terminated, truncated, info = env.step(reply)
                 scores.append(float(reward))

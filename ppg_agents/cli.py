@@ -15,8 +15,13 @@ EXTRAS = {
     "agents": (*_AGENTS, "rich", "matplotlib", "scipy", "tomli_w"),
     "vllm": ("vllm",),
     "llm": ("openai", "tenacity", "diskcache", "aiohttp"),
+    "quantised": ("bitsandbytes",),
+    "kernels": ("liger_kernel",),
     "learned": ("sklearn", "joblib"),
     "sb3": ("stable_baselines3",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
 }
 
 

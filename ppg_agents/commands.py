@@ -129,10 +129,12 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
 @shared("personas")
 @shared(*SERVERS)
+@click.option("--rollout-endpoints", multiple=True, metavar="URL", help="vLLM servers that sample; repeat it.")
 @click.option("--iterations", type=int, help="Gradient steps, online.")
 @click.option("--batch", type=int, help="Conversations per step.")
 @shared("seed")
 @click.option("--out", type=click.Path(), help="Run folder; default: a new one under runs/.")
+@click.option("--report-to", multiple=True, metavar="NAME", help="tensorboard, wandb or trackio as well.")
 @click.option("--config", "file", type=click.Path(), metavar="FILE.toml", help="Settings; flags come on top.")
 @shared("set")
 @click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest.")
@@ -144,6 +146,7 @@ def train(
     file: str | None,
     assignments: tuple[str, ...],
     resume: str | None,
+    report_to: tuple[str, ...],
     more: tuple[str, ...],
     **flags: Any,
 ) -> int:
@@ -155,7 +158,10 @@ def train(
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
     flags["policy_class"] = policy_class
+    endpoints = list(flags.pop("rollout_endpoints"))
+    flags |= {"sampling.endpoints": endpoints, "sampling.backend": "vllm"} if endpoints else {}
     flags["offline.files"] = [*offline, *more] or None
+    flags["report_to"] = list(report_to) or None
     folder = None if resume is None else Path(resume or out or runs.newest_run())
     base = Path(file) if file else None
     if folder is not None and base is None:
@@ -262,6 +268,43 @@ def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> No
 
     policy, sampler = load_target(target, config)
     talk(policy, sampler, config, personas=personas, persona=persona, seed=seed)
+
+
+@cli.command()
+@click.argument("target", metavar="RUN_OR_CHECKPOINT")
+@click.option("--out", required=True, type=click.Path(), metavar="DIR", help="A new or empty folder.")
+@shared("set")
+def merge(target: str, out: str, assignments: tuple[str, ...]) -> None:
+    """Write a run's newest checkpoint as one plain model, LoRA folded into the weights.
+
+    Example: ppg-agent merge runs/NAME --out models/NAME
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise click.UsageError(f"--out: expected a new or empty folder, got {out}; choose another")
+    config = target_config(target, assignments)
+
+    from ppg_agents.evaluate import load_target
+
+    policy, _ = load_target(target, config)
+    policy.save_merged(folder)
+    click.echo(str(folder))
+
+
+@cli.command("accelerate-config")
+@click.argument("name", required=False)
+def accelerate_config(name: str | None) -> None:
+    """Print the path of a ready-made accelerate config, or the names of all.
+
+    Example: accelerate launch --config_file "$(ppg-agent accelerate-config ddp-2)" -m ppg_agents.cli train
+    """
+    from ppg_agents.accelerate_configs import launch_config, launch_configs
+
+    if name is not None:
+        click.echo(str(launch_config(name)))
+        return
+    for known, purpose in launch_configs().items():
+        click.echo(f"{known:<12} {purpose}")
 
 
 def target_config(target: str, assignments: tuple[str, ...], **flags: Any) -> TrainConfig:

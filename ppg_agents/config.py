@@ -24,7 +24,7 @@ PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
 _SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
-    *("sampling.endpoints", "load.gradient_checkpointing"),
+    *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
 """Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
@@ -66,6 +66,7 @@ class LoadSettings:
         quantisation: ``4bit`` keeps the base weights in NF4 (bitsandbytes, CUDA).
         dtype: ``auto`` is bfloat16 on CUDA, else float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        kernels: ``liger`` uses liger-kernel's norms and MLPs.
     """
 
     chat_template: str | None = None
@@ -73,6 +74,7 @@ class LoadSettings:
     quantisation: Literal["none", "4bit"] = "none"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = False
+    kernels: Literal["none", "liger"] = "none"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class SamplingSettings:
         backend: ``hf`` (the learner's own model) or ``vllm``.
         endpoints: vLLM servers; none: vLLM in this process.
         sync: How vLLM gets the newest weights: a new ``adapter`` per version, or ``merged`` weights.
+        timeout: Seconds that one answer of a server may take.
+        patience: Seconds without an answer from any server after which it is an error.
+        api_key_env: Name of the environment variable with the servers' key; unset is right without one.
+        engine: Further arguments of vLLM's engine in this process.
     """
 
     max_new_tokens: int = 48
@@ -92,6 +98,10 @@ class SamplingSettings:
     backend: Literal["hf", "vllm"] = "hf"
     endpoints: tuple[str, ...] = ()
     sync: Literal["adapter", "merged"] = "adapter"
+    timeout: float = 300.0
+    patience: float = 120.0
+    api_key_env: str = "VLLM_API_KEY"
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,7 @@ class TrainConfig:
     threads: int | None = None
     importance: Literal["none", "turn", "token"] = "none"
     importance_cap: float = 2.0
+    max_staleness: int = 0
     kl_coefficient: float = 0.0
     max_log_prob_gap: float | None = None
     report_to: tuple[str, ...] = ()
@@ -205,7 +216,6 @@ class TrainConfig:
             "learning_rate": self.learning_rate,
             "max_grad_norm": self.max_grad_norm,
             "aggregation_constant": self.aggregation_constant,
-            "importance_cap": self.importance_cap,
             "max_log_prob_gap": self.max_log_prob_gap,
             "sampling.temperature": self.sampling.temperature,
         }
@@ -215,14 +225,21 @@ class TrainConfig:
         not_negative = {
             "seed": self.seed,
             "lora.rank": self.lora.rank,
+            "max_staleness": self.max_staleness,
             "evaluation.seed": self.evaluation.seed,
             "evaluation.conversations": self.evaluation.conversations,
         }
         for name, value in not_negative.items():
             if value < 0:
                 raise ConfigError(f"{name}: expected at least 0, got {value}")
+        if not (math.isfinite(self.importance_cap) and self.importance_cap >= 1):
+            raise ConfigError(f"importance_cap: expected a finite number of at least 1, got {self.importance_cap}")
         if not (math.isfinite(self.kl_coefficient) and self.kl_coefficient >= 0):
             raise ConfigError(f"kl_coefficient: expected a finite number of at least 0, got {self.kl_coefficient}")
+        if self.lora.dora and self.sampling.backend == "vllm" and self.sampling.sync == "adapter":
+            raise ConfigError('lora.dora: vLLM takes no DoRA adapters; add --set sampling.sync=merged')
+        if self.load.quantisation == "4bit" and (self.lora.rank == 0 or self.sampling.sync == "merged"):
+            raise ConfigError("load.quantisation: 4-bit weights are neither trained nor merged; use LoRA adapters")
         if self.sampling.endpoints and self.sampling.backend != "vllm":
             raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
         if not 0 <= self.discount <= 1:

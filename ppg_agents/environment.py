@@ -89,24 +89,64 @@ class Conversations(gym.vector.VectorWrapper):
         return values
 
 
+class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
+    """A single environment whose failures have one name, as `Conversations` gives it."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset; raises a ConversationError for a RuntimeError of the environment."""
+        try:
+            return self.env.reset(seed=seed, options=options)
+        except RuntimeError as error:
+            raise ConversationError(str(error)) from error
+
+    def step(self, action: Any) -> Any:
+        """Step; raises a ConversationError for a RuntimeError of the environment."""
+        try:
+            return self.env.step(action)
+        except RuntimeError as error:
+            raise ConversationError(str(error)) from error
+
+
+def make_env(config: TrainConfig, personas: str) -> OneConversation:
+    """Return one conversation, to be stepped at its own pace.
+
+    Raises:
+        ConfigError: The environment cannot be made: its module, its id or its arguments.
+    """
+    name, given = _found(config, personas)
+    try:
+        return OneConversation(gym.make(name, **{**given, "disable_env_checker": True}))
+    except gym.error.Error as error:
+        raise ConfigError(f"env.id: expected a registered environment, got {config.env.id!r}: {error}") from error
+
+
+def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
+    """Import the environment's module; return the registered name and the keyword arguments."""
+    module, _, name = config.env.id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
+        raise ConfigError(message) from error
+    return name, keyword_arguments(config, personas)
+
+
 def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
     """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
 
     Raises:
         ConfigError: The environment cannot be made: its module, its id or its arguments.
     """
-    module, _, name = config.env.id.rpartition(":")
+    name, given = _found(config, personas)
     try:
-        if module:
-            importlib.import_module(module)
-        given = keyword_arguments(config, personas)
         if gym.spec(name).vector_entry_point is not None:
             envs = gym.make_vec(name, num_envs=num_envs, **given)
         else:  # an unjudged reward is NaN, which Gymnasium's checker takes for a mistake
             vector = {"autoreset_mode": AutoresetMode.DISABLED}
             given["disable_env_checker"] = True
             envs = gym.make_vec(name, num_envs, "sync", vector, **given)
-    except (ModuleNotFoundError, gym.error.Error) as error:
+    except gym.error.Error as error:
         message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
         raise ConfigError(message) from error
     return Conversations(envs)

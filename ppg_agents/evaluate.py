@@ -89,6 +89,7 @@ def play(
     """
     import torch
 
+    from ppg_agents.generation import speaking
     from ppg_agents.rollout import collect
 
     chunk = min(config.batch, conversations)
@@ -97,7 +98,8 @@ def play(
     reachable: list[float] = []
     envs = make_envs(config, chunk, personas)
     try:
-        with policy.merged():
+        getattr(sampler, "sync", lambda policy: None)(policy)
+        with speaking(policy, sampler):
             for start in range(0, conversations, chunk):
                 some = seeds[start : start + chunk]
                 padded = some + some[:1] * (chunk - len(some))
@@ -242,5 +244,5 @@ def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
         if latest is None:
             raise RunError(f"expected a run with a checkpoint, got {target} without; resume it first")
         place = latest[1]
-    policy = Policy.load(place, lora=None)
+    policy = Policy.load(place, lora=None, template_options=config.load.template_options)
     return policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppg_agents.durable import writing
 from ppg_agents.runs import Run
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ def curve(run: Run) -> Path:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="x" if ax is right and run.config.offline.files else "y", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    path = run.folder / "curve.png"
-    figure.savefig(path, dpi=150)
+    path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
+    with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)  # whole or not at all
     return path
 
 

@@ -10,6 +10,7 @@ log, or keep state.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -27,6 +28,7 @@ def partial_policy_gradient(
     aggregation: Aggregation = "sum",
     constant: float | None = None,
     batch_size: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Loss whose gradient is minus the partial policy gradient [P].
 
@@ -37,7 +39,7 @@ def partial_policy_gradient(
     used, and carries no gradient. Only ``sum`` is the paper's estimator; the other aggregations are not, see
     ``aggregate``. Under ``sum`` a turn with credit 0 contributes nothing; for the means, take invalid turns
     out of ``token_mask`` first with ``turn_token_mask``. The value of the loss means nothing, only its
-    gradient does.
+    gradient does. With importance weights (own) L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.importance``.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -47,6 +49,7 @@ def partial_policy_gradient(
         aggregation: How per-token losses become one number.
         constant: C of the ``constant`` aggregation.
         batch_size: Units in the whole optimiser batch when this is one micro-batch of it, see ``aggregate``.
+        weights: w [B, L], from ``ppg_agents.importance``; None for 1.
 
     Returns:
         Scalar, in the dtype of ``log_probs``.
@@ -57,6 +60,8 @@ def partial_policy_gradient(
     """
     advantage = broadcast_credit(credit, token_mask, turn_index).to(log_probs)
     _check("log_probs", log_probs, token_mask, floating=True)
+    if weights is not None:
+        advantage = advantage * constant_per_token("weights", weights, token_mask).to(advantage)
     per_token = -advantage * log_probs.masked_fill(~token_mask, 0.0)
     return aggregate(
         per_token, token_mask, turn_index, aggregation=aggregation, constant=constant, batch_size=batch_size
@@ -107,6 +112,60 @@ def reward_weighted_log_likelihood(
         constant=constant,
         batch_size=batch_size,
     )
+
+
+def kl_loss(
+    log_probs: Tensor, reference_log_probs: Tensor, token_mask: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Per-token loss that pulls the policy back to a reference: k2 = ½ · (lp − lpʳ)² (own choice).
+
+        L_i = w_i · k2_i,   E_{i ∼ π}[∇ k2_i] = E_{i ∼ π}[(lp_i − lpʳ_i) · ∇ lp_i] = ∇ KL(π(· | past) ‖ π_ref(· | past))
+
+    Over tokens that π sampled, the gradient of k2 is that of the *reverse* KL of every next-token distribution, with
+    the tokens before it held as they were sampled. The estimator k3 of ``kl_estimate``, the better figure, is the
+    worse loss: without importance weights its gradient is that of the forward KL(π_ref ‖ π). What a token does to the
+    divergence of later ones is left out: adding the log-ratios to the end of the reply makes the gradient that of the
+    reply's KL, and so noisy that in trials on a small model it fell half as fast or not at all.
+
+    Args:
+        log_probs: lp [B, L], floating, carries the gradient.
+        reference_log_probs: lpʳ [B, L], at the temperature of ``log_probs``.
+        token_mask: [B, L] bool, true at sampled tokens.
+        weights: w [B, L], from ``ppg_agents.importance``; None for 1. At level ``turn`` the tokens before, too, are
+            weighed as the learner's own.
+
+    Returns:
+        [B, L] for ``aggregate``, 0 outside the mask.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, or a log-prob in the mask that is not a number.
+    """
+    constant_per_token("log_probs", log_probs, token_mask)
+    reference = constant_per_token("reference", reference_log_probs, token_mask).to(log_probs)
+    per_token = 0.5 * (log_probs.masked_fill(~token_mask, 0.0) - reference).square()
+    return per_token if weights is None else per_token * constant_per_token("weights", weights, token_mask)
+
+
+def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, token_mask: Tensor) -> Tensor:
+    """Estimate KL(π ‖ π_ref) at every token: k3 = e^{lpʳ−lp} − (lpʳ − lp) − 1, never negative.
+
+    Over tokens that π sampled, its mean is the divergence given the prefix, so that the sum over a reply is an unbiased
+    estimate of KL(π(y_t | …) ‖ π_ref(y_t | …)), in nats.
+
+    Args:
+        log_probs: lp [B, L], floating.
+        reference_log_probs: lpʳ [B, L].
+        token_mask: [B, L] bool.
+
+    Returns:
+        [B, L], 0 outside the mask, no gradient.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, or a log-prob in the mask that is not a number.
+    """
+    own = constant_per_token("log_probs", log_probs, token_mask)
+    ratio = constant_per_token("reference", reference_log_probs, token_mask).to(own) - own
+    return ratio.expm1() - ratio
 
 
 def aggregate(
@@ -164,7 +223,7 @@ def aggregate(
     if aggregation == "sequence_mean":
         return (loss.sum(1) / token_mask.sum(1).clamp(min=1)).sum() / size
     if aggregation == "turn_mean":
-        tokens, turn = _tokens_per_turn(token_mask, turn_index)
+        tokens, turn = tokens_per_turn(token_mask, turn_index)
         sums = torch.zeros_like(tokens, dtype=loss.dtype).scatter_add(1, turn, loss)
         return (sums / tokens.clamp(min=1)).sum() / size
     return loss.sum() / size
@@ -194,10 +253,8 @@ def batch_units(token_mask: Tensor, turn_index: Tensor, aggregation: Aggregation
     if aggregation == "sequence_mean":
         return int(token_mask.any(1).sum())
     if aggregation == "turn_mean":
-        return int((_tokens_per_turn(token_mask, turn_index)[0] > 0).sum())
-    raise ValueError(
-        f"expected an aggregation out of {', '.join(get_args(Aggregation))}, got {aggregation!r}"
-    )
+        return int((tokens_per_turn(token_mask, turn_index)[0] > 0).sum())
+    raise ValueError(f"expected an aggregation out of {', '.join(get_args(Aggregation))}, got {aggregation!r}")
 
 
 def broadcast_credit(credit: Tensor, token_mask: Tensor, turn_index: Tensor) -> Tensor:
@@ -248,15 +305,27 @@ def turn_token_mask(token_mask: Tensor, turn_index: Tensor, valid: Tensor) -> Te
 
 def _check(name: str, tensor: Tensor, token_mask: Tensor, *, floating: bool) -> None:
     if token_mask.ndim != 2 or token_mask.dtype != torch.bool:
-        raise ValueError(
-            f"expected boolean token_mask [B, L], got {token_mask.dtype} {list(token_mask.shape)}"
-        )
+        raise ValueError(f"expected boolean token_mask [B, L], got {token_mask.dtype} {list(token_mask.shape)}")
     kind = tensor.is_floating_point() if floating else not tensor.is_floating_point()
     if tensor.shape != token_mask.shape or not kind:
         raise ValueError(
             f"expected {'floating' if floating else 'integer'} {name} of token_mask's shape "
             f"{list(token_mask.shape)}, got {tensor.dtype} {list(tensor.shape)}"
         )
+
+
+def constant_per_token(name: str, tensor: Tensor, token_mask: Tensor) -> Tensor:
+    """Return a floating [B, L] without gradient, 0 outside the mask and checked to be numbers inside.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
+    """
+    _check(name, tensor, token_mask, floating=True)
+    constant = tensor.detach().masked_fill(~token_mask, 0.0)
+    if bool(constant.isnan().any()):
+        b, i = constant.isnan().nonzero()[0].tolist()
+        raise ValueError(f"expected a number for {name} at every sampled token, got {math.nan} at [{b}, {i}]")
+    return constant
 
 
 def _turn(token_mask: Tensor, turn_index: Tensor, per_turn: Tensor, name: str) -> Tensor:
@@ -275,7 +344,7 @@ def _turn(token_mask: Tensor, turn_index: Tensor, per_turn: Tensor, name: str) -
     return turn
 
 
-def _tokens_per_turn(token_mask: Tensor, turn_index: Tensor) -> tuple[Tensor, Tensor]:
+def tokens_per_turn(token_mask: Tensor, turn_index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the number of tokens in the mask per turn [B, n], and the turn of every token [B, L]."""
     turn = turn_index.long().masked_fill(~token_mask, 0)
     turns = int(turn.max()) + 1 if turn.numel() else 1

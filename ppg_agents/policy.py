@@ -1,15 +1,13 @@
 """A causal language model with LoRA as a policy: prompts, log-probabilities, merging, saving.
 
 One conversation is one token sequence, scored in one forward pass. Replies come in as the token ids that
-were sampled; nothing here encodes a reply, draws a token or takes an optimiser step.
+were sampled; nothing here draws a token or takes an optimiser step.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import resources
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppg_agents.config import LoraSettings
-from ppg_agents.lora import adapted_layers, add_lora, fuse, merge
-from ppg_agents.prompts import prompt_format
+from ppg_agents.lora import Originals, adapted_layers, add_lora, bypass, dropout, fuse, merge
+from ppg_agents.models.loading import TINY, Kernels, Quantisation, base_of, load_base
+from ppg_agents.prompts import trainable_format
 
-TINY = "tiny"
 DEFAULT_LORA = LoraSettings()
 
 __all__ = ["TINY", "LoraSettings", "Policy", "add_lora"]
@@ -58,23 +56,26 @@ class Policy:
             template_options: Extra variables for the chat template.
 
         Raises:
-            ValueError: The chat template cannot be trained on (see `prompts.prompt_format`), the
+            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), the
                 model's head is more than a linear layer with known scalings, or the LoRA variant cannot be
-                merged exactly.
+                merged.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
         self.version = 0
-        self.format = prompt_format(tokenizer, template_options)
+        self.format = trainable_format(tokenizer, template_options)
         self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.format.end_of_turn))
+        if self._encode(f"{self.format.end_of_turn}\n")[:1] != [self.end_of_turn_id]:
+            raise ValueError(f"expected a tokenizer that reads {self.format.end_of_turn!r} as one token, got several")
         self.pad_id = int(self.end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self._lm = model.get_base_model() if hasattr(model, "peft_config") else model
         self.config = self._lm.config.get_text_config()
         self.context_length = int(getattr(self.config, "max_position_embeddings", None) or 2**31 - 1)
         self.device = next(model.parameters()).device
         self._lora = adapted_layers(model)
-        self._merged = False
+        self._merged: Originals | None = None
+        self._checkpointed: list[nn.Module] = []
         self._check_head()
 
     @classmethod
@@ -87,10 +88,12 @@ class Policy:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
+        quantisation: Quantisation = "none",
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
+        kernels: Kernels = "none",
     ) -> Policy:
-        """Load a model folder or hub name, and put LoRA on it.
+        """Load a model folder or hub name, and put LoRA on it. Code that comes with a model is never run.
 
         Args:
             name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save`
@@ -100,28 +103,32 @@ class Policy:
             device: Default: CUDA when there, else CPU.
             dtype: Default: bfloat16 on CUDA, else float32. LoRA weights are float32 either way.
             seed: Seed of LoRA's random half.
+            quantisation: ``"4bit"`` keeps the base weights in 4 bits (bitsandbytes, CUDA); with LoRA only.
             chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
-            template_options: Extra variables for the template.
+            template_options: Extra variables for the template; ``{"enable_thinking": True}`` lets a model
+                that can reason do so.
+            kernels: ``"liger"`` computes norms and MLPs with liger-kernel (CUDA).
 
         Raises:
-            ValueError: See `Policy`.
+            FileNotFoundError: Neither a model folder nor a model of the hub.
+            ConnectionError: The hub cannot be reached, and the model is not in the local cache.
+            ModuleNotFoundError: An option needs a package that is not installed.
+            ValueError: See `Policy`; or an option that cannot be had here.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        name = str(name_or_path)
-        if (Path(name) / "adapter_config.json").is_file():
-            adapter, folder = name, Path(name)
-            name = str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+        name, folder = base_of(name_or_path)
+        adapter = folder or (Path(adapter) if adapter is not None else None)
+        if quantisation != "none" and lora is None and adapter is None:
+            raise ValueError(f"quantisation {quantisation!r}: expected LoRA, got training of all weights; give a rank")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        kind = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-        name = str(Path(name).resolve()) if name != TINY and Path(name).is_dir() else name
-        path = str(resources.files("ppg_agents.models") / TINY) if name == TINY else name
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if chat_template is not None:
-            is_path = "{" not in chat_template and Path(chat_template).is_file()
-            tokenizer.chat_template = Path(chat_template).read_text() if is_path else chat_template
-        with _quiet(Path(path).is_dir()):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=kind).to(where)
+        model, tokenizer = load_base(
+            name,
+            device=where,
+            dtype=dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32),
+            quantisation=quantisation,
+            adapter=adapter,
+            chat_template=chat_template,
+            kernels=kernels,
+        )
         if adapter is not None:
             from peft import PeftModel
 
@@ -141,16 +148,30 @@ class Policy:
 
     def next_prompt(self, message: str) -> list[int]:
         """Return the tokens between a reply's end-of-turn token and the next reply."""
-        return self._encode(self.format.next(message))
+        return self._encode(self.format.end_of_turn + self.format.next(message))[1:]
 
     def encode_reply(self, text: str) -> list[int]:
-        """Return the tokens of a logged reply, end-of-turn included; never for a reply that was sampled."""
-        return [*self._encode(self.format.plain(text)), self.end_of_turn_id]
+        """Return the tokens of a logged reply, end-of-turn included; never for a reply that was sampled.
+
+        Where the template starts every reply by an empty reasoning block, so does this one.
+        """
+        return [*self._encode(self.format.lead + self.format.plain(text)), self.end_of_turn_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a reply, without control tokens."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
+
+    def spoken(self, token_ids: Sequence[int]) -> str:
+        """Return what the partner and the judge hear of a reply: its text without control tokens and reasoning.
+
+        A reply that is cut while it reasons says nothing: ``""``.
+        """
+        if self.format.reasoning is None:
+            return self.decode(token_ids)
+        text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        heard = self.format.heard(str(text))
+        return self.decode(token_ids) if heard == text else self.format.control_free(heard)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -160,8 +181,13 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def transformer(self, **inputs: Any) -> Tensor:
-        """Run the model without its head; return hidden states [B, L, hidden]."""
-        return cast(Tensor, self._lm.base_model(**inputs).last_hidden_state)
+        """Run the model without its head; return hidden states [B, L, hidden].
+
+        LoRA's dropout and gradient checkpointing are active only while gradients are recorded.
+        """
+        learning = torch.is_grad_enabled()
+        with dropout(self._lora, learning), _training(self._checkpointed if learning else []):
+            return cast(Tensor, self._lm.base_model(**inputs).last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits [..., vocab] of hidden states [..., hidden], in float32 or wider."""
@@ -215,8 +241,6 @@ class Policy:
         token_mask[:, 0] = False
         if not bool(token_mask.any()):
             return torch.zeros(ids.shape, device=self.device)
-        for layer in self._lora:
-            layer.module.lora_dropout.train(torch.is_grad_enabled())
         with fuse(self._lora):
             hidden = self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
         targets = ids[token_mask]
@@ -240,22 +264,64 @@ class Policy:
             return score(hidden)
         return cast(Tensor, checkpoint(score, hidden, use_reentrant=False, preserve_rng_state=False))
 
+    def reference_log_probs(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Return what `log_probs` gives without LoRA: those of the reference model of a KL term, without gradients.
+
+        The same weights are used, with the adapter off; there is no second copy of the model.
+
+        Raises:
+            ValueError: The policy trains all weights, so that nothing is left of the model it started from.
+        """
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
+        if trained or not self._lora:
+            raise ValueError(
+                f"expected a policy with LoRA, whose base model is the reference, got one that trains {trained[:1]} "
+                "and so on; use LoRA, or load the reference as a second policy"
+            )
+        with torch.no_grad(), bypass(self._lora, self._merged or []):
+            return self.log_probs(ids, attention, token_mask, temperature=temperature, chunk=chunk)
+
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Fold LoRA into the base weights for the duration, for fast sampling.
 
         The base weights return bit for bit (see `lora.merge`). Holds a second copy of the adapted weights
-        meanwhile. Entering twice is harmless.
+        meanwhile. Entering twice is harmless. Quantised base weights are left alone, so that sampling computes
+        what learning computes: it then costs two small matrix products more per adapted layer and token.
         """
-        if self._merged or not self._lora:
+        if self._merged is not None or not self._lora:
             yield
             return
-        self._merged = True
         try:
-            with merge(self._lora):
+            with merge(self._lora) as self._merged:
                 yield
         finally:
-            self._merged = False
+            self._merged = None
+
+    def gradient_checkpointing(self, active: bool = True) -> None:
+        """Keep only each block's input while gradients are recorded, and compute the block again for them.
+
+        Costs about a third more time per step; sampling and scoring without gradients stay as they are.
+
+        Raises:
+            ValueError: The architecture does not support it.
+        """
+        if not active:
+            self._lm.gradient_checkpointing_disable()
+            self._checkpointed = []
+            return
+        again = lambda: (nullcontext(), fuse(self._lora))  # noqa: E731 (what is computed again is fused again)
+        self._lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
+        self._lm.disable_input_require_grads()  # embeddings need no gradient unless they are trained
+        self._checkpointed = [m for m in self._lm.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def save(self, folder: str | Path) -> None:
         """Write the PEFT adapter (or, without LoRA, the model) and the tokenizer, as safetensors and JSON."""
@@ -268,6 +334,21 @@ class Policy:
             self.model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Write the model with LoRA folded into its weights, and the tokenizer, as a plain Hugging Face folder.
+
+        Raises:
+            ValueError: The base weights are quantised.
+        """
+        if any(layer.quantised for layer in self._lora):
+            raise ValueError(
+                "expected base weights in 16 or 32 bits to merge into, got quantised ones; "
+                "save the adapter and load it without quantisation"
+            )
+        with self.merged():
+            self._lm.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
 
     def load_weights(self, folder: str | Path) -> None:
         """Read back what `save` wrote, into the weights of this policy.
@@ -310,15 +391,12 @@ class Policy:
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """Hide the progress bar of reading weights from a local folder; a download keeps its own."""
-    from transformers.utils import logging
-
-    if not local or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
+def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let these modules alone (not what is in them) believe that they are in training mode."""
+    for module in modules:
+        module.training = True
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        for module in modules:
+            module.training = False

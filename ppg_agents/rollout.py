@@ -16,26 +16,53 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from ppg_agents.generation import Sample, Sampler
+from ppg_agents.generation import Sample, Sampler, SingleSampler, speaking
 from ppg_agents.policy import Policy
 from ppg_agents.trajectory import Trajectory, Turn
 
 log = logging.getLogger(__name__)
 
 
-class Speaker:
-    """Holds up the policy's end of n conversations: observations in, sampled replies out.
+class Side:
+    """The policy's side of one conversation: what its next prompt is, and how many tokens it has."""
 
-    Keeps track of what each conversation's next prompt is and of how many tokens it has.
-    """
+    def __init__(self, policy: Policy, sampler: Sampler | SingleSampler) -> None:
+        """Begin the conversation."""
+        self._policy = policy
+        self._room = min(policy.context_length, getattr(sampler, "context_length", policy.context_length))
+        self._room -= sampler.max_new_tokens
+        self._used = 0
+        self._cut = False
+
+    def prompt(self, instruction: str, message: str) -> list[int] | None:
+        """Return the tokens since the last sampled one; a reply that was cut is closed first.
+
+        Args:
+            instruction: The role-play instruction; read at the first message.
+            message: The partner's newest line.
+
+        Returns:
+            None when prompt and longest reply would not fit into the context.
+        """
+        if not self._used:
+            tokens = self._policy.first_prompt(instruction, message)
+        else:
+            tokens = ([self._policy.end_of_turn_id] if self._cut else []) + self._policy.next_prompt(message)
+        return tokens if len(tokens) <= self._room - self._used else None
+
+    def said(self, prompt: Sequence[int], sample: Sample) -> None:
+        """Note what was sampled after a prompt."""
+        self._cut = not sample.ended
+        self._used += len(prompt) + len(sample.token_ids)
+
+
+class Speaker:
+    """Holds up the policy's end of n conversations in lockstep: observations in, sampled replies out."""
 
     def __init__(self, policy: Policy, sampler: Sampler, n: int) -> None:
         """Begin n conversations."""
-        self.policy = policy
         self.sampler = sampler
-        self.started = [False] * n
-        self.cut = [False] * n
-        self.used = [0] * n
+        self.sides = [Side(policy, sampler) for _ in range(n)]
         sampler.start(n)
 
     def reply(
@@ -55,31 +82,19 @@ class Speaker:
 
         Returns:
             Per conversation the prompt tokens and the sample; None when it is not active, or when prompt
-            and longest reply would not fit into the policy's context.
+            and longest reply would not fit into the context.
         """
-        prompts: list[list[int] | None] = []
-        for i, speaks in enumerate(active):
-            prompt = self._prompt(i, instructions[i], messages[i]) if speaks else None
-            room = self.policy.context_length - self.used[i] - self.sampler.max_new_tokens
-            prompts.append(prompt if prompt is not None and len(prompt) <= room else None)
+        sides = zip(self.sides, instructions, messages, active, strict=True)
+        prompts = [side.prompt(what, said) if speaks else None for side, what, said, speaks in sides]
         samples = self.sampler.reply(prompts, generator)
         replies: list[tuple[list[int], Sample] | None] = []
-        for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
+        for side, prompt, sample in zip(self.sides, prompts, samples, strict=True):
             if prompt is None or sample is None:
                 replies.append(None)
                 continue
-            self.started[i] = True
-            self.cut[i] = not sample.ended
-            self.used[i] += len(prompt) + len(sample.token_ids)
+            side.said(prompt, sample)
             replies.append((prompt, sample))
         return replies
-
-    def _prompt(self, i: int, instruction: str, message: str) -> list[int]:
-        """Return the tokens since the last sampled one; a reply that was cut is closed first."""
-        if not self.started[i]:
-            return self.policy.first_prompt(instruction, message)
-        closing = [self.policy.end_of_turn_id] if self.cut[i] else []
-        return closing + self.policy.next_prompt(message)
 
 
 def collect(
@@ -98,7 +113,7 @@ def collect(
 
     Args:
         envs: N sub-environments.
-        policy: Who speaks; merged while sampling.
+        policy: Who speaks; its LoRA is merged while its own model samples.
         sampler: How replies are drawn from `policy`.
         seeds: N seeds of the episodes; equal seeds share a persona.
         generator: Source of randomness of the sampler.
@@ -123,7 +138,7 @@ def collect(
     active, terminated, truncated = [True] * n, [False] * n, [False] * n
     partners = ["ok"] * n
     speaker = Speaker(policy, sampler, n)
-    with policy.merged():
+    with speaking(policy, sampler):
         while True:
             replies = speaker.reply(opening, messages, active, generator)
             for i in range(n):
@@ -132,15 +147,15 @@ def collect(
                     active[i], truncated[i] = False, True
             if not any(active):
                 break
-            texts = tuple("" if r is None else policy.decode(r[1].token_ids) for r in replies)
+            texts = tuple("" if r is None else policy.spoken(r[1].token_ids) for r in replies)
             observations, rewards, ends, cuts, infos = envs.step(texts)
             for i, reply in enumerate(replies):
                 if reply is None:
                     continue
                 info = _info(infos, i)
                 info = info.get("final_info", info)  # autoreset in the same step keeps the episode's own info there
-                turns[i].append(_turn(messages[i], texts[i], *reply, float(rewards[i]), info, policy))
-                partners[i] = str((info.get("partner") or {}).get("status", "ok"))
+                turns[i].append(record(messages[i], texts[i], *reply, float(rewards[i]), info))
+                partners[i] = partner_status(info)
                 terminated[i], truncated[i] = bool(ends[i]), bool(cuts[i])
                 active[i] = not (terminated[i] or truncated[i])
             if not any(active):
@@ -164,16 +179,19 @@ def collect(
     ]
 
 
-def _turn(
-    message: str,
-    reply: str,
-    prompt: Sequence[int],
-    sample: Sample,
-    reward: float,
-    info: Mapping[str, Any],
-    policy: Policy,
+def record(
+    message: str, reply: str, prompt: Sequence[int], sample: Sample, reward: float, info: Mapping[str, Any]
 ) -> Turn:
-    verdict = dict(info.get("verdict") or {})
+    """Return one exchange as the ledger keeps it.
+
+    Args:
+        message: The partner's line.
+        reply: What the environment heard.
+        prompt: The tokens before the reply.
+        sample: The reply as it was sampled.
+        reward: The environment's; anything but a finite number is an unjudged turn.
+        info: The environment's, of the step that heard the reply.
+    """
     return Turn(
         message=message,
         reply=reply,
@@ -181,9 +199,16 @@ def _turn(
         token_ids=sample.token_ids,
         log_probs=sample.log_probs,
         reward=reward if math.isfinite(reward) else math.nan,
-        verdict=verdict,
-        policy_version=policy.version,
+        verdict=dict(info.get("verdict") or {}),
+        policy_version=sample.policy_version,
+        sampler=sample.sampler,
+        temperature=sample.temperature,
     )
+
+
+def partner_status(info: Mapping[str, Any]) -> str:
+    """Return the partner's fault in a step's info, ``ok`` without one."""
+    return str((info.get("partner") or {}).get("status", "ok"))
 
 
 def _texts(observations: Any, n: int) -> tuple[list[str], list[str]]:

@@ -7,28 +7,37 @@
       evaluation.json        held-out results before and after
       checkpoints/<step>/    adapter, tokenizer, optimizer, state.json, config.toml
 
-Knows files, not learning: what a checkpoint contains is the agent's affair. A checkpoint is written
-beside its place and renamed, so that it is there whole or not at all. Resuming cuts the two JSONL files
-back to the length they had when the checkpoint was written.
+Knows files, not learning: what a checkpoint contains is the agent's affair. A checkpoint is written beside its place,
+forced onto the disk and renamed, so that it is there whole or not at all; ``state.json`` lists its files and their
+sizes, so that one that was damaged later is noticed. Resuming cuts the two JSONL files back to the length they had
+when the checkpoint was written. Whoever trains holds `lock`; reading a run needs none.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppg_agents import config as configs
 from ppg_agents.config import TrainConfig
+from ppg_agents.durable import LOCK, RunError, finite, json_object, lock, read_jsonl, replace, size, sync, writing
+from ppg_agents.progress import say
 
+if TYPE_CHECKING:
+    from ppg_agents.trajectory import Trajectory
 
-class RunError(ValueError):
-    """A run folder is not what it should be; the message says what to do."""
+__all__ = ["Run", "RunError", "damage", "default_folder", "finite", "is_run", "lock", "newest_run", "read_jsonl"]
+
+LINES = ("metrics.jsonl", "trajectories.jsonl")
+_LEFTOVER = re.compile(r"\.(\d+)\.(tmp|replaced|removed)")
 
 
 @dataclass(frozen=True)
@@ -53,20 +62,21 @@ class Run:
         """Make the folder of a new run and write its settings.
 
         Raises:
-            RunError: The folder holds something already.
+            RunError: The folder holds something already, or cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not _unused(folder):
             todo = f"go on with --resume {folder}" if is_run(folder) else "empty it"
             raise RunError(f"expected a new or empty folder, got {folder} with files; {todo}, or change --out")
-        folder.mkdir(parents=True, exist_ok=True)
         run = cls(folder, config)
-        run.write_config()
+        with writing(folder, "change --out, or {todo}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            run._write_config()
         return run
 
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """Open the folder of an existing run.
+        """Open the folder of an existing run; changes nothing in it.
 
         Raises:
             RunError: There is no run in it.
@@ -78,39 +88,95 @@ class Run:
         return cls(folder, configs.load(folder / "config.toml"))
 
     def write_config(self) -> None:
-        """Write the resolved settings."""
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
-        _write(self.folder / "config.toml", _toml(self.config))
+        """Write the resolved settings.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        with self._writing("config.toml"):
+            self._write_config()
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line; numbers that are not finite are written as null."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        """Append one line; numbers that are not finite are written as null.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        with self._writing("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
+    def append_trajectories(self, trajectories: Iterable[Trajectory]) -> None:
+        """Append one line per conversation.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        from ppg_agents.trajectory import append
+
+        with self._writing("trajectories.jsonl"):
+            append(self.trajectories_file, trajectories)
+
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all lines so far; a torn last line is left out."""
+        """Return all lines so far; a torn last line is left out.
+
+        Raises:
+            RunError: Another line is damaged; the message has its number.
+        """
         return read_jsonl(self.metrics_file)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file of the folder whole; numbers that are not finite are written as null.
+
+        Raises:
+            RunError: It cannot be written.
+        """
+        with self._writing(name):
+            text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+            replace(self.folder / name, text + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return the object that `write_json` stored, None when there is no such file.
+
+        Raises:
+            RunError: The file is damaged.
+        """
+        path = self.folder / name
+        return json_object(path) if path.exists() else None
 
     def write_evaluation(self, when: str, result: Mapping[str, Any]) -> None:
         """Store a held-out result under ``before`` or ``after``."""
-        results = {**self.evaluations(), when: finite(result)}
-        _write(self.folder / "evaluation.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        self.write_json("evaluation.json", {**self.evaluations(), when: result})
 
     def evaluations(self) -> dict[str, Any]:
-        """Return the stored held-out results, empty before the first one."""
-        path = self.folder / "evaluation.json"
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return results
+        """Return the stored held-out results, empty before the first one.
+
+        Raises:
+            RunError: ``evaluation.json`` is damaged.
+        """
+        try:
+            return self.read_json("evaluation.json") or {}
+        except RunError as error:
+            todo = "put a whole copy back, or delete it: what can still be measured is measured again"
+            raise RunError(f"{error}; {todo}") from error
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, folder) of every whole checkpoint, oldest first."""
-        folder = self.folder / "checkpoints"
-        found = [path for path in folder.iterdir() if path.name.isdigit() and (path / "state.json").exists()]
-        return sorted((int(path.name), path) for path in found)
+        return [(step, path) for step, path in self._numbered() if damage(path) is None]
+
+    def damaged_checkpoints(self) -> list[tuple[int, Path]]:
+        """Return (step, folder) of every checkpoint that is not whole, oldest first; see `damage`."""
+        return [(step, path) for step, path in self._numbered() if damage(path) is not None]
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """Return the newest whole checkpoint as (step, folder), None before the first one."""
-        return self.checkpoints()[-1] if self.checkpoints() else None
+        """Return the newest whole checkpoint as (step, folder), None before the first one.
+
+        A newer one that is damaged is named on stderr.
+        """
+        whole = self.checkpoints()
+        for step, path in self.damaged_checkpoints():
+            if whole and step > whole[-1][0]:
+                say(f"{path}: {damage(path)}; taking the checkpoint before it, {whole[-1][0]}")
+        return whole[-1] if whole else None
 
     def save_checkpoint(self, step: int, save: Callable[[Path], None]) -> Path:
         """Write a checkpoint whole or not at all, then remove all but the newest.
@@ -118,34 +184,135 @@ class Run:
         Args:
             step: Iterations done.
             save: Writes the agent into the folder it is given.
+
+        Raises:
+            RunError: It cannot be written; the checkpoints before it are as they were.
         """
-        target = self.folder / "checkpoints" / str(step)
-        temporary = target.with_name(f".{step}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save(temporary)
-        lengths = {name: _size(self.folder / name) for name in ("metrics.jsonl", "trajectories.jsonl")}
-        _write(temporary / "config.toml", _toml(self.config))
-        state = {"iteration": step, "bytes": lengths}
-        _write(temporary / "state.json", json.dumps(state, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        for _, old in self.checkpoints()[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+        folder = self.folder / "checkpoints"
+        target, temporary, replaced = folder / str(step), folder / f".{step}.tmp", folder / f".{step}.replaced"
+        with self._writing(f"checkpoints/{step}"):
+            try:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir()
+                save(temporary)
+                (temporary / "config.toml").write_text(_toml(self.config), encoding="utf-8")
+                lines = [self.folder / name for name in LINES]
+                lengths = {path.name: size(path) for path in lines}
+                state = {"iteration": step, "bytes": lengths, "files": _sizes(temporary)}
+                (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                for path in (*(line for line in lines if line.exists()), *temporary.rglob("*"), temporary):
+                    sync(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            if target.exists():
+                os.rename(target, replaced)
+            os.rename(temporary, target)
+            sync(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            for old, path in self.checkpoints()[: -self.config.keep_checkpoints]:
+                removed = folder / f".{old}.removed"  # out of the way in one go: half a folder is no checkpoint
+                os.rename(path, removed)
+                shutil.rmtree(removed)
         return target
 
+    def load_checkpoint(self, folder: Path, load: Callable[[Path], None]) -> None:
+        """Read a checkpoint back.
+
+        Args:
+            folder: Of the checkpoint.
+            load: Reads the agent out of the folder it is given.
+
+        Raises:
+            RunError: A file of it cannot be read, or is of something else.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            load(folder)
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            raise RunError(
+                f"expected a checkpoint that can be read in {folder}, got {type(error).__name__}: {error}; put its "
+                f"files back, or move it away to go on from the one before"
+            ) from error
+
     def rewind(self) -> tuple[int, Path | None]:
-        """Cut metrics and trajectories back to the newest checkpoint; return its step and folder."""
-        latest = self.latest_checkpoint()
-        lengths: dict[str, int] = {}
-        if latest is not None:
-            lengths = json.loads((latest[1] / "state.json").read_text(encoding="utf-8"))["bytes"]
-        for name in ("metrics.jsonl", "trajectories.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                os.truncate(path, min(lengths.get(name, 0), _size(path)))
-        return latest if latest else (0, None)
+        """Go back to the newest whole checkpoint: for whoever holds `lock`.
+
+        Removes what a killed process left half-written, sets damaged checkpoints aside as ``<step>.damaged`` and says
+        so on stderr, and cuts metrics and trajectories back to the checkpoint.
+
+        Returns:
+            Its step and folder; 0 and None before the first one.
+
+        Raises:
+            RunError: All checkpoints are damaged, or a file lacks lines that the checkpoint was written after.
+        """
+        with self._writing("checkpoints"):
+            self._tidy()
+        whole, damaged = self.checkpoints(), self.damaged_checkpoints()
+        if damaged and not whole:
+            why = "; ".join(f"{path}: {damage(path)}" for _, path in damaged)
+            raise RunError(f"expected a whole checkpoint, got {why}; put the files back, or move it away to begin anew")
+        step, folder = whole[-1] if whole else (0, None)
+        lengths = json_object(folder / "state.json")["bytes"] if folder else {}
+        for name in LINES:
+            expected, got = lengths.get(name, 0), size(self.folder / name)
+            if got < expected:
+                raise RunError(
+                    f"{self.folder / name}: expected at least {expected} bytes, as when checkpoint {step} was written, "
+                    f"got {got}; put the file back, or move {folder} away to go on from the checkpoint before it"
+                )
+        with self._writing("checkpoints"):
+            for _, path in damaged:
+                aside = _free(path.with_name(f"{path.name}.damaged"))
+                say(f"{path}: {damage(path)}; set aside as {aside.name}, going on from checkpoint {step}")
+                os.rename(path, aside)
+            for name in LINES:
+                if (self.folder / name).exists():
+                    os.truncate(self.folder / name, lengths.get(name, 0))
+        return step, folder
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        return sorted((int(p.name), p) for p in (self.folder / "checkpoints").iterdir() if p.name.isdigit())
+
+    def _write_config(self) -> None:
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        replace(self.folder / "config.toml", _toml(self.config))
+
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        return writing(self.folder / name, f"{{todo}}, then go on with: ppg-agent train --resume {self.folder}")
+
+    def _tidy(self) -> None:
+        """Undo or finish what a killed process left half-done."""
+        for path in list((self.folder / "checkpoints").iterdir()):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match is None:
+                continue
+            if match[2] == "replaced" and not path.with_name(match[1]).exists():
+                os.rename(path, path.with_name(match[1]))  # killed between the two renames
+            else:
+                shutil.rmtree(path)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink()
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder: a file that is missing or of another size; None when whole."""
+    try:
+        state = json_object(checkpoint / "state.json")
+    except (OSError, RunError) as error:
+        return f"state.json: {getattr(error, 'strerror', None) or error}"
+    files = state.get("files", {})
+    if not isinstance(state.get("bytes"), dict) or not isinstance(files, dict):
+        return "state.json: expected the tables 'bytes' and 'files'"
+    for name, expected in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name}: missing"
+        if size(checkpoint / name) != expected:
+            return f"{name}: expected {expected} bytes, got {size(checkpoint / name)}"
+    return None
 
 
 def is_run(folder: Path) -> bool:
@@ -153,14 +320,17 @@ def is_run(folder: Path) -> bool:
     return (Path(folder) / "config.toml").is_file() and (Path(folder) / "checkpoints").is_dir()
 
 
+def _free(path: Path) -> Path:
+    """Return the path, with a number when it is taken."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+
+
 def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
     """Return a folder under ``root`` that does not exist yet, named by what is trained."""
     what = "offline" if config.offline.files else config.domain
     name = re.sub(r"[^a-zA-Z0-9]+", "-", f"{what} {config.label} seed {config.seed}")
-    folder, number = root / name, 2
-    while folder.exists():
-        folder, number = root / f"{name}-{number}", number + 1
-    return folder
+    return _free(root / name)
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -175,51 +345,19 @@ def newest_run(root: Path = Path("runs")) -> Path:
     return max(found, key=lambda path: max(f.stat().st_mtime for f in (path, *path.glob("*.jsonl"))))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; a torn last line is left out, a missing file is empty.
-
-    Raises:
-        RunError: Another line is damaged.
-    """
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}:{number}: expected one JSON object, got {line[:40]!r}") from error
-    return objects
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): size(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def finite(value: Any) -> Any:
-    """Return ``value`` as plain JSON, with None for every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if hasattr(value, "tolist"):
-        return finite(value.tolist())
-    if isinstance(value, float) and value - value != 0:
-        return None
-    return value
+def _unused(folder: Path) -> bool:
+    """Return whether nothing is in the folder but what a process that was killed while making a run left."""
+    ours = (LOCK, ".config.toml.tmp")
+    if not folder.is_dir():
+        return False
+    return all(p.name in ours or (p.name == "checkpoints" and not any(p.iterdir())) for p in folder.iterdir())
 
 
 def _toml(config: TrainConfig) -> str:
     import tomli_w
 
     return tomli_w.dumps(configs.to_dict(config))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

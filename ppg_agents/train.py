@@ -6,39 +6,42 @@
     evaluate again, draw the picture
 
 One iteration's randomness comes from (seed, iteration) alone, so a run that is resumed goes on as if it had
-never stopped. What this leaves out: several gradient steps per batch and importance weights (every batch is
-on-policy, so ratios are 1), a value network and KL penalties (a policy class is the point here), several
-devices, and sampling on another machine.
+never stopped. What this leaves out: several gradient steps per batch and a value network (a policy class is the
+point here).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
+import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
-from ppg_agents import trajectory as ledger
-from ppg_agents.agents import Agent, make_agent
+from ppg_agents.agents import Agent
+from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config import ConfigError, TrainConfig, differences
 from ppg_agents.credit import policy_class
-from ppg_agents.environment import ConversationError, check_segments, make_envs, planned_turns
+from ppg_agents.distributed import Workers, finish, workers
+from ppg_agents.environment import ConversationError, check_segments, make_env, make_envs, planned_turns
 from ppg_agents.evaluate import evaluate, partner_faults, reward_table
 from ppg_agents.figures import curve
-from ppg_agents.generation import Sampler
-from ppg_agents.generation.hf import HFSampler
+from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
 from ppg_agents.interrupt import Interrupt, Stop
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
 from ppg_agents.policy import Policy
-from ppg_agents.progress import Progress, number, quiet_libraries, say, status
+from ppg_agents.progress import Progress, number, say, status
 from ppg_agents.rollout import collect
-from ppg_agents.runs import Run
+from ppg_agents.rollout_each import Envs, collect_each
+from ppg_agents.runs import Run, finite, lock
+from ppg_agents.tracking import Trackers, make_trackers, require
 from ppg_agents.trajectory import Trajectory
 
 
@@ -68,47 +71,78 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
 
     Raises:
         ConfigError: Settings that contradict the environment or the run that is resumed.
-        RunError: The folder is not empty, or holds no run.
+        RunError: The folder is not empty, holds no run or a damaged one, is in use, or cannot be written.
         ConversationError: The judge fails too often, a server is gone, a budget is used up; the run is saved.
         Interrupted: The user stopped the run; it is saved.
     """
-    run = continue_run(folder, config) if resume else None
-    with Interrupt() as interrupt:
+    require(config.report_to)
+    with Interrupt() as interrupt, ExitStack() as held:
+        held.callback(finish)
+        team = workers()
+        folder = Path(team.gather([str(folder)])[0])  # rank 0 says where; it alone writes there
+        run = Run.open(folder) if resume else None
+        if run is not None:
+            if team.main:
+                held.enter_context(lock(folder))
+            run = continue_run(run, config, write=team.main)
         if config.threads:
             torch.set_num_threads(config.threads)
-        task: Task = Offline(config, interrupt) if config.offline.files else Online(config, interrupt)
+        task: Task = Offline(config, interrupt, team) if config.offline.files else Online(config, interrupt, team)
         policy = load_policy(config)
-        sampler = make_sampler(config, policy)
+        name = team.gather([uuid.uuid4().hex])[0]
+        speech = replace(config.sampling, backend="hf", endpoints=()) if config.offline.files else config.sampling
+        sampler = make_sampler(policy, speech, folder / "sampler", run=name, write=team.main)
+        held.callback(getattr(sampler, "close", lambda: None))
+        if team.sharded:
+            split(config, policy)
         task.prepare(policy, sampler)
-        agent = build_agent(config, policy, sampler, task)
-        run = run or Run.create(folder, config)
-        task.describe(run)
-        done, checkpoint = run.rewind()
+        agent = build_agent(config, policy, sampler, team, task.iterations, task.turns)
+        if run is None and team.main:
+            run = Run.create(folder, config)
+            held.enter_context(lock(folder))
+        start = run.rewind() if run is not None and team.main else (0, None)
+        done, checkpoint = team.gather([start])[0]
+        run = run or Run(folder, config)
+        if team.main:
+            task.describe(run)
         if checkpoint is not None:
-            agent.load(checkpoint)
+            run.load_checkpoint(checkpoint, agent.load)
+        trackers = held.enter_context(make_trackers(config.report_to, run.folder, config, step=done))
         try:
-            held_out(task, agent, run, "before", done)
-            with Progress("training", task.iterations, start=done) as progress:
+            synchronise(sampler, policy, team)
+            if not done and team.main:
+                held_out(task, agent, run, "before", done, trackers)
+            with Progress("training", task.iterations, start=done) if team.main else nullcontext() as progress:
                 for iteration in range(done, task.iterations):
+                    interrupt.requested = any(team.gather([interrupt.requested]))
                     interrupt.check()
-                    torch.manual_seed(integer_seed(config.seed, iteration))  # of dropout, where there is any
+                    torch.manual_seed(integer_seed(config.seed, iteration, -1))  # of dropout, where there is any
                     metrics = task.step(agent, run, iteration)
                     done = iteration + 1
+                    save = done % config.checkpoint_every == 0 or done == task.iterations
+                    if progress is None:  # rank 0 writes; split weights it cannot put together alone
+                        if save and team.sharded:
+                            agent.save(held.enter_context(TemporaryDirectory()))
+                        continue
                     run.append_metrics({"iteration": done, **metrics})
-                    if done % config.checkpoint_every == 0 or done == task.iterations:
+                    trackers.log(metrics, done)
+                    if save:
                         run.save_checkpoint(done, agent.save)
                     progress.advance(done, status(metrics))
-            held_out(task, agent, run, "after", done)
-        except (Stop, ConversationError) as stop:
+            synchronise(sampler, policy, team)
+            if team.main:
+                held_out(task, agent, run, "after", done, trackers)
+        except (Stop, ConversationError, GenerationError) as stop:
             latest = run.latest_checkpoint()
-            if latest is None or latest[0] != done:
+            if team.main and (latest is None or latest[0] != done):
                 run.save_checkpoint(done, agent.save)
             if isinstance(stop, Stop):
                 raise Interrupted(run.folder, done) from None
             raise ConversationError(f"{stop}; {saved(run.folder, done)}") from stop
         finally:
             task.close()
-    curve(run)
+        if team.main:
+            curve(run)
     return run
 
 
@@ -137,16 +171,20 @@ class Task(Protocol):
 class Online:
     """Conversations with the environment, sampled from the current policy."""
 
-    def __init__(self, config: TrainConfig, interrupt: Interrupt) -> None:
-        self.config, self.interrupt = config, interrupt
+    def __init__(self, config: TrainConfig, interrupt: Interrupt, team: Workers) -> None:
+        self.config, self.interrupt, self.team = config, interrupt, team
         self.iterations = config.iterations
-        self.envs = make_envs(config, config.batch, config.personas)
+        self.own = team.shard(config.batch)
+        self.envs = make_envs(config, self.own.stop - self.own.start, config.personas)
         self.turns = planned_turns(self.envs, config)
+        self.each: Envs | None = None
         check_segments(config, self.turns)
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Take what speaks."""
         self.policy, self.sampler = policy, sampler
+        if hasattr(sampler, "reply_one"):  # servers: a conversation that waits for its judge holds up no other
+            self.each = Envs(lambda: make_env(self.config, self.config.personas))
 
     def describe(self, run: Run) -> None:
         """Say what is learned, and where it is kept."""
@@ -158,15 +196,24 @@ class Online:
         """Sample a batch of conversations, let the agent learn from it, and write it down."""
         config = self.config
         draws = np.random.SeedSequence([config.seed, iteration]).generate_state(config.batch // config.group)
-        seeds = [int(seed) for seed in np.repeat(draws, config.group)]  # equal seeds share a persona
-        generator = torch.Generator(self.policy.device).manual_seed(integer_seed(config.seed, iteration))
+        seeds = [int(seed) for seed in np.repeat(draws, config.group)][self.own]  # equal seeds share a persona
+        generator = torch.Generator(self.policy.device)
+        generator.manual_seed(integer_seed(config.seed, iteration, self.team.rank))
         began = time.perf_counter()
-        with self.policy.merged(), self.interrupt.abandonable():
-            trajectories = collect(self.envs, self.policy, self.sampler, seeds, generator, config.domain)
+        synchronise(self.sampler, self.policy, self.team)
+        alone = self.team.size == 1  # several stop together, between iterations
+        with speaking(self.policy, self.sampler), self.interrupt.abandonable() if alone else nullcontext():
+            if self.each is None:
+                trajectories = collect(self.envs, self.policy, self.sampler, seeds, generator, config.domain)
+            else:
+                sampler = cast(SingleSampler, self.sampler)
+                trajectories = collect_each(self.each, self.policy, sampler, seeds, generator, config.domain)
         sampled = time.perf_counter()
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
-        ledger.append(run.trajectories_file, trajectories)
+        trajectories = self.team.gather(trajectories)
+        if self.team.main:
+            run.append_trajectories(trajectories)
         usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
         return {**batch_metrics(trajectories), **learned, **({"usage": usage} if usage else {}), **seconds}
 
@@ -174,19 +221,21 @@ class Online:
         """Play held-out personas; the agent speaks through the policy it learns."""
         if not self.config.evaluation.conversations:
             return None
-        with self.policy.merged(), self.interrupt.abandonable():
+        with speaking(self.policy, self.sampler), self.interrupt.abandonable():
             return evaluate(self.policy, self.sampler, self.config).to_dict()
 
     def close(self) -> None:
         """Close the environments."""
         self.envs.close()
+        if self.each is not None:
+            self.each.close()
 
 
 class Offline:
     """Logged dialogues; the objective is their reward-weighted log-likelihood."""
 
-    def __init__(self, config: TrainConfig, interrupt: Interrupt) -> None:
-        self.config, self.interrupt = config, interrupt
+    def __init__(self, config: TrainConfig, interrupt: Interrupt, team: Workers) -> None:
+        self.config, self.interrupt, self.team = config, interrupt, team
         self.dialogues, self.reports = read_files(config.offline)
         turns = max((len(dialogue.turns) for dialogue in self.dialogues), default=1)
         check_segments(config, turns)
@@ -203,8 +252,14 @@ class Offline:
         """Say what was read, and keep it in the run folder."""
         say(report_table(self.data))
         say(f"run folder: {run.folder}")
-        text = json.dumps(to_json(self.data), indent=2, ensure_ascii=False)
-        (run.folder / "offline.json").write_text(text + "\n", encoding="utf-8")
+        read, before = finite(to_json(self.data)), run.read_json("offline.json")
+        if before is not None and before != read:
+            different = ", ".join(key for key in read if read[key] != before.get(key))
+            raise ConfigError(
+                f"offline.files: expected the dialogues that the run in {run.folder} learns from, got others: "
+                f"{different} differ from its offline.json; put the files back, or begin a new run"
+            )
+        run.write_json("offline.json", read)
 
     def step(self, agent: Any, run: Run, iteration: int) -> dict[str, Any]:
         """Learn from the iteration's share of a pass over the data; every pass has its own order."""
@@ -213,7 +268,7 @@ class Offline:
         rows = order[position * self.config.batch :][: self.config.batch]
         trajectories = [self.data.train[row] for row in rows]
         began = time.perf_counter()
-        learned = agent.learn_offline(trajectories)
+        learned = agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
         if self.config.aggregation == "sum" and not self.config.standardise:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
@@ -229,7 +284,7 @@ class Offline:
         """There is nothing to let go of."""
 
 
-def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int) -> None:
+def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trackers: Trackers) -> None:
     """Evaluate on held-out personas unless a resumed run has done so already."""
     known = run.evaluations().get(when)
     if known is not None and (when == "before" or known["iteration"] == iteration):
@@ -238,6 +293,7 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int) -> N
     if result is None:
         return
     run.write_evaluation(when, {"iteration": iteration, **result})
+    trackers.log({"held_out": result}, iteration)
     if "persona_consistency" in result:
         low, high = result["ci95"]
         best = "" if result["reachable"] is None else f", reachable {number(result['reachable'])}"
@@ -273,73 +329,16 @@ def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
-def load_policy(config: TrainConfig) -> Policy:
-    """Return the policy that the run starts from: the model with a fresh adapter."""
-    quiet_libraries()
-    return Policy.load(config.model, lora=config.lora if config.lora.rank else None, seed=config.seed)
-
-
-def make_sampler(config: TrainConfig, policy: Policy) -> HFSampler:
-    """Return the sampler of the run's settings."""
-    return HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
-
-
-def build_agent(config: TrainConfig, policy: Policy, sampler: Sampler, task: Task) -> Agent:
-    """Return the learner; its policy class is the run's, for as many turns as the task has.
-
-    Raises:
-        ConfigError: No agent of that name, or one that lacks what the settings ask of it.
-    """
-    turns = task.turns or (sum(config.segments) if config.segments else None)
-    if config.baseline == "moving-average" and turns is None:
-        raise ConfigError("baseline 'moving-average' needs the number of turns; set env.max_turns")
-    try:
-        agent = make_agent(
-            config.agent,
-            policy,
-            lambda n: policy_class(config.policy_class, n, config.lookahead, config.segments),
-            n_turns=turns,
-            discount=config.discount,
-            baseline=config.baseline,
-            standardise=config.standardise,
-            aggregation=config.aggregation,
-            constant=config.aggregation_constant,
-            learning_rate=lambda step: learning_rate(config, step, task.iterations),
-            max_grad_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
-            micro_batch_tokens=config.micro_batch_tokens,
-            sampler=sampler,
-        )
-    except ValueError as error:
-        raise ConfigError(f"agent: {error}") from error
-    if config.offline.files and not hasattr(agent, "learn_offline"):
-        raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {config.agent!r}")
-    return agent
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step out of ``steps``: constant, or falling towards 0."""
-    left = max(0.0, 1.0 - step / steps)
-    cosine = 0.5 - 0.5 * math.cos(math.pi * left)
-    return config.learning_rate * {"constant": 1.0, "linear": left, "cosine": cosine}[config.schedule]
-
-
-def integer_seed(seed: int, iteration: int) -> int:
-    """Return one integer made of both, for torch's generators."""
-    return int(np.random.SeedSequence([seed, iteration, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def continue_run(folder: Path, config: TrainConfig) -> Run:
-    """Open a run to go on with it, under settings that agree with its own.
+def continue_run(run: Run, config: TrainConfig, *, write: bool = True) -> Run:
+    """Return the run under settings that agree with its own.
 
     Raises:
         ConfigError: A setting differs that the run depends on; the message names each.
-        RunError: There is no run in the folder.
     """
-    run = Run.open(folder)
     different = differences(run.config, config)
     if different:
-        raise ConfigError(f"expected the settings of the run in {folder}; {'; '.join(different)}")
+        raise ConfigError(f"expected the settings of the run in {run.folder}; {'; '.join(different)}")
     run = replace(run, config=config)
-    run.write_config()
+    if write:
+        run.write_config()
     return run

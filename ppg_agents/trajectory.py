@@ -226,7 +226,7 @@ def from_json(line: str) -> Trajectory:
     for t, (span, (_, start, end)) in enumerate(zip(said, trajectory.spans(), strict=True)):
         if span is not None and span != [start, end]:
             raise ValueError(
-                f"expected the reply of turn {t} at its span {span}, got its tokens at [{start}, {end}); "
+                f"expected the reply of turn {t + 1} at its span {span}, got its tokens at [{start}, {end}); "
                 "tokens or a turn are missing"
             )
     return trajectory

@@ -1,13 +1,14 @@
 """The partial-policy-gradient agent: trajectories in, one optimiser step out.
 
-credit -> baseline -> loss -> clip -> AdamW. Formulas live in `credit`, `baselines` and `losses`; nothing here
-knows an environment, or which policy class its mask stands for.
+ledger checks -> credit -> baseline -> gradient -> clip -> AdamW. Formulas live in `credit`, `baselines`, `losses` and
+`importance`, micro-batches in `step`; nothing here knows an environment, or which policy class its mask stands for.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,15 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppg_agents import baselines, losses
+from ppg_agents import baselines, ledger, losses
+from ppg_agents.agents.step import Array, Objective, Sums, Whole, accumulate, score, trained_tokens
 from ppg_agents.credit import credit
+from ppg_agents.distributed import Alone, Workers, clip, groups, joined, split_like, whole_weights
 from ppg_agents.generation import Sampler
+from ppg_agents.importance import Importance
+from ppg_agents.ledger import LedgerError
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import Speaker
 from ppg_agents.trajectory import Batch, Trajectory, batch
 
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
-Array = NDArray[np.float64]
 
 SCHEMA = "ppg-agent/1"
 
@@ -54,7 +58,14 @@ class PPGAgent:
         max_grad_norm: float = 1.0,
         weight_decay: float = 0.0,
         micro_batch_tokens: int = 8192,
+        gradient_checkpointing: bool = False,
+        importance: Importance = "none",
+        importance_cap: float = 2.0,
+        kl_coefficient: float = 0.0,
+        max_log_prob_gap: float | None = None,
+        max_staleness: int = 0,
         sampler: Sampler | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Make an agent.
 
@@ -73,15 +84,28 @@ class PPGAgent:
             max_grad_norm: The gradient is scaled down to this 2-norm.
             weight_decay: Of AdamW.
             micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
+            gradient_checkpointing: Compute the blocks again in the backward pass, for less memory.
+            importance: Level of the weights for replies that another version or engine sampled, see `importance`.
+            importance_cap: Largest weight.
+            kl_coefficient: Weight of the divergence from the model without its adapter, per reply in nats.
+            max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
+                nats; default by the learner's precision (`ledger.default_gap_limit`). Not asked of stale turns.
+            max_staleness: Most optimiser steps that a turn's policy version may be behind; 0 is on-policy.
             sampler: For `act`; None for an agent that only learns.
+            workers: The processes that learn together, each from its own share of the conversations; None for one.
 
         Raises:
-            ValueError: An unknown baseline, or a moving average without `n_turns`.
+            ValueError: An unknown baseline, a moving average without `n_turns`, or a setting out of range.
         """
         if baseline not in get_args(Baseline):
             raise ValueError(f"expected a baseline out of {get_args(Baseline)}, got {baseline!r}")
         if baseline == "moving-average" and n_turns is None:
             raise ValueError("expected n_turns with baseline 'moving-average', got None; pass n_turns=")
+        limit = ledger.default_gap_limit(policy.model.dtype) if max_log_prob_gap is None else max_log_prob_gap
+        if not limit > 0 or max_staleness < 0:
+            raise ValueError(f"expected max_log_prob_gap > 0 and max_staleness >= 0, got {limit} and {max_staleness}")
+        if gradient_checkpointing:
+            policy.gradient_checkpointing()
         self.policy = policy
         self.steps = 0
         self.sampler = sampler
@@ -90,8 +114,10 @@ class PPGAgent:
         self._discount = discount
         self._baseline = baseline
         self._standardise = standardise
-        self._aggregation = aggregation
-        self._constant = constant
+        self._objective = Objective(aggregation, constant, importance, importance_cap, kl_coefficient)
+        self._max_gap = limit
+        self._max_staleness = max_staleness
+        self._workers = workers or Alone()
         self._rate = _schedule(learning_rate, total_steps)
         self._max_grad_norm = max_grad_norm
         self._budget = micro_batch_tokens
@@ -99,7 +125,9 @@ class PPGAgent:
         self._speaker: Speaker | None = None
         self._generator: torch.Generator | None = None
         self._parameters = policy.parameters()
-        self.optimizer = torch.optim.AdamW(self._parameters, lr=self._rate(0), weight_decay=weight_decay, foreach=True)
+        self.optimizer = torch.optim.AdamW(
+            groups(self._parameters), lr=self._rate(0), weight_decay=weight_decay, foreach=True
+        )
 
     def start(self, n: int, seed: int = 0) -> None:
         """Begin n conversations for `act`.
@@ -135,47 +163,59 @@ class PPGAgent:
         """Take one gradient step on conversations of the current policy.
 
         Args:
-            trajectories: B conversations.
+            trajectories: B conversations; with several workers, this one's share.
 
         Returns:
             ``loss``, ``grad_norm`` (before clipping), ``credit_mean`` and ``credit_std`` over judged turns,
-            ``learning_rate``, ``tokens`` (real tokens read), ``policy_version`` (after the step). Without
-            a judged turn there is no step.
+            ``learning_rate``, ``tokens`` (real tokens in the batch), ``padding`` (share of the tokens read that no
+            conversation needs), ``policy_version`` (after the step), ``staleness_max`` (of the oldest turn, in
+            steps); ``log_prob_gap_mean`` and ``log_prob_gap_max`` (learner against sampler, nats) when sampling
+            log-probs are known; ``kl`` (from the reference, nats per judged turn) with a KL term; ``importance_ess``
+            (effective sample size as a share) and ``importance_truncated`` (share) with importance weights. All of
+            them over all workers. Without a judged turn there is no step.
 
         Raises:
+            LedgerError: The batch is not what was sampled, or not by this version of this policy.
             FloatingPointError: The gradient is not finite.
         """
-        data, value = self._credit(trajectories)
-        base = self._subtract(value, data, [t.instruction for t in trajectories])
-        advantage = baselines.advantage(value, base, data.valid)
+        data = self._lay_out(trajectories)
+        temperature, stale = self._check(trajectories, data, sampled=True)
+        whole = self._whole(trajectories, data)
+        advantage = baselines.advantage(whole.credit, self._subtract(whole), whole.valid)
         if self._standardise:
-            advantage = baselines.standardise(advantage, data.valid)
-        return self._step(data, advantage, value, losses.partial_policy_gradient)
+            advantage = baselines.standardise(advantage, whole.valid)
+        fresh = ledger.of_version(trajectories, self.policy.version, data.valid.shape[1])
+        metrics = self._step(trajectories, data, whole, advantage, self._objective, temperature, fresh)
+        return {**metrics, "staleness_max": stale}
 
     def learn_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Take one step on the reward-weighted log-likelihood of logged conversations.
 
-        No baseline and no importance weights. Returns and raises as `learn` does.
+        No baseline, no importance weights, no KL term, and any policy version. Returns and raises as `learn` does.
         """
-        data, value = self._credit(trajectories)
-        weight = baselines.standardise(value, data.valid) if self._standardise else value
-        return self._step(data, weight, value, losses.reward_weighted_log_likelihood)
+        data = self._lay_out(trajectories)
+        temperature, _ = self._check(trajectories, data, sampled=False)
+        whole = self._whole(trajectories, data)
+        weight = baselines.standardise(whole.credit, whole.valid) if self._standardise else whole.credit
+        objective = replace(self._objective, importance="none", kl_coefficient=0.0, logged=True)
+        return self._step(trajectories, data, whole, weight, objective, temperature)
 
     @torch.no_grad()
     def evaluate_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Return the objective of `learn_offline` on conversations, without learning.
+        """Return the objective of `learn_offline` on conversations, without learning; on this worker alone.
 
         Returns:
             ``objective``: Σ_t credit_t · log π(y_t | …), mean per conversation; ``objective_per_turn``: the
             same per judged turn; ``log_likelihood``: log π(y_t | …), mean per judged turn, unweighted;
             ``turns``: judged turns.
         """
-        data, value = self._credit(trajectories)
+        data = batch(trajectories, self.policy.pad_id, self._n_turns)
+        value = self._credit(data)
         weighted = likelihood = 0.0
-        for rows, log_probs, token_mask, turn_index in self._scored(data):
-            per_token = losses.broadcast_credit(torch.from_numpy(value[rows]), token_mask, turn_index)
-            weighted += float((per_token * log_probs).sum())
-            likelihood += float(log_probs.sum())
+        for part in score(self.policy, data, self._budget, ledger.temperature(trajectories)):
+            per_token = losses.broadcast_credit(torch.from_numpy(value[part.rows]), part.token_mask, part.turn_index)
+            weighted += float((per_token * part.log_probs).sum())
+            likelihood += float(part.log_probs.sum())
         turns = max(1, int(data.valid.sum()))
         return {
             "objective": weighted / len(trajectories),
@@ -185,17 +225,23 @@ class PPGAgent:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter, tokenizer, optimiser and own state, as safetensors and JSON."""
+        """Write adapter, tokenizer, optimiser and own state, as safetensors and JSON; only the main worker writes.
+
+        All workers call it when the model's layers are split over them.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save(folder)
         moments = {
-            f"{name}.{key}": tensor.contiguous()
+            f"{name}.{key}": joined(tensor).contiguous()
             for name, parameter in self._named()
             for key, tensor in self.optimizer.state.get(parameter, {}).items()
         }
+        with whole_weights(self.policy.model):
+            if not self._workers.main:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            self.policy.save(folder)
         save_file(moments, folder / "optimizer.safetensors")
         state = {
             "schema": SCHEMA,
@@ -224,8 +270,9 @@ class PPGAgent:
             if name not in named:
                 raise ValueError(f"expected this policy's optimiser state in {folder}, got weight {name!r}")
             where = "cpu" if kind == "step" else self.policy.device
-            moments.setdefault(named[name], {})[kind] = tensor.to(where)
-        self.policy.load_weights(folder)
+            moments.setdefault(named[name], {})[kind] = split_like(tensor.to(where), named[name])
+        with whole_weights(self.policy.model):
+            self.policy.load_weights(folder)
         self.optimizer.state.clear()
         self.optimizer.state.update(moments)
         self._average.load_state_dict(state["moving_average"])
@@ -235,51 +282,91 @@ class PPGAgent:
     def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(k, p) for k, p in self.policy.model.named_parameters() if p.requires_grad]
 
-    def _credit(self, trajectories: Sequence[Trajectory]) -> tuple[Batch, Array]:
-        """Return the conversations as arrays and the credit [B, n] of every turn."""
-        data = batch(trajectories, self.policy.pad_id, self._n_turns)
-        mask = self._mask(data.rewards.shape[1])
-        return data, credit(data.rewards, mask, data.valid, self._discount)
+    def _lay_out(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Return the conversations as arrays, with as many turns on every worker."""
+        longest = max((len(t.turns) for t in trajectories), default=1)
+        return batch(trajectories, self.policy.pad_id, self._n_turns or max(self._workers.gather([longest, 1])))
 
-    def _subtract(self, value: Array, data: Batch, groups: Sequence[str]) -> Array:
+    def _check(self, trajectories: Sequence[Trajectory], data: Batch, *, sampled: bool) -> tuple[float, int]:
+        """Return the temperature and the largest staleness of conversations that the ledger vouches for."""
+        temperature, stale, fault = 1.0, 0, None
+        try:
+            ledger.check_batch(trajectories, data, trained_tokens(data))
+            temperature = ledger.temperature(trajectories)
+            if sampled:
+                stale = ledger.staleness(trajectories, self.policy.version, self._max_staleness)
+            if sampled and self._objective.importance != "none":
+                ledger.check_known(trajectories)
+        except LedgerError as error:
+            fault = str(error)
+        found = self._workers.gather([(fault, stale)])
+        _agree([fault for fault, _ in found])
+        return temperature, max(stale for _, stale in found)
+
+    def _credit(self, data: Batch) -> Array:
+        """Return the credit [B, n] of every turn."""
+        return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self._discount)
+
+    def _whole(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
+        units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
+        groups = [t.instruction for t in trajectories]
+        parts = self._workers.gather([(self._credit(data), data.valid, groups, units)])
+        before = sum(len(part[2]) for part in parts[: self._workers.rank])
+        return Whole(
+            credit=np.concatenate([part[0] for part in parts]),
+            valid=np.concatenate([part[1] for part in parts]),
+            groups=[label for part in parts for label in part[2]],
+            own=slice(before, before + len(groups)),
+            units=sum(part[3] for part in parts),
+        )
+
+    def _subtract(self, whole: Whole) -> Array:
         if self._baseline == "leave-one-out":
-            return baselines.leave_one_out(value, data.valid, groups)
+            return baselines.leave_one_out(whole.credit, whole.valid, whole.groups)
         if self._baseline == "batch-mean":
-            return baselines.batch_mean(value, data.valid)
+            return baselines.batch_mean(whole.credit, whole.valid)
         if self._baseline == "moving-average":
-            return self._average(value, data.valid)
-        return baselines.none(value, data.valid)
+            return self._average(whole.credit, whole.valid)
+        return baselines.none(whole.credit, whole.valid)
 
-    def _step(self, data: Batch, weight: Array, value: Array, loss_function: Callable[..., Tensor]) -> dict[str, float]:
-        """Accumulate the gradient over micro-batches, clip it and step."""
-        rate = self._rate(self.steps)
-        judged = value[data.valid]
+    def _step(
+        self,
+        trajectories: Sequence[Trajectory],
+        data: Batch,
+        whole: Whole,
+        weight: Array,
+        objective: Objective,
+        temperature: float,
+        fresh: NDArray[np.bool_] | None = None,
+    ) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches and workers, clip it and step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        own = accumulate(
+            self.policy,
+            data,
+            weight[whole.own],
+            objective,
+            units=whole.units,
+            budget=self._budget,
+            temperature=temperature,
+            fresh=fresh,
+            workers=self._workers,
+        )
+        found = self._workers.gather([(own, ledger.gap_fault(own.gap, self._max_gap, trajectories))])
+        _agree([fault for _, fault in found])
+        judged, rate = whole.credit[whole.valid], self._rate(self.steps)
         metrics = {
-            "loss": 0.0,
             "grad_norm": 0.0,
             "credit_mean": float(judged.mean()) if judged.size else 0.0,
             "credit_std": float(judged.std()) if judged.size else 0.0,
             "learning_rate": rate,
-            "tokens": int(data.attention.sum()),
             "policy_version": self.policy.version,
+            **sum((part for part, _ in found), Sums()).metrics(objective),
         }
         if not judged.size:
             return metrics
-        units = losses.batch_units(self._trained(data), data.turn_index, self._aggregation)
-        self.optimizer.zero_grad(set_to_none=True)
-        for rows, log_probs, token_mask, turn_index in self._scored(data):
-            loss = loss_function(
-                log_probs,
-                token_mask,
-                turn_index,
-                torch.from_numpy(weight[rows]),
-                aggregation=self._aggregation,
-                constant=self._constant,
-                batch_size=units,
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
-            metrics["loss"] += float(loss.detach())
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm))
+        self._workers.sum_gradients(self._parameters)
+        norm = clip(self._parameters, self._max_grad_norm)
         if not np.isfinite(norm):
             raise FloatingPointError(f"expected a finite gradient, got norm {norm}; lower the learning rate")
         for group in self.optimizer.param_groups:
@@ -289,26 +376,12 @@ class PPGAgent:
         self.policy.version += 1
         return {**metrics, "grad_norm": norm, "policy_version": self.policy.version}
 
-    def _trained(self, data: Batch) -> Tensor:
-        """Return the mask [B, L] of sampled tokens in judged turns."""
-        return losses.turn_token_mask(data.token_mask, data.turn_index, torch.from_numpy(data.valid))
 
-    def _scored(self, data: Batch) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """Yield rows, and their log-probs, mask of trained tokens and turn indices, per micro-batch.
-
-        Conversations of similar length go together; those without a trained token are left out, and so are
-        the tokens after the last trained one.
-        """
-        trained = self._trained(data)
-        ends = (trained * torch.arange(1, trained.shape[1] + 1)).amax(1).tolist()
-        order = sorted((b for b, end in enumerate(ends) if end), key=lambda b: -ends[b])
-        while order:
-            length = ends[order[0]]
-            size = max(1, self._budget // length)
-            rows, order = order[:size], order[size:]
-            token_mask, turn_index = trained[rows, :length], data.turn_index[rows, :length]
-            log_probs = self.policy.log_probs(data.ids[rows, :length], data.attention[rows, :length], token_mask)
-            yield rows, log_probs, token_mask.to(log_probs.device), turn_index.to(log_probs.device)
+def _agree(faults: Sequence[str | None]) -> None:
+    """Raise the first worker's fault, on every worker."""
+    for fault in faults:
+        if fault is not None:
+            raise LedgerError(fault)
 
 
 def linear_decay(learning_rate: float, total_steps: int) -> Callable[[int], float]:

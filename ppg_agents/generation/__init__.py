@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from ppg_agents.policy import Policy
+
+
+class GenerationError(RuntimeError):
+    """No reply was to be had, or not the one that was asked for; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -15,17 +25,28 @@ class Sample:
 
     Attributes:
         token_ids: The sampled tokens, end-of-turn included when it was sampled.
-        log_probs: Their log-probabilities under the policy at temperature 1.
+        log_probs: Their log-probabilities under the distribution that was sampled from, temperature applied;
+            for a greedy reply (temperature 0) those at temperature 1.
         ended: Whether end-of-turn was sampled, rather than the length limit reached.
+        policy_version: Optimiser steps that the policy which spoke had taken.
+        temperature: Of the distribution that was sampled from.
+        sampler: What sampled: ``hf`` or ``vllm``.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     ended: bool
+    policy_version: int = 0
+    temperature: float = 1.0
+    sampler: str = "hf"
 
 
 class Sampler(Protocol):
-    """Speaks for n conversations in lockstep, and remembers their tokens from turn to turn."""
+    """Speaks for n conversations in lockstep, and remembers their tokens from turn to turn.
+
+    A sampler with weights of its own also has ``own_model = False``, ``sync(policy)``, which makes it speak as the
+    policy is now, and ``close()``. One whose conversations need not be in lockstep is a `SingleSampler`.
+    """
 
     @property
     def max_new_tokens(self) -> int:
@@ -43,4 +64,129 @@ class Sampler(Protocol):
         """
 
 
-__all__ = ["Sample", "Sampler"]
+class SingleSampler(Protocol):
+    """Speaks for n conversations, each at its own pace; `reply_one` may be called from several threads at once."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens in a reply."""
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling; 0 takes the most likely token."""
+
+    def start(self, n: int) -> None:
+        """Begin n new conversations and forget the old ones."""
+
+    def reply_one(self, conversation: int, prompt: Sequence[int], seed: int | None) -> Sample:
+        """Return a conversation's next reply.
+
+        Args:
+            conversation: Its number; only one thread at a time speaks for it.
+            prompt: The tokens since its last sampled token.
+            seed: Of this reply; None only for greedy sampling.
+        """
+
+    def cancel(self) -> None:
+        """Make every `reply_one` under way raise a GenerationError."""
+
+
+class Settings(Protocol):
+    """What a run says about sampling; see `make_sampler`."""
+
+    @property
+    def max_new_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def temperature(self) -> float: ...  # noqa: D102
+    @property
+    def backend(self) -> str: ...  # noqa: D102
+    @property
+    def endpoints(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def sync(self) -> str: ...  # noqa: D102
+    @property
+    def timeout(self) -> float: ...  # noqa: D102
+    @property
+    def patience(self) -> float: ...  # noqa: D102
+    @property
+    def api_key_env(self) -> str: ...  # noqa: D102
+    @property
+    def engine(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+BACKENDS = ("hf", "vllm")
+
+
+def make_sampler(
+    policy: Policy, settings: Settings, folder: str | Path, *, run: str | None = None, write: bool = True
+) -> Sampler:
+    """Return the sampler that the settings name.
+
+    Args:
+        policy: Who speaks.
+        settings: ``backend`` ``hf`` samples with the policy's own model, ``vllm`` with an engine in this process,
+            or with servers when there are ``endpoints``.
+        folder: Where a sampler with weights of its own may write them; for nothing else.
+        run: With servers and several learner processes: the same word in all of them.
+        write: With servers and several learner processes: True in exactly one of them.
+
+    Raises:
+        ValueError: Settings that contradict one another or do not suit the policy.
+        ModuleNotFoundError: The backend's library is not installed.
+        GenerationError: A server is not there, or not what it should be.
+    """
+    if settings.backend not in BACKENDS:
+        near = get_close_matches(settings.backend, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"expected the sampling backend to be one of {BACKENDS}, got {settings.backend!r}{hint}")
+    if settings.endpoints and settings.backend != "vllm":
+        raise ValueError(f"expected backend 'vllm' with endpoints, got {settings.backend!r}; set the backend")
+    if settings.backend == "hf":
+        from ppg_agents.generation.hf import HFSampler
+
+        return HFSampler(policy, settings.max_new_tokens, settings.temperature)
+    sync = cast(Literal["adapter", "merged"], settings.sync)
+    if settings.endpoints:
+        from ppg_agents.generation.servers import VLLMServerSampler
+
+        return VLLMServerSampler(
+            policy,
+            folder,
+            settings.endpoints,
+            settings.max_new_tokens,
+            settings.temperature,
+            sync=sync,
+            timeout=settings.timeout,
+            patience=settings.patience,
+            api_key_env=settings.api_key_env,
+            run=run,
+            write=write,
+        )
+    from ppg_agents.generation.vllm import VLLMSampler
+
+    return VLLMSampler(policy, folder, settings.max_new_tokens, settings.temperature, sync=sync, engine=settings.engine)
+
+
+def speaking(policy: Policy, sampler: object) -> AbstractContextManager[None]:
+    """Return the context to sample in: LoRA merged where the policy's own model samples, else nothing."""
+    return policy.merged() if getattr(sampler, "own_model", True) else nullcontext()
+
+
+def draw_seeds(generator: torch.Generator | None, n: int) -> list[int | None]:
+    """Return n seeds for one turn of n conversations; None each without a generator."""
+    if generator is None:
+        return [None] * n
+    return [int(s) for s in torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()]
+
+
+__all__ = [
+    "BACKENDS",
+    "GenerationError",
+    "Sample",
+    "Sampler",
+    "Settings",
+    "SingleSampler",
+    "draw_seeds",
+    "make_sampler",
+    "speaking",
+]

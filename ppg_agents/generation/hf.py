@@ -97,7 +97,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 class HFSampler:
     """Samples replies for n conversations in lockstep.
 
-    Log-probabilities are the policy's own, at temperature 1, whatever the sampling temperature. Sample inside
+    Log-probabilities are those of the distribution that is sampled from, temperature applied. Sample inside
     `Policy.merged` for speed.
     """
 
@@ -165,7 +165,8 @@ class HFSampler:
         result: list[Sample | None] = [None] * len(prompts)
         for i, new, scores in zip(rows, tokens, log_probs, strict=True):
             self._pending[i] = new[-1:]
-            result[i] = Sample(tuple(new), tuple(scores), new[-1] == self.policy.end_of_turn_id)
+            ended = new[-1] == self.policy.end_of_turn_id
+            result[i] = Sample(tuple(new), tuple(scores), ended, self._version, self.temperature, "hf")
         return result
 
     def _prefill(self, rows: list[int], fed: list[list[int]]) -> Tensor:
@@ -214,12 +215,11 @@ class HFSampler:
 
     def _sample(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Draw one token per row from logits [A, vocab]; return tokens and log-probs [A]."""
-        log_probs = logits.log_softmax(-1)
+        log_probs = (logits / (self.temperature or 1.0)).log_softmax(-1)
         if self.temperature == 0:
             token = log_probs.argmax(-1)
         else:
-            weights = log_probs if self.temperature == 1 else (logits / self.temperature).log_softmax(-1)
-            total = weights.double().exp_().cumsum(-1)
+            total = log_probs.double().exp_().cumsum(-1)
             point = torch.rand(len(total), 1, dtype=total.dtype, device=total.device, generator=generator)
             token = torch.searchsorted(total, point * total[:, -1:], right=True)[:, 0]
             token = token.clamp_(max=total.shape[1] - 1)

@@ -1,1 +1,1 @@
-"""Language models that ship with the package; data only."""
+"""The language models: those that ship with the package (data), and how any model is loaded."""

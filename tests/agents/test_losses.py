@@ -23,9 +23,7 @@ AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 # Two conversations: turn 0 of two tokens and turn 1 of one, then turn 0 of three tokens.
 MASK = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 TURN = torch.tensor([[-1, 0, 0, 9, 1], [0, 0, 0, -1, -1]])
-LOG_PROBS = torch.tensor(
-    [[-9.0, -1.0, -2.0, -9.0, -4.0], [-1.0, -1.0, -4.0, -9.0, -9.0]], dtype=torch.float64
-)
+LOG_PROBS = torch.tensor([[-9.0, -1.0, -2.0, -9.0, -4.0], [-1.0, -1.0, -4.0, -9.0, -9.0]], dtype=torch.float64)
 CREDIT = torch.tensor([[1.0, 0.5], [2.0, 0.0]], dtype=torch.float64)
 
 

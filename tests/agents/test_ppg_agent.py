@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ppg_agents import credit
 from ppg_agents.agents import agents, make_agent
 from ppg_agents.agents.ppg import PPGAgent, linear_decay
 from ppg_agents.generation.hf import HFSampler
+from ppg_agents.ledger import LedgerError
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
 from ppg_agents.trajectory import Trajectory, Turn
@@ -25,15 +28,18 @@ Make = Callable[..., Policy]
 Envs = Callable[..., SyncVectorEnv]
 
 
-def ledger(policy: Policy, turns: list[int], seed: int = 0, version: int = 0) -> list[Trajectory]:
-    """Return conversations with so many turns each, random tokens and rewards; two share a persona."""
+def ledger(policy: Policy, turns: list[int], seed: int = 0) -> list[Trajectory]:
+    """Return conversations of the policy's version, with so many turns each, random tokens and rewards.
+
+    Two share a persona.
+    """
     random = np.random.default_rng(seed)
 
     def one_turn() -> Turn:
         prompt, tokens = random.integers(0, 256, 5), random.integers(0, 256, int(random.integers(1, 6)))
         ids = (*tokens.tolist(), policy.end_of_turn_id)
         nobody = (math.nan,) * len(ids)
-        return Turn("m", "r", tuple(prompt.tolist()), ids, nobody, float(random.random()), {}, version)
+        return Turn("m", "r", tuple(prompt.tolist()), ids, nobody, float(random.random()), {}, policy.version)
 
     return [
         Trajectory(f"i{b // 2}", "p", "d", None, tuple(one_turn() for _ in range(n)), True, False)
@@ -75,9 +81,87 @@ def test_micro_batches_add_up(make_policy: Make, aggregation: str) -> None:
     policy = make_policy(dtype=torch.float64)
     conversations = ledger(policy, [3, 1, 2, 4, 2])
     whole, a = gradient(policy, conversations, aggregation=aggregation)
+    policy.version = 0
     parts, b = gradient(policy, conversations, aggregation=aggregation, micro_batch_tokens=40)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
     assert a["loss"] == pytest.approx(b["loss"])
+
+
+class Rank:
+    """One of several workers in threads: what they gather meets in a list that they share."""
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.size, self.main = rank, size, rank == 0
+        self._meeting, self._table = meeting, table
+
+    def gather(self, objects: list[Any]) -> list[Any]:
+        self._table[self.rank] = objects
+        self._meeting.wait(60)
+        found = [x for part in self._table for x in part]
+        self._meeting.wait(60)
+        return found
+
+    def sum_number(self, x: float) -> float:
+        return float(sum(self.gather([x])))
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        own = list(parameters)
+        every = self.gather([[None if p.grad is None else p.grad.clone() for p in own]])
+        for p, grads in zip(own, zip(*every, strict=True), strict=True):
+            there = [g for g in grads if g is not None]
+            p.grad = torch.stack(there).sum(0) if there else None
+
+    def shard(self, n: int) -> slice:
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+def on_ranks(shards: list[list[Trajectory]], make_policy: Make, **options: Any) -> list[Any]:
+    """Return what `gradient` returns on every rank."""
+    meeting, table = threading.Barrier(len(shards)), [None] * len(shards)
+    policies = [make_policy(dtype=torch.float64) for _ in shards]
+
+    def work(rank: int) -> Any:
+        workers = Rank(rank, len(shards), meeting, table)
+        try:
+            return gradient(policies[rank], shards[rank], workers=workers, **options)
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        return [future.result() for future in [pool.submit(work, rank) for rank in range(len(shards))]]
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "token_mean", "turn_mean"])
+@pytest.mark.parametrize("baseline", ["none", "leave-one-out", "batch-mean"])
+def test_workers_take_the_step_of_one(make_policy: Make, baseline: str, aggregation: str) -> None:
+    """Personas are split over the ranks; the last rank has nothing to learn from."""
+    policy = make_policy(dtype=torch.float64)
+    played = ledger(policy, [3, 1, 2, 4, 2, 1])
+    played[-1] = replace(played[-1], turns=(replace(played[-1].turns[0], reward=math.nan),))
+    options = {"baseline": baseline, "aggregation": aggregation, "standardise": True, "micro_batch_tokens": 60}
+    whole, alone = gradient(policy, played, **options)
+    for got, metrics in on_ranks([played[:1], played[1:5], played[5:]], make_policy, **options):
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+        assert {k: v for k, v in metrics.items() if k != "padding"} == pytest.approx(
+            {k: v for k, v in alone.items() if k != "padding"}
+        )
+
+
+def test_a_fault_on_one_worker_stops_all_of_them(make_policy: Make) -> None:
+    played = ledger(make_policy(), [3, 1])
+    future = [replace(played[1], turns=(replace(played[1].turns[0], policy_version=3),))]
+    meeting, table, policies = threading.Barrier(2), [None] * 2, [make_policy(), make_policy()]
+
+    def work(rank: int) -> str:
+        with pytest.raises(LedgerError) as error:
+            gradient(policies[rank], [played[:1], future][rank], workers=Rank(rank, 2, meeting, table))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert "expected policy version 0 at conversation 1 of 1" in first
+    assert first == second
 
 
 def test_a_masked_turn_does_not_touch_the_gradient(policy: Policy) -> None:
@@ -123,7 +207,8 @@ def test_same_seed_twice_gives_identical_metrics(make_policy: Make, toy_envs: En
     assert [m["policy_version"] for m in a] == [1, 2, 3]
     assert any(m["grad_norm"] > 0 for m in a)
     assert set(a[0]) == {
-        "loss", "grad_norm", "credit_mean", "credit_std", "learning_rate", "tokens", "policy_version",
+        "loss", "grad_norm", "credit_mean", "credit_std", "learning_rate", "tokens", "padding", "policy_version",
+        "staleness_max", "log_prob_gap_mean", "log_prob_gap_max",
     }  # fmt: skip
 
 
@@ -165,6 +250,20 @@ def test_it_learns_a_toy(make_policy: Make, toy_envs: Envs) -> None:
         agent.learn(played)
     assert np.mean(scores[:2]) < 0.1
     assert np.mean(scores[-2:]) > 0.5
+
+
+def test_a_kl_term_brings_the_policy_back_to_its_reference(make_policy: Make, toy_envs: Envs) -> None:
+    policy = make_policy()
+    sampler = HFSampler(policy, max_new_tokens=8, temperature=0.8)
+    agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=0.01, kl_coefficient=1.0)
+    envs = toy_envs(*[{"turns": 2}] * 32)
+    found = []
+    for i in range(10):
+        played = collect(envs, policy, sampler, list(range(32)), torch.Generator().manual_seed(i))
+        silent = [replace(t, turns=tuple(replace(x, reward=0.0) for x in t.turns)) for t in played]
+        found.append(agent.learn(silent)["kl"])
+    assert found[0] > 2
+    assert found[-1] < 0.5 * found[0]
 
 
 def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:

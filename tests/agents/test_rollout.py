@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ppg_agents.evaluate import partner_faults
+from ppg_agents.generation import Sample, draw_seeds
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
+from ppg_agents.rollout_each import Envs as Singles
+from ppg_agents.rollout_each import collect_each
 from ppg_agents.trajectory import Trajectory, batch, from_json, to_json
 
 Envs = Callable[..., SyncVectorEnv]
@@ -130,3 +138,155 @@ def test_refusals(policy: Policy, toy_envs: Envs) -> None:
     envs.reset = lambda **_: (np.zeros(1), {})  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="wrap the environment"):
         collect(envs, policy, HFSampler(policy), [1])
+
+
+class Echo:
+    """A sampler whose reply depends on conversation, turn, prompt and seed alone; notes who is speaking."""
+
+    max_new_tokens, temperature, own_model = 6, 1.0, False
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.cancelled = threading.Event()
+
+    def start(self, n: int) -> None:
+        self.turns = [0] * n
+
+    def reply_one(self, conversation: int, prompt: Sequence[int], seed: int | None) -> Sample:
+        self.turns[conversation] += 1
+        mixed = random.Random(f"{conversation} {self.turns[conversation]} {list(prompt)} {seed}")
+        length = mixed.randint(1, 6)
+        tokens = [mixed.randrange(97, 123) for _ in range(length)]
+        ended = length < 6
+        tokens = [*tokens, self.policy.end_of_turn_id] if ended else tokens
+        return Sample(tuple(tokens), (-1.0,) * len(tokens), ended, 7, 1.0, "echo")
+
+    def reply(self, prompts: Sequence[Any], generator: torch.Generator | None) -> list[Sample | None]:
+        seeds = draw_seeds(generator, len(prompts))
+        return [None if p is None else self.reply_one(i, p, seeds[i]) for i, p in enumerate(prompts)]
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class Slow(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that holds at its first step until it may go on."""
+
+    def __init__(self, env: gym.Env[Any, Any], wait: Callable[[], Any], closed: list[Any]) -> None:
+        super().__init__(env)
+        self.wait, self.closed = wait, closed
+
+    def step(self, action: Any) -> Any:
+        self.wait()
+        return self.env.step(action)
+
+    def close(self) -> None:
+        self.closed.append(self)
+
+
+def test_conversations_at_their_own_pace_equal_those_in_lockstep(policy: Policy, toy_envs: Envs) -> None:
+    together = toy_envs(*[{"turns": 4}] * 6)
+    seeds = [3, 3, 4, 5, 6, 7]
+    in_step = collect(together, policy, Echo(policy), seeds, torch.Generator().manual_seed(1), "toy")
+    envs = Singles(lambda: toy_envs({"turns": 4}).envs[0])
+    for concurrency in (None, 2):
+        each = collect_each(
+            envs,
+            policy,
+            Echo(policy),
+            seeds,
+            torch.Generator().manual_seed(1),
+            "toy",
+            concurrency=concurrency,
+        )
+        assert [to_json(t) for t in each] == [to_json(t) for t in in_step]
+    turn = in_step[0].turns[0]
+    assert (turn.policy_version, turn.sampler, turn.temperature) == (7, "echo", 1.0)
+    envs.close()
+
+
+def test_a_slow_environment_does_not_hold_the_others(policy: Policy, toy_envs: Envs) -> None:
+    """One conversation's first step waits for all the others to have ended; in lockstep none would."""
+    closed: list[Any] = []
+    ended, first = threading.Semaphore(0), threading.Lock()
+
+    class Watched(Slow):
+        def step(self, action: Any) -> Any:
+            waits = first.acquire(blocking=False)
+            if waits:
+                assert all(ended.acquire(timeout=10) for _ in range(5))
+            result = super().step(action)
+            if result[2] and not waits:
+                ended.release()
+            return result
+
+    got = collect_each(
+        lambda: Watched(toy_envs({"turns": 3}).envs[0], lambda: None, closed),
+        policy,
+        Echo(policy),
+        list(range(6)),
+        torch.Generator().manual_seed(0),
+    )
+    assert [len(t.turns) for t in got] == [3] * 6
+    assert closed
+
+
+def test_an_exception_in_one_conversation_stops_all(policy: Policy, toy_envs: Envs) -> None:
+    closed: list[Any] = []
+    held, go_on = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        held.wait(10)
+        raise RuntimeError("the judge is gone")
+
+    def hold() -> None:
+        held.set()
+        go_on.wait(10)
+
+    makers = iter([fail, hold])
+    lock = threading.Lock()
+
+    def make() -> Any:
+        with lock:
+            return Slow(toy_envs({}).envs[0], next(makers), closed)
+
+    sampler = Echo(policy)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="the judge is gone"):
+        collect_each(make, policy, sampler, [0, 1, 2, 3], torch.Generator(), concurrency=2)
+    assert time.monotonic() - began < 5
+    assert sampler.cancelled.is_set()
+    go_on.set()  # the one that was inside of its environment leaves it now, and closes it
+    deadline = time.monotonic() + 5
+    while len(closed) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(closed) == 2
+
+
+def test_ctrl_c_stops_within_a_second(policy: Policy, toy_envs: Envs) -> None:
+    """The signal comes when every conversation is inside of an environment that does not return."""
+    inside, go_on = threading.Barrier(4), threading.Event()
+    sent: list[float] = []
+
+    def hold() -> None:
+        if inside.wait(10) == 0:
+            sent.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+        go_on.wait(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_each(
+            lambda: Slow(toy_envs({}).envs[0], hold, []), policy, Echo(policy), [0, 1, 2, 3], torch.Generator()
+        )
+    assert time.monotonic() - sent[0] < 1.0
+    go_on.set()
+
+
+def test_refusals_of_single_conversations(policy: Policy, toy_envs: Envs) -> None:
+    make = lambda: toy_envs({}).envs[0]  # noqa: E731
+    with pytest.raises(ValueError, match="concurrency >= 1"):
+        collect_each(make, policy, Echo(policy), [1], torch.Generator(), concurrency=0)
+    with pytest.raises(ValueError, match="generator"):
+        collect_each(make, policy, Echo(policy), [1])
+    with pytest.raises(ValueError, match="wrap the environment"):
+        collect_each(lambda: gym.make("CartPole-v1"), policy, Echo(policy), [1], torch.Generator())

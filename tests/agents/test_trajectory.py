@@ -22,6 +22,7 @@ from ppg_agents.trajectory import (
     Turn,
     append,
     batch,
+    from_json,
     from_logged,
     read_jsonl,
     to_json,
@@ -55,10 +56,26 @@ def test_file_round_trip_keeps_everything(tmp_path: Path) -> None:
     assert math.isnan(got[0].turns[1].reward)
     assert dataclasses.replace(got[0], turns=()) == dataclasses.replace(LEDGER[0], turns=())
     assert got[0].turns[0] == LEDGER[0].turns[0]
+    other = trajectory(turn([1], [2], sampler="vllm", temperature=0.7))
+    assert from_json(to_json(other)) == other
     assert got[1] == LEDGER[1]
     first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
     assert first["schema"] == SCHEMA == "ppg-trajectory/1"
     assert first["turns"][1]["reward"] is None
+
+
+def test_spans_are_written_and_checked_and_may_be_absent() -> None:
+    record = json.loads(to_json(LEDGER[0]))
+    assert [t["span"] for t in record["turns"]] == [[2, 4], [5, 6]]
+    assert LEDGER[0].spans() == [(0, 2, 4), (4, 5, 6)]
+    for t in record["turns"]:
+        for name in ("span", "sampler", "temperature"):
+            del t[name]
+    assert to_json(from_json(json.dumps(record))) == to_json(LEDGER[0])
+    lost = json.loads(to_json(LEDGER[0]))
+    del lost["turns"][0]
+    with pytest.raises(ValueError, match=r"reply of turn 1 at its span \[5, 6\], got its tokens at \[1, 2\)"):
+        from_json(json.dumps(lost))
 
 
 def test_a_torn_last_line_is_dropped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,228 @@
+"""Rollout servers on the wire: how each is doing, and calls to it from any thread over one event loop.
+
+Knows HTTP and vLLM's way of saying no; nothing of tokens, versions or conversations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ppg_agents.generation import GenerationError
+
+T = TypeVar("T")
+
+COMPLETIONS = "/v1/completions"
+_RETRY = (429, 502, 503, 504)
+_SHORT, _LONG = 0.1, 5.0  # seconds to leave a server alone that did not answer, doubled from one to the other
+_LOOK = 0.1  # seconds between looks for a signal
+
+
+class ServerRefusedError(GenerationError):
+    """A server answered, and the answer was no."""
+
+
+class ServersGoneError(GenerationError):
+    """No server has answered for as long as the sampler was told to be patient."""
+
+
+class UnreachableError(Exception):
+    """A server did not answer this time; ``gone`` when its connection broke, so that it may have started anew."""
+
+    def __init__(self, message: str, *, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+class UnknownAdapterError(Exception):
+    """A server does not know the adapter: it has started anew."""
+
+
+@dataclass
+class Endpoint:
+    """A server and how it is doing; touched on the event loop alone.
+
+    Attributes:
+        url: Without ``/v1``.
+        model: The name of its base model.
+        loaded: The name of the version that it has loaded.
+        rest: Time (monotonic) before which it is left alone.
+        since: Time (monotonic) since which it has not answered; None when it does.
+        failures: Calls in a row that it did not answer.
+        reason: Why it did not.
+        loading: Held while a version is being loaded.
+    """
+
+    url: str
+    model: str = ""
+    loaded: str = ""
+    rest: float = 0.0
+    since: float | None = None
+    failures: int = 0
+    reason: str = ""
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def answered(self) -> None:
+        """Note that it is well."""
+        self.rest, self.since, self.failures = 0.0, None, 0
+
+    def silent(self, error: UnreachableError) -> None:
+        """Note that it did not answer; when it is gone, so is what it had loaded."""
+        now = time.monotonic()
+        self.rest = now + min(_LONG, _SHORT * 2**self.failures)
+        self.since = now if self.since is None else self.since
+        self.failures += 1
+        self.loaded, self.reason = "" if error.gone else self.loaded, str(error)
+
+
+class Wire:
+    """An event loop in a thread of its own, with connections to the servers."""
+
+    def __init__(self, timeout: float, key: str | None) -> None:
+        """Open no connection yet.
+
+        Args:
+            timeout: Seconds that one answer may take.
+            key: Sent to the servers; None for servers without keys.
+        """
+        self._under_way: set[Future[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ppg-rollouts", daemon=True)
+        self._thread.start()
+        self._session: Any = self.run(_session(timeout, key))
+        atexit.register(self.close)
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait; an exception in the waiting thread cancels it.
+
+        Raises:
+            GenerationError: `cancel` was called, or the wire is closed.
+        """
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise GenerationError("expected a sampler that is open, got one that was closed; make another")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        self._under_way.add(future)
+        try:
+            while not wait([future], timeout=_LOOK).done:  # a signal is heard between waits
+                pass
+            return future.result()
+        except CancelledError:
+            raise GenerationError("expected to wait for the servers, got cancelled") from None
+        except BaseException:
+            future.cancel()
+            raise
+        finally:
+            self._under_way.discard(future)
+
+    def cancel(self) -> None:
+        """Cancel whatever `run` waits for; the servers stop working on it."""
+        for future in list(self._under_way):
+            future.cancel()
+
+    def close(self) -> None:
+        """Close the connections and end the thread; a second time does nothing."""
+        if not self._thread.is_alive():
+            return
+        atexit.unregister(self.close)
+        self.cancel()
+        self.run(self._session.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def call(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        """Return a server's answer as JSON; empty where it sends something else.
+
+        Raises:
+            UnreachableError: It did not answer, or is too busy or broken to.
+            UnknownAdapterError: It was asked for an adapter that it does not know.
+            ServerRefusedError: It said no.
+        """
+        import aiohttp
+
+        try:
+            async with self._session.request(method, endpoint.url + path, json=body) as response:
+                status, text = response.status, await response.text()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            gone = not isinstance(error, TimeoutError)
+            raise UnreachableError(f"{type(error).__name__} {error}".rstrip(), gone=gone) from None
+        asked = path == COMPLETIONS
+        if status in _RETRY or (status >= 500 and asked):
+            raise UnreachableError(f"HTTP {status} {text[:200]}")
+        if status == 404 and asked and body["model"] != endpoint.model:
+            raise UnknownAdapterError
+        if status >= 400:
+            raise ServerRefusedError(f"{endpoint.url}{path}: expected success, got HTTP {status}: {_message(text)}")
+        try:
+            answer = json.loads(text) if text.startswith("{") else {}
+        except json.JSONDecodeError as error:
+            raise UnreachableError(f"broken JSON: {error}") from None
+        return answer if isinstance(answer, dict) else {}
+
+
+async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return what all of them return; when one raises, the others are cancelled first."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def check_patience(endpoints: Sequence[Endpoint], patience: float) -> None:
+    """Raise once none of these servers has answered for so many seconds.
+
+    Raises:
+        ServersGoneError: Which, for how long, and what to do.
+    """
+    now = time.monotonic()
+    waited = [now - e.since for e in endpoints if e.since is not None]
+    if len(waited) == len(endpoints) and min(waited) >= patience:
+        reasons = "; ".join(f"{e.url}: {e.reason}" for e in endpoints)
+        raise ServersGoneError(
+            f"expected an answer from {'one of ' if len(endpoints) > 1 else ''}the rollout servers, got none for "
+            f"{min(waited):.1f} s ({reasons}); start them again, or name others with --rollout-endpoints"
+        )
+
+
+def root(url: str) -> str:
+    """Return an endpoint's URL without ``/v1``.
+
+    Raises:
+        ValueError: It is no URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(f"expected an endpoint's URL such as http://localhost:8000/v1, got {url!r}")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+async def _session(timeout: float, key: str | None) -> Any:
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=min(10.0, timeout)),
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
+
+
+def _message(text: str) -> str:
+    """Return what an error answer says."""
+    try:
+        answer = json.loads(text)
+        error = answer.get("error", answer)
+        return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
+    except (json.JSONDecodeError, AttributeError):
+        return text[:500]

@@ -1,0 +1,185 @@
+"""Finds a causal language model and its tokenizer in a folder, on the hub or in the package, and loads them.
+
+No code that comes with a model is ever run. Nothing here puts LoRA on a model or renders a prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+log = logging.getLogger(__name__)
+
+TINY = "tiny"
+Quantisation = Literal["none", "4bit"]
+Kernels = Literal["none", "liger"]
+
+_PROBE_SECONDS = 10.0
+
+
+def base_of(name_or_path: str | Path) -> tuple[str, Path | None]:
+    """Return the name of the base model, and the folder of the adapter if a PEFT folder was named.
+
+    A folder's name is made absolute, so that what is saved with it can be loaded from anywhere.
+    """
+    name, adapter = str(name_or_path), None
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = Path(name)
+        name = str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    is_folder = name != TINY and Path(name).is_dir()
+    return (str(Path(name).resolve()) if is_folder else name), adapter
+
+
+def load_base(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantisation: Quantisation = "none",
+    adapter: Path | None = None,
+    chat_template: str | None = None,
+    kernels: Kernels = "none",
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: ``"tiny"``, a model folder or a hub name.
+        device: Where the weights go.
+        dtype: Of the weights; of the computation when they are quantised.
+        quantisation: ``"4bit"`` stores the weights as NF4 with double quantisation (arXiv 2305.14314).
+        adapter: A PEFT folder; its tokenizer, if it holds one, is taken, with the template it was trained on.
+        chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+        kernels: ``"liger"`` exchanges this model's norms and MLPs for liger-kernel's fused ones.
+
+    Raises:
+        FileNotFoundError: Neither a model folder nor a model of the hub.
+        ConnectionError: The hub cannot be reached, and the model is not in the local cache.
+        ModuleNotFoundError: An option needs a package that is not installed.
+        ValueError: An option needs a CUDA device, or an unknown option.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = _options(quantisation, kernels, device, dtype)
+    path = _locate(name)
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else path, trust_remote_code=False)
+    if chat_template is not None:
+        is_path = "{" not in chat_template and Path(chat_template).is_file()
+        tokenizer.chat_template = Path(chat_template).read_text() if is_path else chat_template
+    with _quiet(Path(path).is_dir()):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
+    if not options:
+        model = model.to(device)
+    if kernels == "liger":
+        _use_liger(model)
+    return model, tokenizer
+
+
+def _options(quantisation: str, kernels: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the keyword arguments of a quantised load; raise for what cannot be had here."""
+    for option, value, known, package in (
+        ("quantisation", quantisation, "4bit", "bitsandbytes"),
+        ("kernels", kernels, "liger", "liger_kernel"),
+    ):
+        if value not in ("none", known):
+            raise ValueError(f"{option}: expected 'none' or {known!r}, got {value!r}")
+        if value == "none":
+            continue
+        if importlib.util.find_spec(package) is None:
+            install = package.replace("_", "-")
+            raise ModuleNotFoundError(
+                f"{option} {value!r} needs {install}, which is not installed; pip install {install}", name=package
+            )
+        if device.type != "cuda":
+            raise ValueError(f"{option} {value!r}: expected a CUDA device, got {device}; use {option} 'none'")
+    if quantisation == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _use_liger(model: Any) -> None:
+    """Exchange the norms and MLPs of this model; rotary embeddings would change for every model of its family."""
+    liger = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    if (kind := model.config.model_type) not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"kernels 'liger': expected a family that liger-kernel knows, got {kind!r}; use kernels 'none'"
+        )
+    liger._apply_liger_kernel_to_instance(
+        model=model, rope=False, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+
+
+def _locate(name: str) -> str:
+    """Return the folder or the hub name under which transformers finds the model.
+
+    A hub name is asked for once, with a short timeout; transformers itself would try each file for most of a
+    minute before it says that there is no connection.
+    """
+    if name == TINY:
+        return str(resources.files("ppg_agents.models") / TINY)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    unknown = f"expected {TINY!r}, a model folder or a hub name, got {name!r}"
+    if near := difflib.get_close_matches(name, [TINY], n=1):
+        unknown += f"; did you mean {near[0]!r}?"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PROBE_SECONDS)
+    except HFValidationError:
+        raise FileNotFoundError(f"{unknown}: no such folder") from None
+    except GatedRepoError:
+        raise PermissionError(f"{name}: its licence must be accepted on the hub first, then log in there") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{unknown}: the hub has no such model, or it is private") from None
+    except EntryNotFoundError:
+        raise FileNotFoundError(f"{unknown}: there is no config.json; an adapter is given as a folder") from None
+    except Exception as error:  # what a failed connection raises differs between versions of the hub's client
+        if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+            log.info("the hub cannot be reached; %s is read from the local cache", name)
+            return str(Path(cached).parent)
+        why = "is switched off" if isinstance(error, OfflineModeIsEnabled) else f"cannot be reached ({error})"
+        raise ConnectionError(
+            f"{unknown}: no such folder, not in the local cache, and the hub {why}; download it and name the folder"
+        ) from None
+    return name
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """Hide the progress bar of reading weights from a local folder; a download keeps its own."""
+    from transformers.utils import logging as progress
+
+    if not local or not progress.is_progress_bar_enabled():
+        yield
+        return
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        progress.enable_progress_bar()
