@@ -1,0 +1,67 @@
+"""Alternatives to the partial policy gradient: their losses and advantages as pure functions.
+
+Tensors in, tensors out; no config, no logging, no state. ``docs/alternatives.md`` has the table of names, formulas,
+sources, and of what is ours. An advantage [B, n] or [B, L] and a loss are chosen apart: a credit per turn, of any
+policy class, reaches the tokens through ``losses.broadcast_credit``; a loss gives L [B, L] for ``losses.aggregate``
+(or per turn [B, n] for ``aggregate_turns``).
+
+- ``clipped``: REINFORCE, PPO's clip with the settings of GRPO, DAPO and RLOO, CISPO, the KL term.
+- ``advantages``: RLOO, GRPO and Dr. GRPO, REINFORCE++, DAPO's extras.
+- ``value``: GAE and the value loss.
+- ``regularised``: the eight RPG variants.
+- ``others``: SAPO, DISPO, CoPG, P3O, A-LoL, EMPG, the high-entropy mask.
+- ``turn_level``: REFUEL, ReBN, bi-level GAE.
+- ``tokens``: ratios, sums over a turn, where turns end.
+"""
+
+from ppg_agents.alternatives.advantages import (
+    groups_with_spread,
+    grpo,
+    kl_shaped_returns,
+    kl_shaped_reward,
+    overlong_penalty,
+    rloo,
+    whiten,
+)
+from ppg_agents.alternatives.clipped import cispo, kl_term, ppo_clip, ppo_clip_turns, reinforce
+from ppg_agents.alternatives.others import a_lol, copg, dispo, empg, high_entropy_mask, p3o, sapo
+from ppg_agents.alternatives.regularised import rpg_differentiable, rpg_reinforce
+from ppg_agents.alternatives.tokens import aggregate_turns, at_turn_ends, log_ratio, turn_mean, turn_sum
+from ppg_agents.alternatives.turn_level import bi_level_gae, rebn, refuel
+from ppg_agents.alternatives.value import GAE, gae, value_at_turn_start, value_loss
+
+__all__ = [
+    "GAE",
+    "a_lol",
+    "aggregate_turns",
+    "at_turn_ends",
+    "bi_level_gae",
+    "cispo",
+    "copg",
+    "dispo",
+    "empg",
+    "gae",
+    "groups_with_spread",
+    "grpo",
+    "high_entropy_mask",
+    "kl_shaped_returns",
+    "kl_shaped_reward",
+    "kl_term",
+    "log_ratio",
+    "overlong_penalty",
+    "p3o",
+    "ppo_clip",
+    "ppo_clip_turns",
+    "rebn",
+    "refuel",
+    "reinforce",
+    "rloo",
+    "rpg_differentiable",
+    "rpg_reinforce",
+    "sapo",
+    "turn_mean",
+    "turn_sum",
+    "value_at_turn_start",
+    "value_loss",
+    "whiten",
+]
