@@ -1,6 +1,7 @@
 """ppg_gym: conversations with a persona to keep, as Gymnasium environments.
 
-Importing the package registers ``PersonaChat-v0``. It needs gymnasium and numpy and never imports torch.
+Importing the package registers ``PersonaChat-v0``, and ``ReplySelection-v0``, where an action chooses among candidate
+replies. It needs gymnasium and numpy and never imports torch.
 """
 
 from gymnasium.envs.registration import register
@@ -14,3 +15,4 @@ register(
     entry_point="ppg_gym.env:PersonaChatEnv",
     vector_entry_point="ppg_gym.vector:PersonaChatVectorEnv",
 )
+register(id="ReplySelection-v0", entry_point="ppg_gym.wrappers:select_replies")
