@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 _WORDS, _ALTERNATIVES = 8, 5  # of a server's first reply, which is compared
 _FAR = 0.3  # mean gap in nats that says: not this model
 
+FIRST_LOOK = 15.0
+"""Seconds that a server has to answer at all when a run begins: longer, and its URL is probably wrong."""
+
 
 class VLLMServerSampler(SyncedSampler):
     """Samples replies for n conversations from one or more vLLM servers of the same base model.
@@ -74,7 +77,8 @@ class VLLMServerSampler(SyncedSampler):
             temperature: Of sampling; 0 takes the most likely token.
             sync: ``adapter`` has the servers load the LoRA adapter, ``merged`` the whole weights.
             timeout: Seconds that one answer may take.
-            patience: Seconds without an answer from any server after which it is an error.
+            patience: Seconds without an answer from any server after which it is an error; at the first look at most
+                ``FIRST_LOOK``.
             api_key_env: Name of the environment variable that holds the servers' key; unset is right without one.
             run: See `make_sampler`.
             write: See `make_sampler`.
@@ -143,7 +147,7 @@ class VLLMServerSampler(SyncedSampler):
                 break
             except UnreachableError as error:
                 endpoint.silent(error)
-                check_patience([endpoint], self._patience)
+                check_patience([endpoint], min(self._patience, FIRST_LOOK))
                 await asyncio.sleep(endpoint.rest - time.monotonic())
         endpoint.answered()
         base = next(card for card in cards if not card.get("parent"))
