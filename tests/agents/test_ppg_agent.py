@@ -90,6 +90,8 @@ def test_micro_batches_add_up(make_policy: Make, aggregation: str) -> None:
 class Rank:
     """One of several workers in threads: what they gather meets in a list that they share."""
 
+    sharded = False
+
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
         self.rank, self.size, self.main = rank, size, rank == 0
         self._meeting, self._table = meeting, table
