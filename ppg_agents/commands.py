@@ -18,6 +18,7 @@ from ppg_agents import config as configs
 from ppg_agents import runs
 from ppg_agents.config import PolicyClass, TrainConfig
 from ppg_agents.data_commands import data
+from ppg_agents.horizon_commands import horizon
 from ppg_agents.judge_commands import judge
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +48,7 @@ def cli() -> None:
 
 cli.add_command(data)
 cli.add_command(judge)
+cli.add_command(horizon)
 
 
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
