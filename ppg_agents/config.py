@@ -7,14 +7,31 @@ that names it. Precedence: defaults < TOML file < ``--set`` < flags.
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from ppg_agents.tables import ConfigError, build, flatten, plain, put
+
+__all__ = [
+    "ConfigError",
+    "EnvSettings",
+    "EvaluationSettings",
+    "LoadSettings",
+    "LoraSettings",
+    "OfflineSettings",
+    "SamplingSettings",
+    "TrainConfig",
+    "differences",
+    "flatten",
+    "from_dict",
+    "load",
+    "parse_assignments",
+    "to_dict",
+]
 
 PolicyClass = Literal["full", "greedy", "k-step", "segment"]
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
@@ -29,10 +46,6 @@ RESUMABLE = (
 )
 """Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
 falls from where the longer schedule puts it."""
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type or out of range; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +312,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: expected TOML: {error}") from error
     for key, value in (overrides or {}).items():
-        _put(tables, key, value)
+        put(tables, key, value)
     return from_dict(tables)
 
 
@@ -327,12 +340,12 @@ def from_dict(tables: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: An unknown key (with the nearest name), a wrong type, a value out of range.
     """
-    return _build(TrainConfig, tables, "")
+    return build(TrainConfig, tables)
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return nested plain tables for TOML and JSON; settings that are None are left out."""
-    tables = _plain(asdict(config))
+    tables = plain(asdict(config))
     assert isinstance(tables, dict)  # asdict of a dataclass
     return tables
 
@@ -340,94 +353,6 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
     """Return ``"key: was X, got Y"`` for every setting that a continuation of a run may not change."""
     old, new = flatten(to_dict(before)), flatten(to_dict(after))
-    keys = [key for key in sorted(old | new) if key not in RESUMABLE]
+    keys = [key for key in sorted(old | new) if key not in RESUMABLE and {} not in (old.get(key), new.get(key))]
     changed = [key for key in keys if old.get(key) != new.get(key)]
     return [f"{key}: was {old.get(key)!r}, got {new.get(key)!r}" for key in changed]
-
-
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one table with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-T = TypeVar("T")
-
-
-def _build(cls: type[T], table: Mapping[str, Any], prefix: str) -> T:
-    hints = get_type_hints(cls)
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    for key in table:
-        if key not in known:
-            raise ConfigError(_unknown(prefix + key, key, known, prefix))
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in table.items()})
-
-
-def _unknown(path: str, key: str, known: list[str], prefix: str) -> str:
-    everywhere = [*known, *(flatten(asdict(TrainConfig())) if not prefix else ())]
-    near = difflib.get_close_matches(key, everywhere, n=1)
-    if not near:  # the right name in the wrong table: rank -> lora.rank
-        near = [prefix + name if prefix else name for name in everywhere if name.split(".")[-1] == key][:1]
-    hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
-    return f"unknown setting {path!r}{hint}"
-
-
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """Return ``value`` as the annotated type, widening int to float and list to tuple."""
-    if get_origin(hint) in (Union, types.UnionType):
-        arms = [arm for arm in get_args(hint) if arm is not type(None)]
-        if value is None and len(arms) < len(get_args(hint)):
-            return None
-        return _convert(value, next((arm for arm in arms if _fits(value, arm)), arms[0]), path)
-    if get_origin(hint) is Literal:
-        if value in get_args(hint):
-            return value
-        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
-        choices = ", ".join(map(repr, get_args(hint)))
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{path}: expected one of {choices}, got {value!r}{hint_text}")
-    if is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected a table, got {value!r}; set {path}.<name>")
-        return _build(hint, value, path + ".")  # type: ignore[arg-type]
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path}: expected a list of {get_args(hint)[0].__name__}, got {value!r}")
-        return tuple(_convert(item, get_args(hint)[0], f"{path}[{i}]") for i, item in enumerate(value))
-    if get_origin(hint) is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected a table, got {value!r}")
-        return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    return isinstance(value, list | tuple) if get_origin(hint) is tuple else isinstance(value, hint)
-
-
-def _put(tables: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    table = tables
-    for depth, name in enumerate(parents):
-        inner = table.setdefault(name, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(parents[: depth + 1])}: expected a table, got {inner!r}")
-        table = inner
-    table[last] = value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -25,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = False
+        self.alone = True  # several processes must stop at the same place: set to False, nothing is abandoned
         self._abandon = False
         self._former: dict[signal.Signals, Any] = {}
 
@@ -44,10 +45,11 @@ class Interrupt:
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Raise `Stop` at once inside this block, and before it if a signal has come already."""
-        self._abandon = True
+        """Raise `Stop` at once inside this block, and before it if a signal has come already; unless not ``alone``."""
+        self._abandon = self.alone
         try:
-            self.check()
+            if self.alone:
+                self.check()
             yield
         finally:
             self._abandon = False

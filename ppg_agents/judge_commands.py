@@ -7,8 +7,7 @@ nothing but an attack's success rate is computed here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,17 +84,6 @@ def chosen(
     return name, found
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn what an endpoint, a budget or a cache refuses into an error of one line."""
-    from ppg_gym.llm.client import BudgetError, CacheError, EndpointError
-
-    try:
-        yield
-    except (BudgetError, CacheError, EndpointError) as error:
-        raise ValueError(str(error)) from error
-
-
 labels_flags = (
     click.option("--labels", multiple=True, required=True, metavar="FILES…", help="Judged dialogues, or a CSV."),
     click.argument("more", nargs=-1, metavar=""),
@@ -143,7 +131,7 @@ def validate(
     if only_held_out:
         read = only_unfamiliar(read, name, options)
     total = sum(turn.verdict.score is not None for dialogue in read.dialogues for turn in dialogue.turns)
-    with explained(), Progress("judging", min(total, limit or total)) as progress:
+    with Progress("judging", min(total, limit or total)) as progress:
         found = measure(read, name, options, limit=limit, seed=seed, done=progress.advance)
     if as_json:
         result = {**found.to_dict(), "files": [*labels, *more], "seed": seed}
@@ -180,7 +168,7 @@ def rescore(
     target = Path(out) if out else rescoring.default_file(source, name)
     rescoring.check_target(target)
     dialogues = read_recorded(source, domain)[:limit]
-    with explained(), Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
+    with Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
         found = rescoring.rescore(dialogues, name, options, progress.advance)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_lines(target, found.rows())
@@ -215,8 +203,7 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
 
     made = judges.make(name, domain, options)
     try:
-        with explained():
-            found = run_attacks(made, domain, seed, per_attack=personas)
+        found = run_attacks(made, domain, seed, per_attack=personas)
     finally:
         if callable(close := getattr(made, "close", None)):
             close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +30,11 @@ from ppg_agents.config import ConfigError, TrainConfig, differences
 from ppg_agents.credit import policy_class
 from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.environment import ConversationError, check_segments, make_env, make_envs, planned_turns
-from ppg_agents.evaluate import evaluate, partner_faults, reward_table
+from ppg_agents.evaluate import evaluate
 from ppg_agents.figures import curve
 from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
 from ppg_agents.interrupt import Interrupt, Stop
+from ppg_agents.judged import batch_metrics, check_judge
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
 from ppg_agents.policy import Policy
 from ppg_agents.progress import Progress, number, say, status
@@ -42,7 +42,6 @@ from ppg_agents.rollout import collect
 from ppg_agents.rollout_each import Envs, collect_each
 from ppg_agents.runs import Run, finite, lock
 from ppg_agents.tracking import Trackers, make_trackers, require
-from ppg_agents.trajectory import Trajectory
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
@@ -79,6 +78,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
     with Interrupt() as interrupt, ExitStack() as held:
         held.callback(finish)
         team = workers()
+        interrupt.alone = team.size == 1
         folder = Path(team.gather([str(folder)])[0])  # rank 0 says where; it alone writes there
         run = Run.open(folder) if resume else None
         if run is not None:
@@ -120,30 +120,41 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                     metrics = task.step(agent, run, iteration)
                     done = iteration + 1
                     save = done % config.checkpoint_every == 0 or done == task.iterations
-                    if progress is None:  # rank 0 writes; split weights it cannot put together alone
-                        if save and team.sharded:
-                            agent.save(held.enter_context(TemporaryDirectory()))
-                        continue
-                    run.append_metrics({"iteration": done, **metrics})
-                    trackers.log(metrics, done)
+                    if progress is not None:
+                        run.append_metrics({"iteration": done, **metrics})
+                        trackers.log(metrics, done)
                     if save:
-                        run.save_checkpoint(done, agent.save)
-                    progress.advance(done, status(metrics))
+                        save_checkpoint(run, done, agent, team)
+                    if progress is not None:
+                        progress.advance(done, status(metrics))
             synchronise(sampler, policy, team)
             if team.main:
                 held_out(task, agent, run, "after", done, trackers)
         except (Stop, ConversationError, GenerationError) as stop:
             latest = run.latest_checkpoint()
-            if team.main and (latest is None or latest[0] != done):
-                run.save_checkpoint(done, agent.save)
+            fresh = latest is not None and latest[0] == done
+            if isinstance(stop, Stop):  # all ranks stop together; a fault may be one's alone
+                fresh = team.gather([fresh])[0]
+            if not fresh and (isinstance(stop, Stop) or not team.sharded):
+                save_checkpoint(run, done, agent, team)
             if isinstance(stop, Stop):
                 raise Interrupted(run.folder, done) from None
-            raise ConversationError(f"{stop}; {saved(run.folder, done)}") from stop
+            latest = run.latest_checkpoint()
+            raise ConversationError(f"{stop}; {saved(run.folder, latest[0] if latest else 0)}") from stop
         finally:
             task.close()
         if team.main:
             curve(run)
     return run
+
+
+def save_checkpoint(run: Run, done: int, agent: Agent, team: Workers) -> None:
+    """Save after ``done`` iterations: rank 0 writes, and split weights are put together by all."""
+    if team.main:
+        run.save_checkpoint(done, agent.save)
+    elif team.sharded:
+        with TemporaryDirectory() as unused:
+            agent.save(unused)
 
 
 class Task(Protocol):
@@ -201,13 +212,13 @@ class Online:
         generator.manual_seed(integer_seed(config.seed, iteration, self.team.rank))
         began = time.perf_counter()
         synchronise(self.sampler, self.policy, self.team)
-        alone = self.team.size == 1  # several stop together, between iterations
-        with speaking(self.policy, self.sampler), self.interrupt.abandonable() if alone else nullcontext():
+        with speaking(self.policy, self.sampler), self.interrupt.abandonable():
             if self.each is None:
                 trajectories = collect(self.envs, self.policy, self.sampler, seeds, generator, config.domain)
             else:
                 sampler = cast(SingleSampler, self.sampler)
                 trajectories = collect_each(self.each, self.policy, sampler, seeds, generator, config.domain)
+        check_judge(trajectories, config.env.max_failure_rate)
         sampled = time.perf_counter()
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
@@ -306,27 +317,6 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trac
             f"held-out personas, {when}: reward-weighted log-likelihood {result['log_likelihood']:.3f} "
             f"per conversation, {result['log_likelihood_per_token']:.4f} per judged token"
         )
-
-
-def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Return what the judge said about a batch; unjudged turns are counted and left out of the means.
-
-    ``partner_failures``: the partner's faults, fault -> conversations that it ended.
-    """
-    rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
-    judged = np.isfinite(rewards)
-    turns = sum(len(t.turns) for t in trajectories)
-    lost = turns - int(judged.sum())
-    counts, sums = judged.sum(0), np.where(judged, rewards, 0.0).sum(0)
-    per_turn = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
-    return {
-        "consistency": float(sums.sum() / counts.sum()) if counts.sum() else None,
-        "reward_per_turn": per_turn,
-        "judge_failures": lost,
-        "judge_failure_rate": lost / turns if turns else None,
-        "partner_failures": partner_faults(trajectories),
-        "truncated": sum(t.truncated for t in trajectories),
-    }
 
 
 def continue_run(run: Run, config: TrainConfig, *, write: bool = True) -> Run:

@@ -21,7 +21,7 @@ from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.environment import ConversationError
 from ppg_agents.policy import Policy
 from ppg_agents.runs import Run
-from ppg_agents.trajectory import read_jsonl
+from ppg_agents.trajectory import Trajectory, Turn, read_jsonl
 
 
 class Toy(gym.Env[dict[str, str], str]):
@@ -314,3 +314,16 @@ def test_offline_segments_are_those_of_the_longest_dialogue(config: TrainConfig,
     wrong = replace(config, offline=offline, policy_class="segment", segments=(3, 3, 2))
     with pytest.raises(ConfigError, match=r"sum to the 2 turns of a conversation, got \[3, 3, 2\] = 8"):
         training.train(wrong, tmp_path / "run")
+
+
+def test_a_judge_that_fails_too_often_stops_the_run_whoever_counts() -> None:
+    def played(lost: int, of: int) -> Trajectory:
+        verdicts = [{"status": "timeout", "score": None, "rationale": "No answer."}] * lost
+        verdicts += [{"status": "scored", "score": 1.0}] * (of - lost)
+        turns = (Turn("hi", "well", (1,), (2,), (0.0,), math.nan, verdict) for verdict in verdicts)
+        return Trajectory("Be.", "p", "toy", 0, tuple(turns), True, False)
+
+    training.check_judge([played(5, 50), played(5, 50)], 0.05)  # 10 of the first 200
+    with pytest.raises(ConversationError, match=r"at most 5% .* got 11 of 100; .*\[timeout\] reply 'well': No answer"):
+        training.check_judge([played(6, 50), played(5, 50)], 0.05)
+    training.check_judge([played(50, 50)] * 10, 1.0)

@@ -1,0 +1,54 @@
+"""What the judge said about a batch of conversations, and when it has failed too often. Judges nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ppg_agents.environment import ConversationError
+from ppg_agents.evaluate import partner_faults, reward_table
+from ppg_agents.trajectory import Trajectory
+
+FEW = 200  # turns: of fewer than these, as many failures are let pass as would be of these
+
+
+def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
+    """Stop where the judge has failed too often; with an environment per conversation, none of them sees it.
+
+    Raises:
+        ConversationError: More than ``limit`` of the turns (of at least ``FEW``) have a failed verdict.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    lost = [turn for turn in turns if turn.verdict.get("status", "scored") != "scored"]
+    if len(lost) > limit * max(len(turns), FEW):
+        shown = "; ".join(
+            f"[{turn.verdict['status']}] reply {turn.reply[:80]!r}: {turn.verdict.get('rationale') or 'no reason'}"
+            for turn in lost[-3:]
+        )
+        raise ConversationError(
+            f"expected at most {limit:.0%} of replies without a score, got {len(lost)} of {len(turns)}; mend the "
+            f"judge, or raise env.max_failure_rate. The last ones: {shown}"
+        )
+
+
+def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return what the judge said about a batch; unjudged turns are counted and left out of the means.
+
+    ``partner_failures``: the partner's faults, fault -> conversations that it ended.
+    """
+    rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
+    judged = np.isfinite(rewards)
+    turns = sum(len(t.turns) for t in trajectories)
+    lost = turns - int(judged.sum())
+    counts, sums = judged.sum(0), np.where(judged, rewards, 0.0).sum(0)
+    per_turn = [float(s / c) if c else None for s, c in zip(sums, counts, strict=True)]
+    return {
+        "consistency": float(sums.sum() / counts.sum()) if counts.sum() else None,
+        "reward_per_turn": per_turn,
+        "judge_failures": lost,
+        "judge_failure_rate": lost / turns if turns else None,
+        "partner_failures": partner_faults(trajectories),
+        "truncated": sum(t.truncated for t in trajectories),
+    }

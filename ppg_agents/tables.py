@@ -1,0 +1,114 @@
+"""Frozen dataclasses from nested tables and back: types checked, unknown keys named with the nearest known one.
+
+Knows no setting in particular; what the settings are is in ``config``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type or out of range; the message names it."""
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one table with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def build(cls: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
+    """Return the dataclass that a table describes; ``prefix`` is where the table stands in a larger one, for messages.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest name) or a wrong type; whatever the dataclass raises.
+    """
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise ConfigError(_unknown(prefix + key, key, known, prefix, cls))
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in table.items()})
+
+
+def _unknown(path: str, key: str, known: list[str], prefix: str, cls: type[Any]) -> str:
+    everywhere = [*known, *(flatten(asdict(cls())) if not prefix else ())]
+    near = difflib.get_close_matches(key, everywhere, n=1)
+    if not near:  # the right name in the wrong table: rank -> lora.rank
+        near = [prefix + name if prefix else name for name in everywhere if name.split(".")[-1] == key][:1]
+    hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
+    return f"unknown setting {path!r}{hint}"
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """Return ``value`` as the annotated type, widening int to float and list to tuple."""
+    if get_origin(hint) in (Union, types.UnionType):
+        arms = [arm for arm in get_args(hint) if arm is not type(None)]
+        if value is None and len(arms) < len(get_args(hint)):
+            return None
+        return _convert(value, next((arm for arm in arms if _fits(value, arm)), arms[0]), path)
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
+        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
+        choices = ", ".join(map(repr, get_args(hint)))
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{path}: expected one of {choices}, got {value!r}{hint_text}")
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a table, got {value!r}; set {path}.<name>")
+        return build(hint, value, path + ".")  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a list of {get_args(hint)[0].__name__}, got {value!r}")
+        return tuple(_convert(item, get_args(hint)[0], f"{path}[{i}]") for i, item in enumerate(value))
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected a table, got {value!r}")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    return isinstance(value, list | tuple) if get_origin(hint) is tuple else isinstance(value, hint)
+
+
+def put(tables: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value by its dotted key.
+
+    Raises:
+        ConfigError: The key leads through something that is no table.
+    """
+    *parents, last = key.split(".")
+    table = tables
+    for depth, name in enumerate(parents):
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(parents[: depth + 1])}: expected a table, got {inner!r}")
+        table = inner
+    table[last] = value
+
+
+def plain(value: Any) -> Any:
+    """Return lists and tables as TOML and JSON know them; what is None is left out of tables."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
