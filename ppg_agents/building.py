@@ -6,6 +6,7 @@ Nothing here loops, writes a file or talks to an environment.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from ppg_agents.agents import Agent, make_agent
 from ppg_agents.config import ConfigError, TrainConfig
-from ppg_agents.credit import policy_class
+from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, shard_layers, whole_weights
 from ppg_agents.generation import Sampler
 from ppg_agents.policy import Policy
@@ -62,9 +63,15 @@ def synchronise(sampler: Sampler, policy: Policy, team: Workers) -> None:
 
 
 def build_agent(
-    config: TrainConfig, policy: Policy, sampler: Sampler, team: Workers, iterations: int, turns: int | None
+    config: TrainConfig,
+    policy: Policy,
+    sampler: Sampler,
+    team: Workers,
+    iterations: int,
+    turns: int | None,
+    mask: Callable[[int], Mask],
 ) -> Agent:
-    """Return the learner; its policy class is the run's, for conversations of ``turns`` turns, None if that is open.
+    """Return the learner of a policy class, for conversations of ``turns`` turns, None if that is open.
 
     Raises:
         ConfigError: No agent of that name, or one that lacks what the settings ask of it.
@@ -76,14 +83,14 @@ def build_agent(
         agent = make_agent(
             config.agent,
             policy,
-            lambda n: policy_class(config.policy_class, n, config.lookahead, config.segments),
+            mask,
             n_turns=turns,
             discount=config.discount,
             baseline=config.baseline,
             standardise=config.standardise,
             aggregation=config.aggregation,
             constant=config.aggregation_constant,
-            learning_rate=lambda step: learning_rate(config, step, iterations),
+            learning_rate=lambda step: learning_rate(config, step, iterations * config.steps_per_batch),
             max_grad_norm=config.max_grad_norm,
             weight_decay=config.weight_decay,
             micro_batch_tokens=config.micro_batch_tokens,
@@ -94,8 +101,10 @@ def build_agent(
             max_staleness=config.max_staleness,
             sampler=sampler,
             **({"workers": team} if team.size > 1 else {}),
+            **({"steps_per_batch": config.steps_per_batch} if config.steps_per_batch > 1 else {}),
+            **config.agent_options,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"agent: {error}") from error
     if config.offline.files and not hasattr(agent, "learn_offline"):
         raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {config.agent!r}")

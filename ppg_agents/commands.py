@@ -127,6 +127,7 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
 @click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
 @click.option("--lookahead", type=int, metavar="K", help="Rewards that a reply is credited with (k-step).")
 @click.option("--segments", callback=parse_segments, metavar="N,N,…", help="Turns per segment (segment).")
+@click.option("--agent", metavar="NAME", help="Who learns: ppg (default), ppo, grpo, …, or an installed one.")
 @click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
 @shared("personas")

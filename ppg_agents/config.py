@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ppg_agents.tables import ConfigError, build, flatten, plain, put
 
 __all__ = [
+    "AutoSettings",
     "ConfigError",
     "EnvSettings",
     "EvaluationSettings",
@@ -33,7 +34,7 @@ __all__ = [
     "to_dict",
 ]
 
-PolicyClass = Literal["full", "greedy", "k-step", "segment"]
+PolicyClass = Literal["full", "greedy", "k-step", "segment", "auto"]
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -41,6 +42,7 @@ PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
 _SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
+    "evaluation.at",
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
@@ -149,10 +151,30 @@ class OfflineSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Held-out evaluation before and after training; 0 conversations switches it off."""
+    """Held-out evaluation before and after training; 0 conversations switches it off.
+
+    Attributes:
+        conversations: Played per evaluation.
+        seed: Of their personas, partners and draws; the same in every evaluation of the run.
+        at: Iterations after which to evaluate as well.
+    """
 
     conversations: int = 128
     seed: int = 1_000_003
+    at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """The policy class ``auto``: it is chosen anew from what one batch says of every class (see ``docs/horizon.md``).
+
+    Attributes:
+        every: Iterations from one choice to the next.
+        classes: What may be chosen: ``greedy``, ``3``, ``full``, ``segment:5,5``; none given: every K.
+    """
+
+    every: int = 20
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,7 +182,8 @@ class TrainConfig:
     """Everything a training run depends on.
 
     ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``lookahead``
-    belongs to the policy class ``k-step``, ``segments`` to ``segment``.
+    belongs to the policy class ``k-step``, ``segments`` to ``segment``, ``auto`` to ``auto``. An online agent takes
+    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are the agent's own, by name.
     """
 
     domain: str = "chatting"
@@ -168,6 +191,7 @@ class TrainConfig:
     lookahead: int | None = None
     segments: tuple[int, ...] | None = None
     agent: str = "ppg"
+    agent_options: dict[str, Any] = field(default_factory=dict)
     model: str = "tiny"
     personas: str = "train"
     iterations: int = 100
@@ -175,6 +199,7 @@ class TrainConfig:
     group: int = 1
     seed: int = 0
     out: str | None = None
+    steps_per_batch: int = 1
     baseline: Baseline = "batch-mean"
     standardise: bool = False
     discount: float = 1.0
@@ -194,6 +219,7 @@ class TrainConfig:
     kl_coefficient: float = 0.0
     max_log_prob_gap: float | None = None
     report_to: tuple[str, ...] = ()
+    auto: AutoSettings = field(default_factory=AutoSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -211,6 +237,8 @@ class TrainConfig:
             "iterations": self.iterations,
             "batch": self.batch,
             "group": self.group,
+            "steps_per_batch": self.steps_per_batch,
+            "auto.every": self.auto.every,
             "micro_batch_tokens": self.micro_batch_tokens,
             "checkpoint_every": self.checkpoint_every,
             "keep_checkpoints": self.keep_checkpoints,
@@ -265,6 +293,8 @@ class TrainConfig:
             raise ConfigError(f"offline.held_out: expected a share in (0, 1), got {self.offline.held_out}")
         if self.batch % self.group:
             raise ConfigError(f"batch: expected a multiple of group = {self.group}, got {self.batch}")
+        if self.offline.files and self.steps_per_batch > 1:
+            raise ConfigError("steps_per_batch: of logged dialogues take more passes; set offline.epochs")
         if self.baseline == "leave-one-out" and self.group < 2:
             raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
         self._check_policy_class()
@@ -286,6 +316,11 @@ class TrainConfig:
             )
         if self.segments and min(self.segments) < 1:
             raise ConfigError(f"segments: expected lengths of at least 1, got {list(self.segments)}")
+        if self.policy_class == "auto" and self.offline.files:
+            raise ConfigError(
+                "policy class 'auto' is chosen on conversations of the policy itself; choose one for logged dialogues "
+                "with: ppg-agent horizon MODEL --offline FILES"
+            )
 
     @property
     def label(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class Evaluation:
         judge_failures: Turns that were played and not judged.
         judge_failure_rate: Their share, NaN without turns.
         partner_failures: The partner's faults: fault -> conversations that it ended. No fault of the policy.
+        personas: Per persona ``scores`` (the judge's, added up) and ``judged`` (how many) of each turn, both [n].
     """
 
     persona_consistency: float
@@ -54,6 +55,7 @@ class Evaluation:
     judge_failures: int
     judge_failure_rate: float
     partner_failures: Mapping[str, int]
+    personas: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, with None for NaN."""
@@ -168,6 +170,10 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
         judge_failures=turns - int(judged.sum()),
         judge_failure_rate=_ratio(turns - judged.sum(), turns),
         partner_failures=partner_faults(trajectories),
+        personas={
+            name: {"scores": tuple(s.tolist()), "judged": tuple(c.tolist())}
+            for name, s, c in zip(names, sums, counts, strict=True)
+        },
     )
 
 

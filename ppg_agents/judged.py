@@ -47,6 +47,7 @@ def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     return {
         "consistency": float(sums.sum() / counts.sum()) if counts.sum() else None,
         "reward_per_turn": per_turn,
+        "judged_turns": turns - lost,
         "judge_failures": lost,
         "judge_failure_rate": lost / turns if turns else None,
         "partner_failures": partner_faults(trajectories),

@@ -27,7 +27,7 @@ import torch
 from ppg_agents.agents import Agent
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config import ConfigError, TrainConfig, differences
-from ppg_agents.credit import policy_class
+from ppg_agents.credit import Mask, policy_class
 from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.environment import ConversationError, check_segments, make_env, make_envs, planned_turns
 from ppg_agents.evaluate import evaluate
@@ -36,6 +36,7 @@ from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_
 from ppg_agents.interrupt import Interrupt, Stop
 from ppg_agents.judged import batch_metrics, check_judge
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
+from ppg_agents.planning import Planner
 from ppg_agents.policy import Policy
 from ppg_agents.progress import Progress, number, say, status
 from ppg_agents.rollout import collect
@@ -96,7 +97,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         if team.sharded:
             split(config, policy)
         task.prepare(policy, sampler)
-        agent = build_agent(config, policy, sampler, team, task.iterations, task.turns)
+        agent = build_agent(config, policy, sampler, team, task.iterations, task.turns, task.mask)
         if run is None and team.main:
             run = Run.create(folder, config)
             held.enter_context(lock(folder))
@@ -107,6 +108,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             task.describe(run)
         if checkpoint is not None:
             run.load_checkpoint(checkpoint, agent.load)
+            task.remember(run)
         trackers = held.enter_context(make_trackers(config.report_to, run.folder, config, step=done))
         try:
             synchronise(sampler, policy, team)
@@ -123,6 +125,10 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                     if progress is not None:
                         run.append_metrics({"iteration": done, **metrics})
                         trackers.log(metrics, done)
+                    if done in config.evaluation.at and done < task.iterations:
+                        synchronise(sampler, policy, team)
+                        if team.main:
+                            held_out(task, agent, run, f"iteration {done}", done, trackers)
                     if save:
                         save_checkpoint(run, done, agent, team)
                     if progress is not None:
@@ -169,6 +175,12 @@ class Task(Protocol):
     def describe(self, run: Run) -> None:
         """Say what is learned from."""
 
+    def mask(self, n: int) -> Mask:
+        """Return the policy class in use, for conversations of n turns."""
+
+    def remember(self, run: Run) -> None:
+        """Take up what a run that is continued had come to."""
+
     def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
         """Do one iteration and return its metrics."""
 
@@ -190,6 +202,12 @@ class Online:
         self.turns = planned_turns(self.envs, config)
         self.each: Envs | None = None
         check_segments(config, self.turns)
+        self.planner = Planner(config, self.turns, team)
+        self.mask = self.planner.mask
+
+    def remember(self, run: Run) -> None:
+        """Go on with the policy class that was chosen last."""
+        self.planner.remember(run.metrics())
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Take what speaks."""
@@ -220,13 +238,14 @@ class Online:
                 trajectories = collect_each(self.each, self.policy, sampler, seeds, generator, config.domain)
         check_judge(trajectories, config.env.max_failure_rate)
         sampled = time.perf_counter()
+        chosen = self.planner.review(trajectories, self.policy, iteration)
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         trajectories = self.team.gather(trajectories)
         if self.team.main:
             run.append_trajectories(trajectories)
         usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
-        return {**batch_metrics(trajectories), **learned, **({"usage": usage} if usage else {}), **seconds}
+        return {**batch_metrics(trajectories), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
     def evaluate(self, agent: Agent) -> dict[str, Any] | None:
         """Play held-out personas; the agent speaks through the policy it learns."""
@@ -251,7 +270,13 @@ class Offline:
         turns = max((len(dialogue.turns) for dialogue in self.dialogues), default=1)
         check_segments(config, turns)
         self.turns: int | None = turns
-        self.mask = policy_class(config.policy_class, turns, config.lookahead, config.segments)
+
+    def mask(self, n: int) -> Mask:
+        """Return the settings' policy class, for dialogues of n turns."""
+        return policy_class(self.config.policy_class, n, self.config.lookahead, self.config.segments)
+
+    def remember(self, run: Run) -> None:
+        """Nothing is remembered: every iteration follows from its number."""
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
@@ -283,13 +308,13 @@ class Offline:
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
         if self.config.aggregation == "sum" and not self.config.standardise:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
-            metrics |= likelihood(total, trajectories, self.mask, self.config.discount)
+            metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
     def evaluate(self, agent: Any) -> dict[str, Any] | None:
         """Score the dialogues of held-out personas."""
         with self.interrupt.abandonable():
-            return held_out_likelihood(agent, self.data.held_out, self.mask, self.config.discount)
+            return held_out_likelihood(agent, self.data.held_out, self.mask(self.turns or 1), self.config.discount)
 
     def close(self) -> None:
         """There is nothing to let go of."""
