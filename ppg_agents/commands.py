@@ -16,6 +16,7 @@ import click
 
 from ppg_agents import config as configs
 from ppg_agents import runs
+from ppg_agents.compare_commands import compare
 from ppg_agents.config import PolicyClass, TrainConfig
 from ppg_agents.data_commands import data
 from ppg_agents.horizon_commands import horizon
@@ -49,6 +50,7 @@ def cli() -> None:
 cli.add_command(data)
 cli.add_command(judge)
 cli.add_command(horizon)
+cli.add_command(compare)
 
 
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:

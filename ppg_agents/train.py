@@ -125,7 +125,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                     if progress is not None:
                         run.append_metrics({"iteration": done, **metrics})
                         trackers.log(metrics, done)
-                    if done in config.evaluation.at and done < task.iterations:
+                    if done in config.evaluation.at:
                         synchronise(sampler, policy, team)
                         if team.main:
                             held_out(task, agent, run, f"iteration {done}", done, trackers)
@@ -321,9 +321,14 @@ class Offline:
 
 
 def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trackers: Trackers) -> None:
-    """Evaluate on held-out personas unless a resumed run has done so already."""
-    known = run.evaluations().get(when)
+    """Evaluate on held-out personas unless that has been done: by a run that is resumed, or under another name."""
+    stored = run.evaluations()
+    known = stored.get(when)
     if known is not None and (when == "before" or known["iteration"] == iteration):
+        return
+    same = [result for name, result in stored.items() if name != "before" and result["iteration"] == iteration]
+    if same:
+        run.write_evaluation(when, same[-1])
         return
     result = task.evaluate(agent)
     if result is None:

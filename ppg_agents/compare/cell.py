@@ -1,0 +1,137 @@
+"""One run of a comparison, in a process of its own: ``python -m ppg_agents.compare.cell JOB.json FOLDER``.
+
+Trains, evaluates and leaves a run folder; what came of it is read from there. Nothing here compares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
+from ppg_agents.runs import Run, is_run
+
+RESULT = "result.json"  # of an agent that has no run folder
+FILES = ("config.toml", "metrics.jsonl", "evaluation.json", RESULT)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One cell.
+
+    Attributes:
+        job: The run that filled it.
+        size: Training conversations.
+        evaluation: The held-out result.
+        judged_turns: That training has cost.
+        seconds: Of training, sampling included.
+    """
+
+    job: Job
+    size: int
+    evaluation: dict[str, Any]
+    judged_turns: int
+    seconds: float
+
+
+def results(job: Job, folder: Path) -> list[Result]:
+    """Return the cells that a run has filled so far; none when it has not begun."""
+    if job.agent.startswith(SB3):
+        path = folder / RESULT
+        if not path.exists():
+            return []
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [Result(job, job.sizes[0], found["evaluation"], found["judged_turns"], found["seconds"])]
+    if not is_run(folder):
+        return []
+    run = Run.open(folder)
+    evaluations, batch = run.evaluations(), run.config.batch
+    if job.agent in UNTRAINED:
+        before = evaluations.get("before")
+        return [Result(job, size, before, 0, 0.0) for size in job.sizes] if before else []
+    lines, filled = run.metrics(), []
+    for size in job.sizes:
+        done = size // batch
+        found = evaluations.get(f"iteration {done}") or evaluations.get("after", {})
+        if found.get("iteration") == done:
+            past = [line for line in lines if line["iteration"] <= done]
+            seconds = sum(line.get("seconds_sampling", 0.0) + line["seconds_learning"] for line in past)
+            filled.append(Result(job, size, found, sum(line["judged_turns"] for line in past), seconds))
+    return filled
+
+
+def finished(job: Job, folder: Path) -> bool:
+    """Return whether all cells of a run are filled."""
+    return len(results(job, folder)) == len(job.sizes)
+
+
+def fill(job: Job, folder: Path) -> None:
+    """Train and evaluate; a run that was stopped goes on.
+
+    Raises:
+        ConfigError: The folder's run has other settings.
+        ValueError, RuntimeError, OSError: As training raises them.
+    """
+    if job.agent.startswith(SB3):
+        _fill_sb3(job, folder)
+        return
+    from ppg_agents.train import train
+
+    train(config_of(job), folder, resume=is_run(folder))
+
+
+def _fill_sb3(job: Job, folder: Path) -> None:
+    from ppg_agents.agents.sb3 import MODEL, evaluate_sb3, train_sb3
+    from ppg_agents.environment import keyword_arguments, make_envs, planned_turns
+
+    config = config_of(job)
+    given = keyword_arguments(config, config.personas)
+    for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for what is not judged
+        given.pop(key, None)
+    envs = make_envs(config, 1, config.personas)
+    turns = planned_turns(envs, config)
+    envs.close()
+    if turns is None:
+        raise ValueError(f"expected conversations of a known length for {job.agent}; set env.max_turns")
+    (folder / MODEL).unlink(missing_ok=True)
+    trained = train_sb3(
+        job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **config.agent_options
+    )
+    evaluation = evaluate_sb3(
+        folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed
+    )
+    found = {
+        "evaluation": evaluation.to_dict(),
+        "judged_turns": trained.judged_turns,
+        "seconds": trained.seconds,
+    }
+    (folder / RESULT).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def to_json(job: Job) -> str:
+    """Return a job as one line."""
+    return json.dumps(asdict(job))
+
+
+def from_json(text: str) -> Job:
+    """Read what `to_json` wrote."""
+    fields = json.loads(text)
+    return Job(**{**fields, "sizes": tuple(fields["sizes"])})
+
+
+def main(job: str, folder: str) -> int:
+    """Fill the cells of one job; the process's exit code."""
+    from ppg_agents.train import Interrupted
+
+    try:
+        fill(from_json(Path(job).read_text(encoding="utf-8")), Path(folder))
+    except (Interrupted, KeyboardInterrupt):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

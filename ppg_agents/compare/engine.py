@@ -1,0 +1,178 @@
+"""Many runs at a time: processes on this machine, or tasks on a Ray cluster.
+
+A run that fails is written down with its last words and does not stop the others. Nothing here knows what a run does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from ppg_agents.compare.cell import FILES, finished, to_json
+from ppg_agents.compare.plan import Job
+
+CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
+Done = Callable[[Job, str | None], None]
+
+
+def folder_of(job: Job, out: Path) -> Path:
+    """Return where a run is kept."""
+    return out / CELLS / job.name
+
+
+def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
+    """Return the runs whose cells are not all filled."""
+    return [job for job in jobs if not finished(job, folder_of(job, out))]
+
+
+def failure(job: Job, out: Path) -> str | None:
+    """Return why a run failed last, in one line; None when it did not."""
+    path = folder_of(job, out).with_suffix(f".{FAILED}")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
+    """Run in so many processes at a time.
+
+    Args:
+        jobs: What to run.
+        out: The comparison's folder.
+        workers: Processes.
+        done: Called with each run that has ended, and why it failed, None when it did not.
+
+    Raises:
+        KeyboardInterrupt: The user stopped; the processes save their runs and end.
+    """
+    stop, running = threading.Event(), set[subprocess.Popen[str]]()
+
+    def one(job: Job) -> str | None:
+        if stop.is_set():
+            return None
+        folder = folder_of(job, out)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return _note(job, out, *_process(job, folder, running))
+
+    pool = ThreadPoolExecutor(workers)
+    waiting = {pool.submit(one, job): job for job in jobs}
+    try:
+        while waiting:
+            ended, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in ended:
+                done(waiting.pop(future), future.result())
+    except KeyboardInterrupt:
+        stop.set()
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGINT)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
+    """Run as Ray tasks of one CPU each, on the cluster that ``RAY_ADDRESS`` names, else on this machine.
+
+    A task works in a folder of its own machine and sends back what its cells need, so that no file system is shared.
+    A task that is lost begins anew.
+
+    Args:
+        jobs: What to run.
+        out: The comparison's folder.
+        workers: Tasks at a time.
+        done: As in `run_here`.
+    """
+    import ray
+
+    with _cluster(workers):
+        task = ray.remote(num_cpus=1)(_away)
+        queue = list(reversed(jobs))
+        waiting: dict[Any, Job] = {}
+        while queue or waiting:
+            while queue and len(waiting) < workers:
+                job = queue.pop()
+                waiting[task.remote(job)] = job
+            ended, _ = ray.wait(list(waiting), num_returns=1)
+            for reference in ended:
+                job = waiting.pop(reference)
+                try:
+                    code, log, files = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    code, log, files = 1, " ".join(str(error).split()), {}
+                folder = folder_of(job, out)
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, content in files.items():
+                    (folder / name).write_bytes(content)
+                done(job, _note(job, out, code, log))
+
+
+@contextlib.contextmanager
+def _cluster(workers: int) -> Iterator[None]:
+    import ray
+
+    own = not ray.is_initialized()
+    if own:
+        own_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own_machine))
+    try:
+        yield
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _away(job: Job) -> tuple[int, str, dict[str, bytes]]:
+    """Run on whatever machine this is; return exit code, last words, and the files that cells are read from."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / job.name
+        code, log = _process(job, folder, set())
+        return code, log, {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+
+
+def _process(job: Job, folder: Path, running: set[subprocess.Popen[str]]) -> tuple[int, str]:
+    """Run a job in a process of its own; return its exit code and what it said."""
+    with tempfile.TemporaryDirectory() as place:
+        order = Path(place) / "job.json"
+        order.write_text(to_json(job), encoding="utf-8")
+        command = [sys.executable, "-m", "ppg_agents.compare.cell", str(order), str(folder)]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
+        )
+        running.add(process)
+        try:
+            _, said = process.communicate()
+        finally:
+            running.discard(process)
+    return process.returncode, said
+
+
+def _note(job: Job, out: Path, code: int, said: str) -> str | None:
+    """Keep what a run said, and return why it failed, None when it did not."""
+    folder = folder_of(job, out)
+    folder.with_suffix(f".{LOG}").write_text(said, encoding="utf-8")
+    path = folder.with_suffix(f".{FAILED}")
+    if code == 0 and finished(job, folder):
+        path.unlink(missing_ok=True)
+        return None
+    if code == 130:
+        return "stopped"
+    lines = [line for line in said.splitlines() if line.strip()]
+    why = lines[-1].strip() if lines else "no word"
+    reason = f"exit code {code}: {why}"[:1000]
+    path.write_text(reason + "\n", encoding="utf-8")
+    return reason

@@ -1,0 +1,210 @@
+"""What is compared: one TOML file, the cells that it asks for, and the runs that fill them.
+
+Reads and multiplies settings; starts nothing and may not import torch.
+
+A run of a constant learning rate is the same whatever its length, so one run fills the cells of all sample sizes, each
+by an evaluation on the way. With a falling rate every size is a run of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppg_agents import config as configs
+from ppg_agents.config import ConfigError, TrainConfig
+from ppg_agents.horizon_choice import Candidate, parse
+from ppg_agents.tables import build, put
+
+UNTRAINED = ("base", "best-of-n")
+CLASSLESS = (*UNTRAINED, "sft")
+SB3 = "sb3-"
+OURS = ("domain", "agent", "policy_class", "lookahead", "segments", "seed", "iterations", "out", "evaluation.at")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The comparison's settings; its TOML form has the same names.
+
+    Attributes:
+        domains: Names of domains.
+        agents: Names of agents, ``sb3-ppo``, ``sb3-a2c`` and ``sb3-dqn`` among them.
+        classes: Policy classes: ``greedy``, ``3`` (lookahead), ``full``, ``auto``, ``segment:5,5``, or ``segment/2``
+            for so many segments of equal length.
+        sizes: Training conversations.
+        seeds: Of training; evaluation has the same personas and draws for all.
+        settings: Any of a training run's, for all runs.
+        agent_settings: The same for the runs of one agent, by its name.
+        class_agents: Agents that are run with every class; the others with the first one alone. Empty: all.
+    """
+
+    domains: tuple[str, ...] = ("chatting",)
+    agents: tuple[str, ...] = ("ppg",)
+    classes: tuple[str, ...] = ("full",)
+    sizes: tuple[int, ...] = (640,)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    settings: dict[str, Any] = field(default_factory=dict)
+    agent_settings: dict[str, Any] = field(default_factory=dict)
+    class_agents: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check what one type cannot say.
+
+        Raises:
+            ConfigError: An empty or repeated list, a size below 1, or settings that the plan itself makes.
+        """
+        for name in ("domains", "agents", "classes", "sizes", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ConfigError(f"{name}: expected at least one value and none twice, got {list(values)}")
+        if min(self.sizes) < 1 or min(self.seeds) < 0:
+            raise ConfigError(f"expected sizes >= 1 and seeds >= 0, got {list(self.sizes)} and {list(self.seeds)}")
+        for where, table in (("settings", self.settings), *self.agent_settings.items()):
+            for key in OURS:
+                if key in configs.flatten(table):
+                    raise ConfigError(f"{where}.{key}: the comparison sets it itself; leave it out")
+        for name in (*self.agent_settings, *self.class_agents):
+            if name not in self.agents:
+                raise ConfigError(f"expected settings of agents out of {', '.join(self.agents)}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and the cells that it fills.
+
+    Attributes:
+        agent: Who learns.
+        planning: The policy class in words; empty where the agent has none.
+        domain: Where.
+        seed: Of the run.
+        sizes: Training conversations of its cells.
+        config: Its settings, as plain tables.
+    """
+
+    agent: str
+    planning: str
+    domain: str
+    seed: int
+    sizes: tuple[int, ...]
+    config: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The agent and its policy class, as tables show them."""
+        if self.agent == "ppg":
+            return self.planning
+        return f"{self.agent} {self.planning}".strip()
+
+    @property
+    def name(self) -> str:
+        """A folder's name, the same for the same cells whatever sizes are added later."""
+        size = "" if len(self.sizes) != 1 else f" n{self.sizes[0]}"
+        words = f"{self.domain} {self.agent} {self.planning} s{self.seed}{'' if self.nested else size}"
+        return re.sub(r"[^a-zA-Z0-9+]+", "-", words).strip("-")
+
+    @property
+    def nested(self) -> bool:
+        """Whether one run fills the cells of all sizes."""
+        return not self.agent.startswith(SB3) and self.config["schedule"] == "constant"
+
+
+def read(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting is wrong; the message names it.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML: {error}") from error
+    try:
+        return build(Plan, tables)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
+    """Return the runs that fill the plan's cells: seed by seed, so that an unfinished comparison has whole rounds.
+
+    Args:
+        plan: What is compared.
+        turns: Of a conversation, by domain.
+
+    Raises:
+        ConfigError: A class that does not fit a domain's turns, a size that is no multiple of the batch, or a wrong
+            setting.
+    """
+    return [
+        job
+        for seed in plan.seeds
+        for domain in plan.domains
+        for agent in plan.agents
+        for planning in _classes(plan, agent, turns[domain])
+        for job in _runs(plan, agent, planning, domain, seed)
+    ]
+
+
+def _classes(plan: Plan, agent: str, turns: int) -> Iterator[str]:
+    if agent in CLASSLESS or agent.startswith(SB3):
+        yield ""
+        return
+    every = not plan.class_agents or agent in plan.class_agents
+    seen: set[bytes] = set()
+    for text in plan.classes if every else plan.classes[:1]:
+        name, _, parts = text.partition("/")
+        if name == "segment" and parts.isdecimal() and 1 <= int(parts) <= turns:
+            length, rest = divmod(turns, int(parts))
+            text = "segment:" + ",".join(str(length + (i < rest)) for i in range(int(parts)))
+        if text == "auto":
+            yield text
+            continue
+        try:
+            mask = parse(text).mask(turns).tobytes()
+        except ValueError as error:
+            raise ConfigError(f"classes: {error}") from error
+        if mask not in seen:  # with 6 turns, 6-step is full planning
+            seen.add(mask)
+            yield text
+
+
+def _runs(plan: Plan, agent: str, planning: str, domain: str, seed: int) -> Iterator[Job]:
+    candidate = parse(planning) if planning not in ("", "auto") else Candidate(planning or "full")
+    tables: dict[str, Any] = {}
+    given = configs.flatten(plan.settings) | configs.flatten(plan.agent_settings.get(agent, {}))
+    given |= {"domain": domain, "seed": seed, "policy_class": candidate.policy_class}
+    given |= {"agent": "ppg" if agent.startswith(SB3) else agent}
+    given |= {"lookahead": candidate.lookahead} if candidate.lookahead else {}
+    given |= {"segments": list(candidate.segments)} if candidate.segments else {}
+    given.setdefault("schedule", "constant")
+    for key, value in given.items():
+        put(tables, key, value)
+    batch = configs.from_dict(tables).batch
+    label = candidate.label if planning else ""
+    wrong = [size for size in plan.sizes if size % batch]
+    if wrong:
+        raise ConfigError(f"sizes: expected multiples of batch = {batch} of agent {agent}, got {wrong}")
+    nested = not agent.startswith(SB3) and tables["schedule"] == "constant"
+    if agent in UNTRAINED:
+        yield Job(agent, label, domain, seed, plan.sizes, _sized(tables, (batch,), batch))
+    else:
+        for sizes in [tuple(sorted(plan.sizes))] if nested else [(size,) for size in plan.sizes]:
+            yield Job(agent, label, domain, seed, sizes, _sized(tables, sizes, batch))
+
+
+def _sized(tables: Mapping[str, Any], sizes: Sequence[int], batch: int) -> dict[str, Any]:
+    """Return a run's settings with its length, and the evaluations on the way."""
+    at = [size // batch for size in sizes]
+    evaluation = {**tables.get("evaluation", {}), "at": at}
+    return configs.to_dict(configs.from_dict({**tables, "iterations": at[-1], "evaluation": evaluation}))
+
+
+def config_of(job: Job) -> TrainConfig:
+    """Return a run's settings as its process takes them: one thread, unless the plan says otherwise."""
+    return configs.from_dict({"threads": 1, **job.config})

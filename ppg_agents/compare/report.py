@@ -1,0 +1,232 @@
+"""What a comparison has found so far: rows, as CSV, Markdown and a picture.
+
+Reads cells and draws; starts no run. A method whose difference to the best may be chance is called undecided.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics as basic
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppg_agents.compare.cell import Result
+from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in a domain after so many training conversations.
+
+    Attributes:
+        domain: Where.
+        size: Training conversations.
+        method: Agent and policy class.
+        mean: Consistency on held-out personas, over all seeds.
+        ci95: Its interval.
+        seeds: How many.
+        lowest: Of the seeds' means.
+        highest: Of the seeds' means.
+        to_best: Against the best method of the domain and size; None for the best, and without a common seed.
+        verdict: ``best``, ``worse`` or ``undecided``.
+        reachable: The best value that the environment says there is, NaN when unknown.
+        judged_turns: That training one seed cost, on average.
+        seconds: Of training one seed, the median.
+    """
+
+    domain: str
+    size: int
+    method: str
+    mean: float
+    ci95: Interval
+    seeds: int
+    lowest: float
+    highest: float
+    to_best: Difference | None
+    verdict: str
+    reachable: float
+    judged_turns: float
+    seconds: float
+
+
+def rows(results: Sequence[Result], level: float = LEVEL) -> list[Row]:
+    """Return the table: by domain and size, the best method first.
+
+    Args:
+        results: Cells; several seeds of a method make one row.
+        level: A corrected p-value below this is ``worse``.
+    """
+    cells: dict[tuple[str, int], dict[str, list[Result]]] = {}
+    for result in results:
+        methods = cells.setdefault((result.job.domain, result.size), {})
+        methods.setdefault(result.job.method, []).append(result)
+    made: list[tuple[Row, int | None]] = []
+    raw: list[float] = []
+    for (domain, size), methods in cells.items():
+        scored = scores(methods)
+        ranked = sorted(scored, key=lambda method: -_or(scored[method].mean, -math.inf))
+        for method in ranked:
+            gap = difference(scored[method], scored[ranked[0]]) if method != ranked[0] else None
+            made.append((_row(domain, size, method, methods[method], scored[method], gap), len(raw) if gap else None))
+            raw += [gap.p] if gap else []
+    corrected = holm(raw)
+    return [_judged(row, None if at is None else corrected[at], level) for row, at in made]
+
+
+def scores(methods: Mapping[str, Sequence[Result]], turn: int | None = None) -> dict[str, Scores]:
+    """Return the scores of methods that were evaluated on the same personas; of one turn, or of all."""
+    personas = sorted({name for found in methods.values() for one in found for name in one.evaluation["personas"]})
+    return {
+        method: table({one.job.seed: one.evaluation for one in found}, personas, turn)
+        for method, found in methods.items()
+    }
+
+
+def _row(
+    domain: str, size: int, method: str, found: Sequence[Result], scored: Scores, gap: Difference | None
+) -> Row:
+    own = [_or(one.evaluation["persona_consistency"], math.nan) for one in found]
+    reachable = [one.evaluation["reachable"] for one in found if one.evaluation["reachable"] is not None]
+    return Row(
+        domain=domain,
+        size=size,
+        method=method,
+        mean=scored.mean,
+        ci95=mean_interval(scored),
+        seeds=len(found),
+        lowest=min(own),
+        highest=max(own),
+        to_best=gap,
+        verdict="best" if gap is None else "",
+        reachable=basic.fmean(reachable) if reachable else math.nan,
+        judged_turns=basic.fmean(one.judged_turns for one in found),
+        seconds=basic.median(one.seconds for one in found),
+    )
+
+
+def _judged(row: Row, p: float | None, level: float) -> Row:
+    """Return a row with its corrected p-value and what follows from it."""
+    if row.to_best is None or p is None:
+        return row
+    gap = Difference(row.to_best.value, row.to_best.ci95, p)
+    return Row(**{**row.__dict__, "to_best": gap, "verdict": "worse" if p < level else "undecided"})
+
+
+def to_csv(table: Sequence[Row]) -> str:
+    """Return the rows as CSV; what is unknown is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("mean", "low", "high", "seeds", "lowest", "highest", "to_best", "to_best_low", "to_best_high", "p_holm")
+    writer.writerow(("domain", "size", "method", *names, "verdict", "reachable", "judged_turns", "seconds"))
+    for row in table:
+        gap = (row.to_best.value, *row.to_best.ci95, row.to_best.p) if row.to_best else ("",) * 4
+        numbers = (row.mean, *row.ci95, row.seeds, row.lowest, row.highest, *gap)
+        last = (row.verdict, row.reachable, row.judged_turns, row.seconds)
+        cells = (row.domain, row.size, row.method, *numbers, *last)
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in cells])
+    return text.getvalue()
+
+
+def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -> str:
+    """Return the rows as a Markdown table, and the runs that failed below it."""
+    head = (
+        "| domain | conversations | method | consistency [95%] | seeds | to the best [95%] | p | verdict "
+        "| judged turns | time |\n|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = []
+    for row in table:
+        gap = f"{row.to_best.value:+.3f} {_brackets(row.to_best.ci95, '+.3f')}" if row.to_best else "–"
+        p = "–" if row.to_best is None else "< .001" if row.to_best.p < 0.001 else f"{row.to_best.p:.3f}"
+        cells = (row.domain, f"{row.size:,}", row.method, f"{row.mean:.3f} {_brackets(row.ci95, '.3f')}")
+        cost = (f"{row.judged_turns:,.0f}", f"{row.seconds:.0f} s")
+        lines.append(f"| {' | '.join((*cells, str(row.seeds), gap, p, row.verdict, *cost))} |\n")
+    lost = "".join(f"- {name}: {why}\n" for name, why in (failed or {}).items())
+    return head + "".join(lines) + (f"\nFailed runs:\n\n{lost}" if lost else "")
+
+
+def _brackets(ci: Interval, form: str) -> str:
+    return "" if math.isnan(ci[0]) else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
+
+
+def draw(table: Sequence[Row], path: Path) -> None:
+    """Draw the rows: consistency against training conversations, or against the method where there is one size."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    domains = list(dict.fromkeys(row.domain for row in table))
+    most = max(len({row.method for row in table if row.domain == domain}) for domain in domains)
+    sizes = {row.size for row in table}
+    height = 3.6 if len(sizes) > 1 else 1.2 + 0.28 * most
+    figure = Figure(figsize=(4.6 * len(domains), height), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (ax, domain) in enumerate(zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True)):
+        own = [row for row in table if row.domain == domain]
+        (_curves if len(sizes) > 1 else _dots)(ax, own, labelled=i == 0)
+        ax.set_title(domain)
+    figure.savefig(path, dpi=120)
+
+
+def _curves(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
+    from matplotlib import colormaps
+
+    methods = sorted({row.method for row in own})
+    colors = colormaps["viridis"](range(0, 256, max(1, 230 // max(1, len(methods)))))
+    for i, method in enumerate(methods):
+        points = sorted((row for row in own if row.method == method), key=lambda row: row.size)
+        x = [row.size * (1 + 0.02 * (i - len(methods) / 2)) for row in points]  # side by side, not on top of each other
+        means = [row.mean for row in points]
+        spread = [[row.mean - row.ci95[0] for row in points], [row.ci95[1] - row.mean for row in points]]
+        ax.errorbar(x, means, spread, label=method, color=colors[i], marker="o", markersize=4, capsize=2, linewidth=1.3)
+    reach(ax, own, vertical=False)
+    sizes = sorted({row.size for row in own})
+    ax.set_xscale("log")
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    ax.minorticks_off()
+    ax.set_xlabel("training conversations")
+    if labelled:
+        ax.set_ylabel("consistency, held-out personas")
+    ax.legend(fontsize=8, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _dots(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
+    own = sorted(own, key=lambda row: row.mean)
+    for y, row in enumerate(own):
+        color = {"best": "tab:blue", "undecided": "0.35", "worse": "tab:red"}[row.verdict]
+        spread = [[row.mean - row.ci95[0]], [row.ci95[1] - row.mean]]
+        ax.errorbar([row.mean], [y], xerr=spread, color=color, marker="o", markersize=5, capsize=2)
+    ax.set_yticks(range(len(own)), [row.method for row in own], fontsize=8)
+    reach(ax, own, vertical=True)
+    ax.set_xlabel("consistency, held-out personas")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def reach(ax: Axes, own: Sequence[Row], *, vertical: bool) -> None:
+    """Mark the value that can be reached, where it is known."""
+    known = [row.reachable for row in own if math.isfinite(row.reachable)]
+    if known:
+        line = ax.axvline if vertical else ax.axhline
+        line(basic.fmean(known), color="0.5", linestyle=":", linewidth=1)
+
+
+def write(results: Sequence[Result], failed: Mapping[str, str], out: Path) -> list[Row]:
+    """Write ``results.csv``, ``results.md`` and ``results.png`` into the comparison's folder; return the rows."""
+    table = rows(results)
+    (out / "results.csv").write_text(to_csv(table), encoding="utf-8")
+    (out / "results.md").write_text(to_markdown(table, failed), encoding="utf-8")
+    if table:
+        draw(table, out / "results.png")
+    return table
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
