@@ -166,7 +166,9 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """The policy class ``auto``: it is chosen anew from what one batch says of every class (see ``docs/horizon.md``).
+    """The policy class ``auto``: full planning, until what one batch says of every class speaks for another.
+
+    See ``docs/horizon.md``; it asks again from time to time.
 
     Attributes:
         every: Iterations from one choice to the next.

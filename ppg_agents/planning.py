@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ppg_agents.config import ConfigError, TrainConfig
-from ppg_agents.credit import Mask, policy_class
+from ppg_agents.credit import Mask
 from ppg_agents.distributed import Alone, Workers
 from ppg_agents.horizon_choice import Candidate, choose, parse
 from ppg_agents.policy import Policy
@@ -23,9 +23,11 @@ from ppg_agents.trajectory import Trajectory
 class Planner:
     """The policy class of a run.
 
+    With the policy class ``auto`` a run begins with full planning, whose gradient is the value's own, and leaves a
+    class only when another's next step is better by more than the error (see `horizon_choice.choose`).
+
     Attributes:
-        current: The class chosen last, with the policy class ``auto``; None before the first choice, and for a class
-            that the settings name.
+        current: The class in use; with a class that the settings name, it is that one.
     """
 
     def __init__(self, config: TrainConfig, turns: int | None, workers: Workers | None = None) -> None:
@@ -40,9 +42,11 @@ class Planner:
             ConfigError: Candidates that can not be read or do not fit the number of turns, or ``auto`` with split
                 weights.
         """
-        self.current: Candidate | None = None
+        self.current = Candidate("full")
         self._config, self._workers = config, workers or Alone()
         self._auto = config.policy_class == "auto"
+        if not self._auto:
+            self.current = Candidate(config.policy_class, config.lookahead, config.segments)
         try:
             self._candidates = [parse(text) for text in config.auto.classes]
             for candidate in self._candidates if turns else ():
@@ -53,10 +57,8 @@ class Planner:
             raise ConfigError("policy class 'auto' needs whole weights on every process; name a class, or use ddp")
 
     def mask(self, n: int) -> Mask:
-        """Return the class in use for conversations of n turns, [n, n]; full planning before the first choice."""
-        if self._auto:
-            return (self.current or Candidate("full")).mask(n)
-        return policy_class(self._config.policy_class, n, self._config.lookahead, self._config.segments)
+        """Return the class in use for conversations of n turns, [n, n]."""
+        return self.current.mask(n)
 
     def remember(self, metrics: Iterable[Mapping[str, Any]]) -> None:
         """Take up the choice of a run that is continued."""

@@ -64,8 +64,8 @@ def results(job: Job, folder: Path) -> list[Result]:
 
 
 def finished(job: Job, folder: Path) -> bool:
-    """Return whether all cells of a run are filled."""
-    return len(results(job, folder)) == len(job.sizes)
+    """Return whether all cells of a run are filled, and all that it is to hold besides is there."""
+    return len(results(job, folder)) == len(job.sizes) and job.measured(folder)
 
 
 def fill(job: Job, folder: Path) -> None:

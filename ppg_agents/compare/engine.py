@@ -108,7 +108,7 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
                 except ray.exceptions.RayError as error:
                     code, log, files = 1, " ".join(str(error).split()), {}
                 folder = folder_of(job, out)
-                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # a run's folder, without its weights
                 for name, content in files.items():
                     (folder / name).write_bytes(content)
                 done(job, _note(job, out, code, log))
@@ -134,7 +134,8 @@ def _away(job: Job) -> tuple[int, str, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / job.name
         code, log = _process(job, folder, set())
-        return code, log, {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+        files = (*FILES, *job.further)
+        return code, log, {name: (folder / name).read_bytes() for name in files if (folder / name).exists()}
 
 
 def _process(job: Job, folder: Path, running: set[subprocess.Popen[str]]) -> tuple[int, str]:
@@ -142,7 +143,7 @@ def _process(job: Job, folder: Path, running: set[subprocess.Popen[str]]) -> tup
     with tempfile.TemporaryDirectory() as place:
         order = Path(place) / "job.json"
         order.write_text(to_json(job), encoding="utf-8")
-        command = [sys.executable, "-m", "ppg_agents.compare.cell", str(order), str(folder)]
+        command = [sys.executable, "-m", job.module, str(order), str(folder)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ppg_agents import config as configs
 from ppg_agents.config import ConfigError, TrainConfig
@@ -83,7 +83,12 @@ class Job:
         seed: Of the run.
         sizes: Training conversations of its cells.
         config: Its settings, as plain tables.
+
+    A subclass may have its runs measured further, by a ``module`` of its own.
     """
+
+    module: ClassVar[str] = "ppg_agents.compare.cell"
+    further: ClassVar[tuple[str, ...]] = ()  # files that it leaves besides the run's
 
     agent: str
     planning: str
@@ -105,6 +110,10 @@ class Job:
         size = "" if len(self.sizes) != 1 else f" n{self.sizes[0]}"
         words = f"{self.domain} {self.agent} {self.planning} s{self.seed}{'' if self.nested else size}"
         return re.sub(r"[^a-zA-Z0-9+]+", "-", words).strip("-")
+
+    def measured(self, folder: Path) -> bool:
+        """Return whether what a run is to hold besides its cells is there."""
+        return True
 
     @property
     def nested(self) -> bool:

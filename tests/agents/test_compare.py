@@ -1,0 +1,194 @@
+"""The comparison: which runs fill which cells, what the intervals mean, and that a failed run stops no other."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ppg_agents import config as configs
+from ppg_agents.compare import engine, report
+from ppg_agents.compare import plan as plans
+from ppg_agents.compare import statistics as stats
+from ppg_agents.compare.cell import Result, fill, from_json, results, to_json
+from ppg_agents.compare.plan import Job, Plan, jobs
+from ppg_agents.config import ConfigError
+
+TINY = {
+    "batch": 2,
+    "env": {"max_turns": 2},
+    "evaluation": {"conversations": 3},
+    "sampling": {"max_new_tokens": 4},
+    "lora": {"rank": 2},
+}
+
+
+def test_one_run_fills_the_cells_of_all_sizes_when_the_learning_rate_is_constant() -> None:
+    plan = Plan(
+        domains=("education", "chatting"),
+        agents=("ppg", "base", "sb3-dqn"),
+        classes=("greedy", "1", "8", "full", "segment/3"),
+        sizes=(64, 32),
+        seeds=(3, 4),
+        settings={"batch": 16},
+    )
+    made = jobs(plan, {"education": 10, "chatting": 8})
+    names = [job.name for job in made if job.seed == 3 and job.domain == "chatting"]
+    assert names == [  # 1-step is greedy, and 8 steps of 8 turns are full planning
+        "chatting-ppg-greedy-s3",
+        "chatting-ppg-8-step-s3",
+        "chatting-ppg-segment-3-3-2-s3",
+        "chatting-base-s3",
+        "chatting-sb3-dqn-s3-n64",
+        "chatting-sb3-dqn-s3-n32",
+    ]
+    config = plans.config_of(made[0])
+    assert (config.iterations, config.evaluation.at, config.threads, config.schedule) == (4, (2, 4), 1, "constant")
+    falling = jobs(replace(plan, settings={"batch": 16, "schedule": "linear"}), {"education": 10, "chatting": 8})
+    assert [(job.sizes, job.config["iterations"]) for job in falling[:2]] == [((64,), 4), ((32,), 2)]
+    assert len({job.name for job in falling}) == len(falling)
+    assert from_json(to_json(made[0])) == made[0]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ('sizes = [10]\n[settings]\nbatch = 16', r"multiples of batch = 16 of agent ppg, got \[10\]"),
+        ('seed = [1]', r"unknown setting 'seed'; did you mean seeds\?"),
+        ('seeds = [1, 1]', "none twice"),
+        ('classes = ["segment:5,5"]\nsizes = [32]', r"classes: .*sum to.*"),
+        ('[settings]\nseed = 3', r"settings.seed: the comparison sets it itself"),
+        ('[agent_settings.pppo]\nbatch = 3', "expected settings of agents out of ppg, got 'pppo'"),
+        ('[settings]\nlearning_rates = 3', "did you mean learning_rate"),
+    ],
+)
+def test_a_wrong_plan_is_an_error_that_names_it(tables: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text(tables)
+    with pytest.raises(ConfigError, match=message):
+        jobs(plans.read(file), {"chatting": 8})
+
+
+def job(method: str = "greedy", seed: int = 0, domain: str = "d") -> Job:
+    return Job("ppg", method, domain, seed, (32,), {"schedule": "constant"})
+
+
+def scored(rng: np.random.Generator, mean: float, seeds: int = 5, personas: int = 30) -> stats.Scores:
+    """Scores with an effect of the seed, of the persona, and of both together, all of size 0.1."""
+    effects = rng.normal(0, 0.1, (seeds, 1)) + rng.normal(0, 0.1, (1, personas)) + rng.normal(0, 0.1, (seeds, personas))
+    judged = rng.integers(1, 9, personas) * np.ones((seeds, 1))
+    return stats.Scores(tuple(range(seeds)), (mean + effects) * judged, judged)
+
+
+def test_the_interval_covers_what_it_should_when_seeds_and_personas_vary() -> None:
+    rng = np.random.default_rng(0)
+    covered = [low <= 0.5 <= high for low, high in (stats.mean_interval(scored(rng, 0.5), 400) for _ in range(300))]
+    assert 0.84 < np.mean(covered) < 0.97  # five seeds are few: a little under 95%
+
+
+def test_a_resample_has_the_variance_of_a_mean() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(6, 1))
+    one_persona = stats.Scores(tuple(range(6)), values, np.ones((6, 1)))
+    means = stats.resampled(one_persona, stats.weights(6, 1, 200_000))
+    assert np.var(means) == pytest.approx(np.var(values, ddof=1) / 6, rel=0.02)
+
+
+def test_differences_are_paired_by_seed_and_persona() -> None:
+    rng = np.random.default_rng(2)
+    base = scored(rng, 0.5)
+    shifted = replace(base, scores=base.scores + 0.02 * base.judged)  # far inside either interval
+    gap = stats.difference(shifted, base)
+    assert gap is not None
+    assert gap.value == pytest.approx(0.02)
+    assert gap.ci95 == pytest.approx((0.02, 0.02))
+    assert gap.p < 0.001
+    same = stats.difference(base, base)
+    assert same is not None
+    assert same.p == 1
+    assert stats.difference(base, replace(base, seeds=(9, 10, 11, 12, 13))) is None
+    noisy = [stats.difference(scored(rng, 0.5), scored(rng, 0.5), 400) for _ in range(200)]
+    assert np.mean([gap.p < 0.05 for gap in noisy if gap]) < 0.16
+
+
+def test_holm_against_a_hand_worked_example() -> None:
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def evaluation(mean: float, personas: int = 12) -> dict[str, Any]:
+    table = {f"p{i}": {"scores": [mean + 0.01 * (i % 3), 0.0], "judged": [1.0, 0.0]} for i in range(personas)}
+    return {"persona_consistency": mean, "reachable": 0.9, "personas": table}
+
+
+def test_the_table_ranks_tests_and_names_what_failed(tmp_path: Path) -> None:
+    cells = [
+        Result(job(method, seed), 32, evaluation(mean + 0.001 * seed), 100 + seed, 2.0)
+        for method, mean in (("greedy", 0.3), ("full", 0.5), ("3-step", 0.5))
+        for seed in range(4)
+    ]
+    rows = report.write(cells, {"d-ppg-2-step-s0": "exit code 1: no luck"}, tmp_path)
+    assert [row.method for row in rows] == ["full", "3-step", "greedy"]
+    assert [row.verdict for row in rows] == ["best", "undecided", "worse"]
+    assert rows[2].to_best is not None
+    assert rows[2].to_best.value == pytest.approx(-0.2)
+    assert rows[0].judged_turns == 101.5
+    text = (tmp_path / "results.md").read_text()
+    assert "- d-ppg-2-step-s0: exit code 1: no luck" in text
+    assert "| d | 32 | greedy | 0.31" in text
+    read = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [row["verdict"] for row in read] == ["best", "undecided", "worse"]
+    assert float(read[2]["to_best"]) == pytest.approx(-0.2)
+    assert (tmp_path / "results.png").stat().st_size > 5_000
+
+
+def tiny_jobs(sizes: tuple[int, ...] = (2, 4), classes: tuple[str, ...] = ("greedy",)) -> list[Job]:
+    return jobs(Plan(classes=classes, sizes=sizes, seeds=(0,), settings=TINY), {"chatting": 2})
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    good = tiny_jobs((2,))[0]
+    bad = replace(good, agent="ppgg", config={**good.config, "agent": "ppgg", "model": "/no/such/folder"})
+    heard: dict[str, str | None] = {}
+    engine.run_here([bad, good], tmp_path, 2, lambda job, why: heard.update({job.name: why}))
+    assert heard[good.name] is None
+    assert "/no/such/folder" in str(heard[bad.name])
+    assert "/no/such/folder" in str(engine.failure(bad, tmp_path))
+    assert engine.missing([bad, good], tmp_path) == [bad]
+
+
+def test_a_nested_cell_is_the_short_run_and_a_longer_plan_goes_on_with_it(tmp_path: Path) -> None:
+    nested, short, longer = tiny_jobs((2, 4))[0], tiny_jobs((2,))[0], tiny_jobs((2, 4, 6))[0]
+    fill(nested, tmp_path / "nested")
+    found = results(nested, tmp_path / "nested")
+    assert [(result.size, result.judged_turns) for result in found] == [(2, 4), (4, 8)]
+    fill(short, tmp_path / "short")
+    assert results(short, tmp_path / "short")[0].evaluation == found[0].evaluation
+    assert engine.folder_of(longer, tmp_path) == engine.folder_of(nested, tmp_path)
+    fill(longer, tmp_path / "nested")
+    more = results(longer, tmp_path / "nested")
+    assert [result.size for result in more] == [2, 4, 6]
+    assert [result.evaluation for result in more[:2]] == [result.evaluation for result in found]
+    with pytest.raises(ConfigError, match=r"learning_rate: was 0.003, got 1.0"):
+        fill(replace(longer, config={**longer.config, "learning_rate": 1.0}), tmp_path / "nested")
+    base = Job("base", "", "chatting", 0, (2, 4), configs.to_dict(configs.from_dict({**TINY, "iterations": 1})))
+    untrained = results(base, tmp_path / "nested")
+    assert [(result.size, result.judged_turns, result.evaluation["iteration"]) for result in untrained] == [
+        (2, 0, 0),
+        (4, 0, 0),
+    ]
+
+
+def test_ray_runs_what_processes_run(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    wanted = tiny_jobs((2,))[0]
+    heard: dict[str, str | None] = {}
+    engine.run_on_ray([wanted], tmp_path, 1, lambda job, why: heard.update({job.name: why}))
+    assert heard == {wanted.name: None}
+    assert results(wanted, engine.folder_of(wanted, tmp_path))[0].evaluation["conversations"] == 3
