@@ -39,11 +39,13 @@ bench: $(VENV)/.bench  ## measure the speeds
 
 clean:  ## remove builds and caches; runs and the environment stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find envs ppg_gym ppg_agents scripts tests -name __pycache__ -prune -exec rm -rf {} +
+	find envs ppg_gym ppg_agents examples scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@"$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null || { echo \
-	"expected Python 3.11 or newer with venv and ensurepip, got '$(PYTHON)'; install it, or: make PYTHON=/path/to/python3" \
+	@"$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null || { \
+	found=$$("$(PYTHON)" --version 2>/dev/null) || found="nothing that runs"; \
+	echo "expected Python 3.11 or newer with venv and ensurepip (Debian: python3-venv), got $$found" \
+	"$(if $(PYTHON),at $(PYTHON),as python3 to python3.13); install it, or: make $(MAKECMDGOALS) PYTHON=/path/to/python3" \
 	>&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
@@ -52,7 +54,7 @@ $(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[agents,llm,learned,sb3,bench,tensorboard,dev]'
+	$(PIP) -e '.[agents,llm,learned,sb3,bench,trl,ray,tensorboard,dev]'
 	@touch $(VENV)/.agents $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python

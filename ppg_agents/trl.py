@@ -22,16 +22,17 @@ What TRL can not do here, and ``ppg-agent train`` can:
   policy class to choose. What a good reply earned is shared by the bad ones beside it.
 - All conversations of a batch wait for one another at every turn, and the model's own ``generate`` reads the whole
   conversation again at each (vLLM keeps it in its prefix cache).
-- ``max_completion_length`` limits a reply, not a conversation: ``mask_truncated_completions`` and the clipped ratio look at
-  the last reply alone, and ``dr_grpo`` divides by the limit of one reply.
-- Several processes only where each can sample by itself (DDP): not with a vLLM server, tensor parallelism, DeepSpeed or FSDP.
+- ``max_completion_length`` limits a reply, not a conversation: ``mask_truncated_completions`` and the clipped ratio
+  look at the last reply alone, and ``dr_grpo`` divides by the limit of one reply.
+- Several processes only where each can sample by itself (DDP): not with a vLLM server, tensor parallelism, DeepSpeed or
+  FSDP.
 
 **Verdicts that failed** are never numbers. With ``on_judge_failure="raise"`` (the environment's default) the error ends
-``trainer.train()``. With ``"nan"`` and ``"truncate"`` an unjudged turn is left out of the mean. A conversation without a
-judged turn, and with ``reward="sum"`` one with any unjudged turn or a lost partner, has the reward None: TRL
-makes it NaN, leaves it out of the group's mean and deviation and out of the logged rewards, and sets its advantage to 0. Its
-tokens still count where a loss is divided by the number of tokens (``dapo``, ``bnpo``, …) or rows (``grpo``), so the step
-is smaller, in the same direction. Above ``max_failure_rate`` the environment raises.
+``trainer.train()``. With ``"nan"`` and ``"truncate"`` an unjudged turn is left out of the mean. A conversation without
+a judged turn, and with ``reward="sum"`` one with any unjudged turn or a lost partner, has the reward None: TRL makes it
+NaN, leaves it out of the group's mean and deviation and out of the logged rewards, and sets its advantage to 0. Its
+tokens still count where a loss is divided by a number of tokens (``dapo``, ``bnpo``, …) or rows (``grpo``): the step is
+smaller, in the same direction. Above ``max_failure_rate`` the environment raises.
 
 Nothing here imports TRL: the trainer comes in as an argument.
 """
@@ -115,8 +116,8 @@ class PersonaChat:
 
         Returns:
             Per conversation ``prompt_ids`` (up to the first reply), ``completion_ids`` (from there to its end),
-            ``env_mask`` (1 on sampled tokens), ``logprobs`` (with vLLM, else None), ``turn_rewards`` (None where a turn was not
-            judged) and ``conversation_reward``; TRL hands the last two to the reward functions.
+            ``env_mask`` (1 on sampled tokens), ``logprobs`` (with vLLM, else None), ``turn_rewards`` (None where a turn
+            was not judged) and ``conversation_reward``; TRL hands the last two to the reward functions.
 
         Raises:
             ValueError: A prompt of another dataset, or a trainer that can not be served.
@@ -131,8 +132,8 @@ class PersonaChat:
         for trajectory in played:
             if not trajectory.turns:
                 raise ValueError(
-                    f"expected room for a prompt and a reply in a context of {policy.context_length} tokens, got persona "
-                    f"{trajectory.persona!r}, which leaves less than max_completion_length={trainer.max_completion_length}"
+                    f"expected room in the context for a prompt and a reply of {trainer.max_completion_length} tokens, "
+                    f"got too little for persona {trajectory.persona!r}; lower max_completion_length"
                 )
         self.trajectories = played
         rows = [_row(trajectory) for trajectory in played]
@@ -189,8 +190,8 @@ class PersonaChat:
             model.train(training)
         if self._policy.end_of_turn_id not in trainer.eos_token_ids:
             raise ValueError(
-                f"expected {self._policy.format.end_of_turn!r}, which closes a reply in the chat template, among the tokens "
-                f"that end a completion, got {trainer.eos_token_ids}; add it to model.generation_config.eos_token_id"
+                f"expected {self._policy.format.end_of_turn!r}, which closes a reply in the chat template, among what "
+                f"ends a completion, got tokens {trainer.eos_token_ids}; add it to model.generation_config.eos_token_id"
             )
         return self._policy
 
@@ -257,7 +258,8 @@ def _read(prompts: Sequence[str]) -> tuple[str, list[int]]:
         named = [json.loads(prompt) for prompt in prompts]
         personas, seeds = {str(name["personas"]) for name in named}, [int(name["seed"]) for name in named]
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"expected prompts out of PersonaChat.dataset, got {prompts[0]!r}; pass that dataset") from error
+        what = f"expected prompts out of PersonaChat.dataset, got {prompts[0]!r}; pass that dataset to the trainer"
+        raise ValueError(what) from error
     if len(personas) != 1:
         raise ValueError(f"expected the same personas in a batch, got {sorted(personas)}; keep the datasets apart")
     return personas.pop(), seeds
