@@ -24,14 +24,25 @@ BEFORE, AFTER, LINE, LIMIT = "#E69F00", "#0072B2", "#0072B2", "#009E73"
 
 def curve(run: Run) -> Path:
     """Draw ``curve.png`` of a run from its metrics and evaluations; return the file."""
+    figure, offline = _figure(), bool(run.config.offline.files)
+    what = "offline" if offline else run.config.domain
+    figure.suptitle(f"{what}, policy class: {run.config.label}, seed {run.config.seed}", fontweight="bold")
+    draw_results(figure, run.metrics(), run.evaluations(), offline=offline)
+    path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
+    with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)  # whole or not at all
+    return path
+
+
+def draw_results(
+    figure: Figure, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any], *, offline: bool
+) -> None:
+    """Draw the learning curve, and the held-out results beside it."""
     from matplotlib.ticker import MaxNLocator
 
-    metrics, evaluations = run.metrics(), run.evaluations()
-    figure = _figure()
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    what = "offline" if run.config.offline.files else run.config.domain
-    figure.suptitle(f"{what}, policy class: {run.config.label}, seed {run.config.seed}", fontweight="bold")
-    if run.config.offline.files:
+    if offline:
         draw_likelihood(left, metrics, evaluations)
         draw_likelihood_per_file(right, evaluations)
     else:
@@ -40,13 +51,8 @@ def curve(run: Run) -> Path:
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="x" if ax is right and run.config.offline.files else "y", color="#dddddd", linewidth=0.6)
+        ax.grid(axis="x" if ax is right and offline else "y", color="#dddddd", linewidth=0.6)
         ax.set_axisbelow(True)
-    path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
-    with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
-        figure.savefig(temporary, dpi=150, format="png")
-        os.replace(temporary, path)  # whole or not at all
-    return path
 
 
 def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
@@ -62,7 +68,7 @@ def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations
             ax.errorbar(
                 [at],
                 [point["persona_consistency"]],
-                yerr=_errors([point["persona_consistency"]], [point["ci95"]]),
+                yerr=_errors([point["persona_consistency"]], [point["ci95"]]).tolist(),
                 fmt="o" if when == "before" else "D",
                 color=color,
                 markeredgecolor="white",
@@ -100,7 +106,7 @@ def draw_turns(ax: Axes, evaluations: Mapping[str, Any]) -> None:
                 turns + (k - (len(shown) - 1) / 2) * width,
                 means,
                 width * 0.92,
-                yerr=errors,
+                yerr=errors.tolist(),  # matplotlib takes a row of one for a number
                 color=color,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
                 label=when,

@@ -109,7 +109,9 @@ def constraints() -> dict[str, str]:
     return dict(pins)
 
 
-@pytest.mark.parametrize("extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "learned", "tensorboard"])
+@pytest.mark.parametrize(
+    "extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "learned", "tensorboard"]
+)
 def test_every_direct_requirement_is_pinned_to_a_version_that_it_allows(extra: str | None) -> None:
     pins = constraints()
     for line in EXTRAS[extra] if extra else PROJECT["dependencies"]:

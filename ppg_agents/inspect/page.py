@@ -1,0 +1,273 @@
+"""A run as one HTML page: what it holds goes in as JSON, and the page's own script builds everything from it.
+
+The page asks the network for nothing and says so itself: its content security policy lets run and style only the script
+and the sheet whose hashes it names. No text out of a run is ever part of the markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppg_agents import config as configs
+from ppg_agents.config import TrainConfig
+from ppg_agents.durable import replace, writing
+from ppg_agents.horizon_choice import Candidate, default_candidates, parse
+from ppg_agents.inspect import tokens
+from ppg_agents.inspect.source import Conversation, Source, pairs, read, status
+from ppg_agents.inspect.text import right_to_left, script_json
+from ppg_agents.inspect.tokens import Vocabulary
+
+SCRIPTS = (
+    *("dom.js", "charts.js", "conversation.js", "state.js", "overview.js", "pairs.js", "filters.js", "browse.js"),
+    "page.js",  # which begins
+)
+MOST_PAIRS = 50
+LOG_PROB_SCALE = 1000
+"""Log-probs stand in the page as whole numbers, in minus thousandths of a nat."""
+
+
+def write_page(path: Path, out: Path | None = None, *, conversations: int, tokenizer: str | None = None) -> Path:
+    """Write the page of a run or of a file of trajectories.
+
+    Args:
+        path: The run folder or the file.
+        out: The page; default ``report.html`` in the run folder, or beside the file under its name.
+        conversations: Most conversations to show; see `source.sample`.
+        tokenizer: ``tiny``, a run or a folder whose tokenizer reads the tokens; default the run's own.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        RunError: Neither a run nor a file of trajectories, or the page cannot be written.
+        ValueError: A damaged line, or no tokenizer where one was named.
+    """
+    source = read(path, conversations)
+    out = out or (path / "report.html" if source.config else path.with_suffix(".html"))
+    text = html(data(source, tokenizer))
+    with writing(out, "{todo}, or change --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace(out, text)
+    return out
+
+
+def html(content: Mapping[str, Any]) -> str:
+    """Return the page that shows what `data` returned."""
+    files = resources.files("ppg_agents.inspect")
+    style = files.joinpath("page.css").read_text(encoding="utf-8")
+    scripts = "\n".join(files.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = f"(() => {{\n'use strict';\n{scripts}\n}})();"
+    policy = (
+        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    parts = {"policy": policy, "style": style, "script": script, "data": script_json(content)}
+    template = files.joinpath("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # in one pass: what is put in is not read
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
+    """Return everything the page shows, as plain JSON but for texts that `text.shown` has yet to make visible.
+
+    Raises:
+        ValueError: No tokenizer where one was named.
+    """
+    config, notes = source.config, list(source.notes)
+    vocabulary = _vocabulary(source, tokenizer, notes)
+    own = own_classes(config, source.metrics, [c.iteration for c in source.shown])
+    n = max(source.turns, *(sum(c.segments or ()) for c in own), 1)
+    kept = classes(own, n)
+    labels = list(kept)
+    at = {ends: i for i, ends in enumerate(kept.values())}
+    return {
+        "name": source.name,
+        "kind": "run" if config else "file",
+        "offline": source.offline,
+        "facts": facts(config),
+        "settings": [[key, str(value)] for key, value in _settings(config).items()],
+        "notes": notes,
+        "counts": {
+            "conversations": source.counts.conversations,
+            "turns": source.counts.turns,
+            "truncated": source.counts.truncated,
+            "empty": source.counts.empty,
+            "statuses": source.counts.statuses.most_common(),
+            "partners": source.counts.partners.most_common(),
+        },
+        "n": n,
+        "discount": config.discount if config else 1.0,
+        "baseline": "none" if source.offline else config.baseline if config else None,
+        "classes": [{"label": label, "ends": kept[label]} for label in labels],
+        "auto": config is not None and config.policy_class == "auto",
+        "own": at[counted(own[-1], n)] if config else None,
+        "tokens": vocabulary.texts if vocabulary else None,
+        "control": sorted(vocabulary.control) if vocabulary else [],
+        "metrics": _metrics(source),
+        "evaluations": evaluations(source.evaluations),
+        "conversations": [
+            {**_conversation(c, vocabulary), "own": at[counted(mine, n)] if config else None}
+            for c, mine in zip(source.shown, own, strict=False)
+        ],
+        "pairs": early_and_late(source.shown)[:MOST_PAIRS],
+    }
+
+
+def early_and_late(shown: Sequence[Conversation]) -> list[tuple[int, int]]:
+    """Return for every persona that was met at different times its first and its last conversation, farthest first."""
+    return pairs([(c.trajectory.persona, _time(c)) for c in shown])
+
+
+def _time(conversation: Conversation) -> int:
+    if conversation.iteration is not None:
+        return conversation.iteration
+    return max((turn.policy_version for turn in conversation.trajectory.turns), default=0)
+
+
+def own_classes(
+    config: TrainConfig | None, metrics: Sequence[Mapping[str, Any]], iterations: Sequence[int | None]
+) -> list[Candidate]:
+    """Return the policy class that each conversation was learned from with, and the run's last one at the end.
+
+    Args:
+        config: The settings; without any, full planning.
+        metrics: Say what a run with the policy class ``auto`` had chosen.
+        iterations: Of the conversations.
+    """
+    if config is None:
+        return [Candidate("full")] * (len(iterations) + 1)
+    if config.policy_class != "auto":
+        return [Candidate(config.policy_class, config.lookahead, config.segments)] * (len(iterations) + 1)
+    chosen = {int(m["iteration"]): parse(str(m["horizon_class"])) for m in metrics if m.get("horizon_class")}
+    found = []
+    for iteration in (*iterations, max(chosen, default=0)):
+        before = [i for i in chosen if i <= (iteration or 0)]
+        found.append(chosen[max(before)] if before else Candidate("full"))
+    return found
+
+
+def classes(own: Sequence[Candidate], n: int) -> dict[str, tuple[int, ...]]:
+    """Return the policy classes to compare, label -> `counted`; those in use are among them, and full planning is last.
+
+    Without a segment class in use there is one of two halves.
+    """
+    halves = [Candidate("segment", segments=((n + 1) // 2, n // 2))] if n > 3 else []
+    kept: dict[tuple[int, ...], Candidate] = {}
+    for candidate in (*own, *default_candidates(n), *(halves if not any(c.segments for c in own) else ())):
+        kept.setdefault(counted(candidate, n), candidate)
+    last = counted(Candidate("full"), n)
+    order = sorted(kept, key=lambda ends: (ends == last, bool(kept[ends].segments), sum(ends)))
+    return {kept[ends].label: ends for ends in order}
+
+
+def counted(candidate: Candidate, n: int) -> tuple[int, ...]:
+    """Return for each of n replies where the rewards that count for it end: R_t = {t, …, ends[t] − 1}, turns from 0.
+
+    The rows of ``candidate.mask(n)``, which every class here fills without gaps, without its n² entries.
+
+    Raises:
+        ValueError: Segments that do not sum to n.
+    """
+    if candidate.segments:
+        if sum(candidate.segments) != n:
+            raise ValueError(f"expected segments for {n} turns, got {list(candidate.segments)}; mend config.toml")
+        return tuple(int(end) for end in np.repeat(np.cumsum(candidate.segments), candidate.segments))
+    k = {"greedy": 1, "full": n}.get(candidate.policy_class, candidate.lookahead or n)
+    return tuple(min(t + k, n) for t in range(n))
+
+
+def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
+    """Return what a reader wants to know of the settings."""
+    if config is None:
+        return []
+    env = config.env
+    played = [("Partner", env.partner), ("Judge", env.judge), ("Temperature", f"{config.sampling.temperature:g}")]
+    files = ", ".join(Path(file).name for file in config.offline.files)
+    return [
+        ("Dialogues", files) if files else ("Domain", config.domain),
+        ("Policy class", config.label),
+        ("Model", config.model),
+        ("Learner", config.agent),
+        *([] if files else [("Conversations per step", str(config.batch)), *played]),
+        ("Discount", f"{config.discount:g}"),
+        ("Baseline", "none" if files else config.baseline),
+        ("Learning rate", f"{config.learning_rate:g}, {config.schedule}"),
+        ("Seed", str(config.seed)),
+    ]
+
+
+def _settings(config: TrainConfig | None) -> dict[str, Any]:
+    return configs.flatten(configs.to_dict(config)) if config else {}
+
+
+def _vocabulary(source: Source, named: str | None, notes: list[str]) -> Vocabulary | None:
+    ids = {i for c in source.shown for i in c.trajectory.token_ids()}
+    place = tokens.folder(source, named)
+    if not ids:
+        return None
+    if place is None:
+        why = "the run has no checkpoint" if source.config else "a file names no model; give --tokenizer"
+        notes.append(f"Tokens are shown by their numbers: {why}.")
+        return None
+    return tokens.read(place, ids)
+
+
+def _metrics(source: Source) -> dict[str, Any]:
+    key = "weighted_token_log_prob" if source.offline else "consistency"
+    points = [(m["iteration"], m[key]) for m in source.metrics if m.get(key) is not None]
+    lost = [(m["iteration"], m["judge_failures"]) for m in source.metrics if m.get("judge_failures")]
+    return {"key": key, "points": points, "lost": lost}
+
+
+def evaluations(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return held-out results by iteration, each with its name as ``when``."""
+    results = [{"when": when, **result} for when, result in stored.items() if isinstance(result, Mapping)]
+    return sorted(results, key=lambda result: (int(result.get("iteration") or 0), result["when"] != "before"))
+
+
+def _conversation(conversation: Conversation, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    trajectory = conversation.trajectory
+    return {
+        "number": conversation.number,
+        "iteration": conversation.iteration,
+        "persona": trajectory.persona,
+        "instruction": trajectory.instruction,
+        "domain": trajectory.domain,
+        "partner": trajectory.partner_status,
+        "terminated": trajectory.terminated,
+        "truncated": trajectory.truncated,
+        "turns": [
+            {
+                "message": str(turn.message),
+                "reply": str(turn.reply),
+                "prompt": turn.prompt_ids,
+                "tokens": turn.token_ids,
+                "logs": [round(-LOG_PROB_SCALE * p) if np.isfinite(p) else None for p in turn.log_probs],
+                "inline": _reads_the_same(turn.token_ids, str(turn.reply), vocabulary),
+                "reward": turn.reward,
+                "status": status(turn),
+                "kind": str(turn.verdict.get("kind") or ""),
+                "why": str(turn.verdict.get("rationale") or ""),
+                "version": turn.policy_version,
+            }
+            for turn in trajectory.turns
+        ],
+    }
+
+
+def _reads_the_same(ids: Sequence[int], reply: str, vocabulary: Vocabulary | None) -> bool:
+    """Return whether the tokens, one after the other, are the reply and can stand in its place."""
+    if vocabulary is None or right_to_left(reply):
+        return False
+    return "".join(vocabulary.texts[i] for i in ids if i not in vocabulary.control).strip() == reply.strip()

@@ -1,0 +1,276 @@
+"""A run as a short Markdown file with two figures, for a paper's appendix.
+
+Every text that was said, judged or named stands in it as `text.markdown` leaves it: read as it is, never markup.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppg_agents.credit import Mask, credit
+from ppg_agents.durable import replace, writing
+from ppg_agents.horizon_choice import Candidate
+from ppg_agents.inspect.page import counted, early_and_late, evaluations, facts, own_classes
+from ppg_agents.inspect.source import Conversation, Source, read, status
+from ppg_agents.inspect.text import markdown, markdown_line
+from ppg_agents.progress import number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+READ = 400
+"""Conversations to choose the printed ones among."""
+
+_SCORED = ("persona_consistency", "mean reward")
+_LOGGED = ("weighted_token_log_prob", "reward-weighted log-prob per token")
+
+
+def write_report(path: Path, out: Path | None = None) -> Path:
+    """Write ``report.md`` and its figures.
+
+    Args:
+        path: The run folder, or a file of trajectories.
+        out: The folder; default ``report`` in the run folder, or beside the file under its name.
+
+    Returns:
+        The Markdown file's path.
+
+    Raises:
+        RunError: Neither a run nor a file of trajectories, or a file that cannot be written.
+        ValueError: A damaged line.
+    """
+    source = read(path, READ)
+    out = out or (path / "report" if source.config else path.with_name(f"{path.stem}-report"))
+    pictures: dict[str, Figure] = {}
+    if source.config is not None and (source.metrics or source.evaluations):
+        pictures["curve.png"] = curve_picture(source)
+    printed = chosen(source)
+    classes = compared(source)
+    if printed:
+        pictures["credit.png"] = credit_picture(printed[-1][1], classes, _discount(source))
+    with writing(out, "{todo}, or change --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            figure.savefig(out / f".{name}.tmp", dpi=130, format="png")
+            os.replace(out / f".{name}.tmp", out / name)
+        replace(out / "report.md", "\n".join(lines(source, printed, classes, set(pictures))) + "\n")
+    return out / "report.md"
+
+
+def chosen(source: Source) -> list[tuple[str, Conversation]]:
+    """Return two or three conversations, each with what it is: one persona early and late, and one that failed."""
+    shown = source.shown
+    if not shown:
+        return []
+    both = early_and_late(shown)
+    if both:
+        found = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
+    elif len(shown) > 1:
+        found = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
+        if shown[0].trajectory.persona == shown[-1].trajectory.persona:
+            found[1] = ("The last one, the same persona", shown[-1])
+    else:
+        found = [("The only one", shown[0])]
+    failed = [c for c in shown if any(status(turn) != "scored" for turn in c.trajectory.turns)]
+    others = [c for c in failed if all(c is not one for _, one in found)]
+    return [("With a failed verdict", others[0]), *found] if others else found
+
+
+def compared(source: Source) -> list[Candidate]:
+    """Return the policy classes whose credit is printed: greedy, 3-step, the run's own, full planning."""
+    own = own_classes(source.config, source.metrics, [])[-1]
+    n = max(source.turns, sum(own.segments or ()))
+    kept = {counted(c, n): c for c in (Candidate("greedy"), Candidate("k-step", lookahead=3), Candidate("full"), own)}
+    return [kept[ends] for ends in sorted(kept, key=sum)]
+
+
+def lines(
+    source: Source, printed: Sequence[tuple[str, Conversation]], classes: Sequence[Candidate], pictures: set[str]
+) -> Iterator[str]:
+    """Yield the Markdown file line by line."""
+    yield f"# {'Run' if source.config else 'File'} {markdown(source.name)}"
+    yield ""
+    yield (
+        "A partner talks to a persona, and a judge gives every reply a reward. The credit of the reply at turn t is "
+        "the sum of the rewards that the policy class lets count for it."
+    )
+    for note in source.notes:
+        yield f"\n{markdown_line(note)}"
+    if source.config is not None:
+        yield "\n## Settings\n"
+        yield from table(("setting", "value"), facts(source.config))
+        yield "\n## Held-out evaluation\n"
+        yield from _evaluation(source)
+    if "curve.png" in pictures:
+        yield "\n![learning curve, and held-out results before and after](curve.png)"
+    yield "\n## What failed\n"
+    yield from _failures(source)
+    if printed:
+        yield "\n## Conversations\n"
+        yield f"{len(printed)} of {source.counts.conversations:,}. {_credit_words(source)}"
+        own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
+        for (what, conversation), mine in zip(printed, own, strict=False):
+            yield from _conversation(what, conversation, classes, mine if source.config else None, _discount(source))
+    if "credit.png" in pictures:
+        last = f"conversation {printed[-1][1].number}"
+        yield f"\n![masks, and credit in {last}](credit.png)"
+        yield f"\nMasks of the policy classes, and the credit that each gives the replies of {last}."
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a Markdown table; its cells are texts, not Markdown."""
+    yield "| " + " | ".join(map(markdown, head)) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(map(markdown, row)) + " |"
+
+
+def _evaluation(source: Source) -> Iterator[str]:
+    results = evaluations(source.evaluations)
+    if not results:
+        yield "There is none."
+        return
+    key, name = _LOGGED if source.offline else _SCORED
+    head = ["", "iteration", name, *([] if source.offline else ["95% interval", "reachable", "personas"])]
+    rows = []
+    for result in results:
+        row = [str(result["when"]), str(result.get("iteration", "-")), number(result.get(key))]
+        if not source.offline:
+            row += [_interval(result.get("ci95")), number(result.get("reachable")), str(result.get("n_personas", "-"))]
+        rows.append([*row, str(result.get("conversations", "-"))])
+    yield from table([*head, "conversations"], rows)
+    ends = [result for result in results if result["when"] in ("before", "after") and result.get("per_turn")]
+    if ends:
+        yield "\nMean reward of each turn, with 95% intervals over personas:\n"
+        n = max(len(result["per_turn"]) for result in ends)
+        turns = [[str(t + 1), *(_per_turn(result, t) for result in ends)] for t in range(n)]
+        yield from table(["turn", *(str(result["when"]) for result in ends)], turns)
+
+
+def _per_turn(result: Mapping[str, Any], t: int) -> str:
+    values, intervals = result["per_turn"], result.get("per_turn_ci95") or []
+    if t >= len(values):
+        return "-"
+    return f"{number(values[t])} {_interval(intervals[t] if t < len(intervals) else None)}".strip()
+
+
+def _interval(interval: Sequence[float | None] | None) -> str:
+    low, high = interval or (None, None)
+    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+
+
+def _failures(source: Source) -> Iterator[str]:
+    counts = source.counts
+    rows = [(f"verdict: {name}", f"{n:,} of {counts.turns:,} replies") for name, n in counts.statuses.most_common()]
+    whole = f"of {counts.conversations:,} conversations"
+    rows += [(f"partner: {name}", f"{n:,} {whole}") for name, n in counts.partners.most_common()]
+    rows += [("cut short", f"{counts.truncated:,} {whole}"), ("without a turn", f"{counts.empty:,} {whole}")]
+    yield from table(("what", "how many"), rows)
+
+
+def _credit_words(source: Source) -> str:
+    discount = _discount(source)
+    far = "" if discount == 1 else f" A reward d turns later counts {discount:g} to the power of d."
+    return f"Credit is before any baseline is subtracted; a reply without a score is masked.{far}"
+
+
+def _conversation(
+    what: str, conversation: Conversation, classes: Sequence[Candidate], own: Candidate | None, discount: float
+) -> Iterator[str]:
+    trajectory = conversation.trajectory
+    at = "" if conversation.iteration is None else f", iteration {conversation.iteration}"
+    yield f"\n### {what}: conversation {conversation.number}{at}\n"
+    ending = "cut short" if trajectory.truncated else "whole"
+    fault = "" if trajectory.partner_status == "ok" else f", partner: {markdown(trajectory.partner_status)}"
+    yield f"Persona {markdown(trajectory.persona) or 'not named'}, {markdown(trajectory.domain)}; {ending}{fault}."
+    yield f"\n> {markdown_line(trajectory.instruction)}\n"
+    labels = [f"{c.label} (own)" if own is not None and c.label == own.label else c.label for c in classes]
+    columns = [_credits(conversation, c, discount) for c in classes]
+    rows = []
+    for t, turn in enumerate(trajectory.turns):
+        judged = math.isfinite(turn.reward)
+        verdict = turn.verdict.get("kind") or "scored" if status(turn) == "scored" else f"no score: {status(turn)}"
+        why = str(turn.verdict.get("rationale") or "")
+        rows.append(
+            [
+                str(t + 1),
+                turn.message,
+                turn.reply,
+                f"{verdict}. {why}" if why else str(verdict),
+                f"{turn.reward:.2f}" if judged else "none",
+                *(f"{column[t]:.2f}" if judged else "masked" for column in columns),
+            ]
+        )
+    if rows:
+        head = ("turn", "partner", "persona", "verdict", "reward", *(f"credit, {label}" for label in labels))
+        yield from table(head, rows)
+    else:
+        yield "There is no turn: not even the first prompt fitted into the context."
+
+
+def _credits(conversation: Conversation, candidate: Candidate, discount: float) -> list[float]:
+    rewards = np.array([[turn.reward for turn in conversation.trajectory.turns]], dtype=np.float64)
+    n = rewards.shape[1]
+    if not n:
+        return []
+    return [float(c) for c in credit(rewards, _mask(candidate, n), np.isfinite(rewards), discount)[0]]
+
+
+def _mask(candidate: Candidate, n: int) -> Mask:
+    """Return the first n turns of a class, whose segments may go on after them."""
+    whole = max(n, sum(candidate.segments or ()))
+    return candidate.mask(whole)[:n, :n]
+
+
+def _discount(source: Source) -> float:
+    return source.config.discount if source.config else 1.0
+
+
+def curve_picture(source: Source) -> Figure:
+    """Draw the learning curve and the held-out results, as in the run's ``curve.png``."""
+    from ppg_agents.figures import draw_results
+
+    figure = _figure(11, 4.6)
+    draw_results(figure, source.metrics, source.evaluations, offline=source.offline)
+    return figure
+
+
+def credit_picture(conversation: Conversation, classes: Sequence[Candidate], discount: float) -> Figure:
+    """Draw every class's mask, and below it the credit that it gives the conversation's replies."""
+    n = max(len(conversation.trajectory.turns), 1)
+    figure = _figure(2.6 * len(classes) + 0.6, 4.4)
+    grid = figure.subplots(2, len(classes), squeeze=False, height_ratios=(3, 2))
+    most = 1.0
+    for k, candidate in enumerate(classes):
+        above, below = grid[0][k], grid[1][k]
+        above.imshow(np.where(_mask(candidate, n), 1.0, np.nan), cmap="Blues", vmin=0, vmax=1.6, aspect="equal")
+        above.set_title(candidate.label, fontsize=11)
+        above.set(xlabel="reward of turn", ylabel="reply at turn" if k == 0 else "")
+        ticks = range(0, n, max(1, math.ceil(n / 6)))
+        names = [str(t + 1) for t in ticks]
+        above.set_xticks(ticks, names)
+        above.set_yticks(ticks, names)
+        values = _credits(conversation, candidate, discount)
+        below.bar(range(len(values)), values, color="#0072B2")
+        below.set(xlabel="turn", ylabel="credit" if k == 0 else "", xlim=(-0.6, n - 0.4))
+        below.set_xticks(ticks, names)
+        below.spines[["top", "right"]].set_visible(False)
+        most = max(most, *values) if values else most
+    for ax in grid[1]:
+        ax.set_ylim(0, 1.05 * most)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
