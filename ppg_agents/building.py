@@ -79,36 +79,61 @@ def build_agent(
     turns = turns or (sum(config.segments) if config.segments else None)
     if config.baseline == "moving-average" and turns is None:
         raise ConfigError("baseline 'moving-average' needs the number of turns; set env.max_turns")
+    settings = {
+        "n_turns": turns,
+        "discount": config.discount,
+        "baseline": config.baseline,
+        "standardise": config.standardise,
+        "aggregation": config.aggregation,
+        "constant": config.aggregation_constant,
+        "learning_rate": lambda step: learning_rate(config, step, iterations * config.steps_per_batch),
+        "max_grad_norm": config.max_grad_norm,
+        "weight_decay": config.weight_decay,
+        "micro_batch_tokens": config.micro_batch_tokens,
+        "importance": config.importance,
+        "importance_cap": config.importance_cap,
+        "kl_coefficient": config.kl_coefficient,
+        "max_log_prob_gap": config.max_log_prob_gap,
+        "max_staleness": config.max_staleness,
+        "sampler": sampler,
+        **({"workers": team} if team.size > 1 else {}),
+        **({"steps_per_batch": config.steps_per_batch} if config.steps_per_batch > 1 else {}),
+    }
+    for key in config.agent_options:
+        if key in settings or config.agent == "ppg":
+            todo = f"set {key} without the prefix" if hasattr(config, key) else "leave it out"
+            raise ConfigError(f"agent_options.{key}: expected an option of the agent {config.agent!r} alone; {todo}")
     try:
-        agent = make_agent(
-            config.agent,
-            policy,
-            mask,
-            n_turns=turns,
-            discount=config.discount,
-            baseline=config.baseline,
-            standardise=config.standardise,
-            aggregation=config.aggregation,
-            constant=config.aggregation_constant,
-            learning_rate=lambda step: learning_rate(config, step, iterations * config.steps_per_batch),
-            max_grad_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay,
-            micro_batch_tokens=config.micro_batch_tokens,
-            importance=config.importance,
-            importance_cap=config.importance_cap,
-            kl_coefficient=config.kl_coefficient,
-            max_log_prob_gap=config.max_log_prob_gap,
-            max_staleness=config.max_staleness,
-            sampler=sampler,
-            **({"workers": team} if team.size > 1 else {}),
-            **({"steps_per_batch": config.steps_per_batch} if config.steps_per_batch > 1 else {}),
-            **config.agent_options,
-        )
+        agent = make_agent(config.agent, policy, mask, **settings, **config.agent_options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"agent: {error}") from error
-    if config.offline.files and not hasattr(agent, "learn_offline"):
-        raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {config.agent!r}")
+    _check_agent(agent, config, team)
     return agent
+
+
+def _check_agent(agent: Agent, config: TrainConfig, team: Workers) -> None:
+    """Raise a ConfigError where the agent says that it needs other settings; one that says nothing takes any."""
+    name, group = config.agent, getattr(agent, "group", 1)
+    if config.offline.files:
+        if not (hasattr(agent, "learn_offline") and getattr(agent, "learns_offline", True)):
+            raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
+        return
+    if config.group < group:
+        raise ConfigError(
+            f"agent {name!r} compares conversations with one persona: expected group >= {group}, got {config.group}; "
+            f"add --set group={2 * group if not getattr(agent, 'branch', False) else group}"
+        )
+    if getattr(agent, "branch", False) and config.group != group:
+        raise ConfigError(f"agent {name!r} learns from pairs: expected group = {group}, got {config.group}")
+    together = getattr(agent, "together", 1)
+    if config.group % together or (together > 1 and config.batch % (config.group * team.size)):
+        raise ConfigError(
+            f"agent {name!r} learns from {together} conversations at a time: expected a group that is a multiple of "
+            f"{together}, and a batch that is one of group × processes, got group {config.group}, batch {config.batch} "
+            f"and {team.size} processes"
+        )
+    if config.policy_class == "auto" and getattr(agent, "full_only", False):
+        raise ConfigError(f"agent {name!r} takes the policy class 'full' alone here, got 'auto'; leave it out")
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -7,6 +7,7 @@ command runs, so that ``--help`` is quick; nothing is computed here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,9 @@ from ppg_agents.compare_commands import compare
 from ppg_agents.config import PolicyClass, TrainConfig
 from ppg_agents.data_commands import data
 from ppg_agents.horizon_commands import horizon
+from ppg_agents.inspect_commands import inspect_, report
 from ppg_agents.judge_commands import judge
+from ppg_agents.reproduce_commands import reproduce
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,13 +47,19 @@ def run(arguments: Sequence[str] | None = None) -> int:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ppg-gym", message="%(version)s")
 def cli() -> None:
-    """Train language models to stay in character over long conversations."""
+    """Train language models to stay in character over long conversations.
+
+    Example: ppg-agent train --domain therapy --policy-class k-step --lookahead 3
+    """
 
 
 cli.add_command(data)
 cli.add_command(judge)
 cli.add_command(horizon)
 cli.add_command(compare)
+cli.add_command(inspect_)
+cli.add_command(report)
+cli.add_command(reproduce)
 
 
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -117,6 +126,9 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
         flags[f"env.{part}_options.model"] = flags.pop(f"{part}_model", None)
     given = {key: value for key, value in flags.items() if value is not None}
     config = configs.load(base, fresh | configs.parse_assignments(assignments) | given)
+    for part, embedded in (("judge", "facts"), ("partner", "scripted")):
+        if f"env.{part}_options.model" in given and getattr(config.env, part) == embedded:
+            raise click.UsageError(f"--{part}-model names a model that an endpoint serves; give --{part}-url too")
     for part in ("judge", "partner") if no_cache else ():
         if getattr(config.env, part) == "llm":
             uncached = {f"{part}_options": getattr(config.env, f"{part}_options") | {"cache": False}}
@@ -159,6 +171,8 @@ def train(
 
     Without options: the embedded model, in the embedded chatting domain. Everything goes into a run
     folder: settings, metrics, trajectories, checkpoints, and a picture (curve.png).
+
+    Example: ppg-agent train --domain therapy --policy-class k-step --lookahead 3
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
@@ -174,6 +188,8 @@ def train(
     config = settings(base, assignments, flags)
     if folder is None:
         folder = Path(out or config.out or runs.default_folder(config))
+        if os.environ.get("RANK", "0") == "0":  # at once, not when the model is loaded; other ranks may see it made
+            runs.check_new(folder)
 
     from ppg_agents.train import Interrupted
     from ppg_agents.train import train as start
@@ -190,12 +206,15 @@ def train(
 @cli.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
 @shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
+@click.option("--best-of", type=click.IntRange(1), metavar="N", help="Play each N times; the best one counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any) -> None:
+def evaluate(target: str, conversations: int | None, best_of: int | None, as_json: bool, **flags: Any) -> None:
     """Measure persona consistency on held-out personas.
 
     RUN_OR_MODEL is a run folder (its newest checkpoint, its settings), tiny (the embedded model), or a
     Hugging Face model or folder.
+
+    Example: ppg-agent evaluate runs/NAME --conversations 128 --json
     """
     personas = flags.pop("personas") or "held-out"
     flags["evaluation.seed"] = flags.pop("seed")
@@ -207,8 +226,9 @@ def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any
     from ppg_agents.progress import Progress, number, sparkline
 
     policy, sampler = load_target(target, config)
+    best_of = best_of or (int(config.agent_options.get("n", 4)) if config.agent == "best-of-n" else 1)
     with Progress("evaluating", config.evaluation.conversations) as progress:
-        result = measure(policy, sampler, config, personas=personas, done=progress.advance)
+        result = measure(policy, sampler, config, personas=personas, best_of=best_of, done=progress.advance)
     if as_json:
         where = {"target": target, "domain": config.domain, "personas": personas}
         click.echo(json.dumps({**result.to_dict(), **where, "seed": config.evaluation.seed}, allow_nan=False))
@@ -228,10 +248,16 @@ def evaluate(target: str, conversations: int | None, as_json: bool, **flags: Any
 @shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
 @click.option("--out", type=click.Path(), default="-", help="JSONL file; default: stdout.")
 def rollout(target: str, conversations: int | None, seed: int | None, out: str, **flags: Any) -> None:
-    """Write conversations as trajectories, one JSON object per line."""
+    """Write conversations as trajectories, one JSON object per line.
+
+    Example: ppg-agent rollout runs/NAME --conversations 64 --out conversations.jsonl
+    """
     personas = flags.pop("personas") or "train"
+    if out != "-":
+        runs.check_file(Path(out))
     config = target_config(target, **flags)
 
+    from ppg_agents.durable import writing
     from ppg_agents.evaluate import load_target, play
     from ppg_agents.progress import Progress
     from ppg_agents.trajectory import to_json, write_jsonl
@@ -252,7 +278,8 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
         for trajectory in trajectories:
             click.echo(to_json(trajectory))
     else:
-        write_jsonl(out, trajectories)
+        with writing(Path(out), "{todo}, or change --out"):
+            write_jsonl(out, trajectories)
 
 
 @cli.command()
@@ -264,6 +291,8 @@ def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> No
     """Talk to a persona; the judge's verdict stands under each of its lines.
 
     You play the partner. An empty line or Ctrl-D ends the conversation.
+
+    Example: ppg-agent chat runs/NAME --persona therapy-held-out-007
     """
     personas = flags.pop("personas") or "held-out"
     config = target_config(target, **flags)
@@ -296,13 +325,13 @@ def merge(target: str, out: str, assignments: tuple[str, ...]) -> None:
     click.echo(str(folder))
 
 
-@cli.command("accelerate-config")
+LAUNCH = 'accelerate launch --config_file "$(ppg-agent accelerate-config ddp-2)" -m ppg_agents.cli train'
+
+
+@cli.command("accelerate-config", epilog=f"\b\nExample:\n  {LAUNCH}")
 @click.argument("name", required=False)
 def accelerate_config(name: str | None) -> None:
-    """Print the path of a ready-made accelerate config, or the names of all.
-
-    Example: accelerate launch --config_file "$(ppg-agent accelerate-config ddp-2)" -m ppg_agents.cli train
-    """
+    """Print the path of a ready-made accelerate config, or the names of all."""
     from ppg_agents.accelerate_configs import launch_config, launch_configs
 
     if name is not None:

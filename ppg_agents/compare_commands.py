@@ -29,7 +29,7 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     """
     from ppg_agents.compare import engine as engines
     from ppg_agents.compare import report
-    from ppg_agents.compare.cell import results
+    from ppg_agents.compare.cell import check, results
     from ppg_agents.compare.plan import jobs as planned
     from ppg_agents.compare.plan import read
     from ppg_agents.compare.turns import turns_of
@@ -38,6 +38,8 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     plan = read(Path(file))
     folder = Path(out) if out else Path("runs") / Path(file).stem
     todo = planned(plan, turns_of(plan))
+    for job in todo:
+        check(job, engines.folder_of(job, folder))
     missing = [] if only_table else engines.missing(todo, folder)
     if dry_run:
         click.echo(f"{len(todo)} runs, {len(missing)} missing, in {folder}")

@@ -28,7 +28,10 @@ domain_option = click.option("--domain", help="Domain of files that do not say i
 
 @click.group(epilog=_FORMATS)
 def data() -> None:
-    """Read, check and write personas and dialogues."""
+    """Read, check and write personas and dialogues.
+
+    Example: ppg-agent data stats dialogues/*.json
+    """
 
 
 @data.command("import", epilog=_FORMATS)
@@ -41,6 +44,8 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     """Write dialogues, and personas, in this project's own formats.
 
     Where all FILES are persona files, --out takes the personas.
+
+    Example: ppg-agent data import chats/*.json --domain chatting --out dialogues.jsonl
     """
     from ppg_gym.data import collect, save_personas, table, write_dialogues
 
@@ -72,7 +77,10 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
 @format_option
 @click.pass_context
 def validate(context: click.Context, files: tuple[str, ...], domain: str | None, format: str) -> None:
-    """Name everything in the files that can not be used, as FILE:LINE; exit code 1 when there is any."""
+    """Name everything in the files that can not be used, as FILE:LINE; exit code 1 when there is any.
+
+    Example: ppg-agent data validate dialogues/*.json
+    """
     from ppg_gym.data import validate as check
 
     bad = 0
@@ -95,6 +103,8 @@ def stats(files: tuple[str, ...], domain: str | None, format: str, as_json: bool
     """Count what is in the files: dialogues, judged lines, scores, personas.
 
     "consistent" is the mean score. An unparsed verdict is no score: its judge gave no clear answer.
+
+    Example: ppg-agent data stats dialogues/*.json --json
     """
     from ppg_gym.data import read, table
 
@@ -133,6 +143,8 @@ def export(
 
     Each line holds "messages" (system, then user and assistant in turn), the persona's id, the domain and one score
     or null per assistant message.
+
+    Example: ppg-agent data export dialogues/*.json --min-score 0.8 --out chats.jsonl
     """
     from ppg_gym.data import OPENING, collect, table, write_rows
     from ppg_gym.data import export as to_rows
@@ -179,6 +191,8 @@ def personas(
     """Make more personas for an embedded domain; no set of facts occurs twice.
 
     None has the facts of a persona that comes with the domain, for training or held out.
+
+    Example: ppg-agent data personas --domain therapy -n 500 --out personas.jsonl
     """
     if more and not exclude:
         raise click.UsageError(f"unexpected argument {more[0]!r}; files go after --exclude")

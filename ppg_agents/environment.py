@@ -7,6 +7,8 @@ judge as keyword arguments; any other registered text environment gets ``env.kwa
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
@@ -111,13 +113,13 @@ def make_env(config: TrainConfig, personas: str) -> OneConversation:
     """Return one conversation, to be stepped at its own pace.
 
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
     """
     name, given = _found(config, personas)
-    try:
-        return OneConversation(gym.make(name, **{**given, "disable_env_checker": True}))
-    except gym.error.Error as error:
-        raise ConfigError(f"env.id: expected a registered environment, got {config.env.id!r}: {error}") from error
+    with _making(config):
+        env = gym.make(name, **{**given, "disable_env_checker": True})
+    _check_text(config, env.observation_space)
+    return OneConversation(env)
 
 
 def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
@@ -132,23 +134,53 @@ def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
     return name, keyword_arguments(config, personas)
 
 
+@contextmanager
+def _making(config: TrainConfig) -> Iterator[None]:
+    """Name the setting that an environment could not be made by.
+
+    Raises:
+        ConfigError: In place of Gymnasium's error for an id, and of Python's for an argument.
+    """
+    try:
+        yield
+    except gym.error.Error as error:
+        todo = (
+            "" if ":" in config.env.id else f"; one of another package is named with its module: MODULE:{config.env.id}"
+        )
+        message = f"env.id: expected a registered environment, got {config.env.id!r}: {str(error).rstrip('.')}{todo}"
+        raise ConfigError(message) from error
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        named = ", ".join(config.env.kwargs) or "none"
+        raise ConfigError(f"env.kwargs: expected arguments of {config.env.id}, got {named}: {error}") from error
+
+
+def _check_text(config: TrainConfig, space: gym.Space[Any]) -> None:
+    """Raise a ConfigError unless an environment shows what a policy reads."""
+    shown = list(space.spaces) if isinstance(space, gym.spaces.Dict) else []
+    if not {"instruction", "message"} <= set(shown):
+        raise ConfigError(
+            f"env.id: expected an environment of conversations, whose observations are a dict with 'instruction' and "
+            f"'message', got {config.env.id!r} with {f'the keys {shown}' if shown else space}; put a wrapper around it"
+        )
+
+
 def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
     """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
 
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
     """
     name, given = _found(config, personas)
-    try:
+    with _making(config):
         if gym.spec(name).vector_entry_point is not None:
             envs = gym.make_vec(name, num_envs=num_envs, **given)
         else:  # an unjudged reward is NaN, which Gymnasium's checker takes for a mistake
             vector = {"autoreset_mode": AutoresetMode.DISABLED}
             given["disable_env_checker"] = True
             envs = gym.make_vec(name, num_envs, "sync", vector, **given)
-    except gym.error.Error as error:
-        message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
-        raise ConfigError(message) from error
+    _check_text(config, envs.single_observation_space)
     return Conversations(envs)
 
 

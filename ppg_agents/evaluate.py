@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Interval = tuple[float, float]
 
+_APART = 2_654_435_761  # between the seeds of two attempts at a conversation; of seeds, torch reads 32 bits
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -73,6 +75,7 @@ def play(
     personas: str,
     conversations: int,
     seed: int,
+    best_of: int = 1,
     done: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[Trajectory], NDArray[np.float64]]:
     """Play seeded conversations in lockstep, ``config.batch`` at a time.
@@ -84,6 +87,8 @@ def play(
         personas: ``train``, ``held-out`` or a path.
         conversations: How many, at least 1.
         seed: Same seed, same personas, same partner, same draws.
+        best_of: Times that every conversation is played, with other draws of the policy; the one with the highest
+            mean score counts, the first of equal ones.
         done: Called with the number of conversations finished.
 
     Returns:
@@ -105,8 +110,12 @@ def play(
             for start in range(0, conversations, chunk):
                 some = seeds[start : start + chunk]
                 padded = some + some[:1] * (chunk - len(some))
-                generator = torch.Generator(policy.device).manual_seed(seed * 1_000_003 + start)
-                played = collect(envs, policy, sampler, padded, generator, config.domain)
+                tries = []
+                for attempt in range(best_of):
+                    draws = seed * 1_000_003 + start + attempt * _APART
+                    generator = torch.Generator(policy.device).manual_seed(draws)
+                    tries.append(collect(envs, policy, sampler, padded, generator, config.domain))
+                played = [max(same, key=_score) for same in zip(*tries, strict=True)]
                 trajectories += played[: len(some)]
                 reachable += envs.reachable()[: len(some)].tolist()
                 done(len(trajectories))
@@ -123,6 +132,7 @@ def evaluate(
     conversations: int | None = None,
     seed: int | None = None,
     personas: str = HELD_OUT,
+    best_of: int = 1,
     done: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
     """Play held-out personas and summarise; see `play` for the arguments."""
@@ -133,6 +143,7 @@ def evaluate(
         personas=personas,
         conversations=config.evaluation.conversations if conversations is None else conversations,
         seed=config.evaluation.seed if seed is None else seed,
+        best_of=best_of,
         done=done,
     )
     return summarise(trajectories, reachable)
@@ -214,6 +225,12 @@ def bootstrap_ci(
         rng=np.random.default_rng(seed),
     )
     return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def _score(trajectory: Trajectory) -> float:
+    """Return the mean score of a conversation, below all others when nothing of it was judged."""
+    judged = trajectory.judged()
+    return sum(judged) / len(judged) if judged else -math.inf
 
 
 def reward_table(rewards: Sequence[Sequence[float]]) -> NDArray[np.float64]:

@@ -82,6 +82,8 @@ def horizon(
 
     RUN_OR_MODEL is a run folder (its newest checkpoint, its settings), tiny (the embedded model), or a
     Hugging Face model or folder, which gets the fresh adapter that training would start with.
+
+    Example: ppg-agent horizon tiny --domain therapy --conversations 256 --out horizon
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")

@@ -29,7 +29,10 @@ def example(line: str) -> str:
 
 @click.group()
 def judge() -> None:
-    """Measure judges: against labels, recorded verdicts and tricks; fit one."""
+    """Measure judges: against labels, recorded verdicts and tricks; fit one.
+
+    Example: ppg-agent judge attack --judge facts --domain therapy
+    """
 
 
 def judge_flags(command: F) -> F:

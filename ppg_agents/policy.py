@@ -230,19 +230,10 @@ class Policy:
         Raises:
             ValueError: Shapes differ, or a row is padded on the left.
         """
-        token_mask = attention if token_mask is None else token_mask
-        if ids.ndim != 2 or attention.shape != ids.shape or token_mask.shape != ids.shape:
-            shapes = (tuple(ids.shape), tuple(attention.shape), tuple(token_mask.shape))
-            raise ValueError(f"expected ids, attention and token_mask of one shape [B, L], got {shapes}")
-        ids, attention, token_mask = (x.to(self.device) for x in (ids, attention.bool(), token_mask.bool()))
-        if bool((attention[:, 1:] & ~attention[:, :-1]).any()):
-            raise ValueError("expected rows padded on the right, got padding before a token; pad at the end")
-        token_mask = token_mask & attention
-        token_mask[:, 0] = False
+        ids, token_mask = self._select(ids, attention, attention if token_mask is None else token_mask)
         if not bool(token_mask.any()):
             return torch.zeros(ids.shape, device=self.device)
-        with fuse(self._lora):
-            hidden = self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
+        hidden = self._states(ids, token_mask)
         targets = ids[token_mask]
         size = chunk or max(1, (2**27 if self.device.type == "cuda" else 2**23) // self.config.vocab_size)
         pieces = [
@@ -251,6 +242,38 @@ class Policy:
         ]
         selected = torch.cat(pieces)
         return selected.new_zeros(ids.shape).masked_scatter(token_mask, selected)
+
+    def states(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> Tensor:
+        """Return the last hidden states that the selected tokens are predicted from: what a value head reads.
+
+        Args:
+            ids: Token ids [B, L], padded on the right.
+            attention: Bool [B, L], True on real tokens.
+            token_mask: Bool [B, L], N tokens; the state of each is that of the token before it.
+
+        Returns:
+            [N, hidden], row by row, in the model's own precision.
+
+        Raises:
+            ValueError: Shapes differ, or a row is padded on the left.
+        """
+        return self._states(*self._select(ids, attention, token_mask))
+
+    def _select(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and the mask of tokens to score on the policy's device; a row's first token has no past."""
+        if ids.ndim != 2 or attention.shape != ids.shape or token_mask.shape != ids.shape:
+            shapes = (tuple(ids.shape), tuple(attention.shape), tuple(token_mask.shape))
+            raise ValueError(f"expected ids, attention and token_mask of one shape [B, L], got {shapes}")
+        ids, attention, token_mask = (x.to(self.device) for x in (ids, attention.bool(), token_mask.bool()))
+        if bool((attention[:, 1:] & ~attention[:, :-1]).any()):
+            raise ValueError("expected rows padded on the right, got padding before a token; pad at the end")
+        token_mask = token_mask & attention
+        token_mask[:, 0] = False
+        return ids, token_mask
+
+    def _states(self, ids: Tensor, token_mask: Tensor) -> Tensor:
+        with fuse(self._lora):
+            return self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float, recompute: bool) -> Tensor:
         """Return log-probabilities [N] of `targets` [N] given `hidden` [N, hidden]."""

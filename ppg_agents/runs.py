@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,18 @@ from ppg_agents.progress import say
 if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory
 
-__all__ = ["Run", "RunError", "damage", "default_folder", "finite", "is_run", "lock", "newest_run", "read_jsonl"]
+__all__ = [
+    "Run",
+    "RunError",
+    "check_new",
+    "damage",
+    "default_folder",
+    "finite",
+    "is_run",
+    "lock",
+    "newest_run",
+    "read_jsonl",
+]
 
 LINES = ("metrics.jsonl", "trajectories.jsonl")
 _LEFTOVER = re.compile(r"\.(\d+)\.(tmp|replaced|removed)")
@@ -65,9 +77,7 @@ class Run:
             RunError: The folder holds something already, or cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and not _unused(folder):
-            todo = f"go on with --resume {folder}" if is_run(folder) else "empty it"
-            raise RunError(f"expected a new or empty folder, got {folder} with files; {todo}, or change --out")
+        check_new(folder)
         run = cls(folder, config)
         with writing(folder, "change --out, or {todo}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,10 @@ class Run:
         """
         folder = Path(folder)
         if not is_run(folder):
-            raise RunError(f"expected a run folder with config.toml and checkpoints/, got {folder}")
+            what = "" if folder.is_dir() else ", which is a file" if folder.exists() else ", which is not there"
+            raise RunError(
+                f"expected a run folder with config.toml and checkpoints/, got {folder}{what}{_near(folder)}"
+            )
         return cls(folder, configs.load(folder / "config.toml"))
 
     def write_config(self) -> None:
@@ -318,6 +331,40 @@ def damage(checkpoint: Path) -> str | None:
 def is_run(folder: Path) -> bool:
     """Return whether the folder is that of a run."""
     return (Path(folder) / "config.toml").is_file() and (Path(folder) / "checkpoints").is_dir()
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that a new run cannot have.
+
+    Raises:
+        RunError: It holds something already, or is no folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"expected a new or empty folder, got {folder}, which is a file; change --out")
+    if folder.exists() and not _unused(folder):
+        todo = f"go on with --resume {folder}" if is_run(folder) else "empty it"
+        raise RunError(f"expected a new or empty folder, got {folder} with files; {todo}, or change --out")
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be made, before the work that goes into it.
+
+    Raises:
+        RunError: Its folder is not there, or it is a folder itself.
+    """
+    if path.is_dir():
+        raise RunError(f"expected a file to write, got the folder {path}; change --out")
+    if not path.parent.is_dir():
+        raise RunError(f"expected a file in a folder that is there, got {path}; make {path.parent} first")
+
+
+def _near(folder: Path) -> str:
+    """Return which run was probably meant: one of that name, beside it or under ``runs/``."""
+    places = [place for place in (folder.parent, Path("runs")) if place.is_dir()]
+    known = {path.name: path for place in places for path in sorted(place.iterdir()) if is_run(path)}
+    near = get_close_matches(folder.name, known, n=1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def _free(path: Path) -> Path:

@@ -1,13 +1,12 @@
 """The training loop, online and offline, top to bottom.
 
     evaluate on held-out personas
-    repeat:  sample a batch of conversations -> judge -> credit -> one gradient step      (online)
-             take a batch of logged conversations -> credit -> one gradient step          (offline)
+    repeat:  sample a batch of conversations -> judge -> credit -> gradient step          (online)
+             take a batch of logged conversations -> credit -> gradient step              (offline)
     evaluate again, draw the picture
 
 One iteration's randomness comes from (seed, iteration) alone, so a run that is resumed goes on as if it had
-never stopped. What this leaves out: several gradient steps per batch and a value network (a policy class is the
-point here).
+never stopped. An agent may take several gradient steps on a batch.
 """
 
 from __future__ import annotations
@@ -15,16 +14,19 @@ from __future__ import annotations
 import math
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ppg_agents.agents import Agent
+from ppg_agents.branching import play_pairs
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config import ConfigError, TrainConfig, differences
 from ppg_agents.credit import Mask, policy_class
@@ -32,7 +34,7 @@ from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.environment import ConversationError, check_segments, make_env, make_envs, planned_turns
 from ppg_agents.evaluate import evaluate
 from ppg_agents.figures import curve
-from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
+from ppg_agents.generation import GenerationError, Sampler, make_sampler, speaking
 from ppg_agents.interrupt import Interrupt, Stop
 from ppg_agents.judged import batch_metrics, check_judge
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
@@ -43,6 +45,7 @@ from ppg_agents.rollout import collect
 from ppg_agents.rollout_each import Envs, collect_each
 from ppg_agents.runs import Run, finite, lock
 from ppg_agents.tracking import Trackers, make_trackers, require
+from ppg_agents.trajectory import Trajectory
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
@@ -231,11 +234,12 @@ class Online:
         began = time.perf_counter()
         synchronise(self.sampler, self.policy, self.team)
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
-            if self.each is None:
-                trajectories = collect(self.envs, self.policy, self.sampler, seeds, generator, config.domain)
+            if getattr(agent, "branch", False):
+                rng = np.random.default_rng([config.seed, iteration, self.team.rank])
+                play = partial(self._play, generator=generator)
+                trajectories = play_pairs(play, self.sampler, seeds, rng, self.policy.end_of_turn_id)
             else:
-                sampler = cast(SingleSampler, self.sampler)
-                trajectories = collect_each(self.each, self.policy, sampler, seeds, generator, config.domain)
+                trajectories = self._play(self.sampler, seeds, generator)
         check_judge(trajectories, config.env.max_failure_rate)
         sampled = time.perf_counter()
         chosen = self.planner.review(trajectories, self.policy, iteration)
@@ -247,12 +251,22 @@ class Online:
         usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
         return {**batch_metrics(trajectories), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
+    def _play(self, sampler: Any, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
+        """Hold one conversation per seed."""
+        if self.each is not None:
+            return collect_each(self.each, self.policy, sampler, seeds, generator, self.config.domain)
+        if self.envs.num_envs != len(seeds):  # an agent that learns from pairs plays one half after the other
+            self.envs.close()
+            self.envs = make_envs(self.config, len(seeds), self.config.personas)
+        return collect(self.envs, self.policy, sampler, seeds, generator, self.config.domain)
+
     def evaluate(self, agent: Agent) -> dict[str, Any] | None:
         """Play held-out personas; the agent speaks through the policy it learns."""
         if not self.config.evaluation.conversations:
             return None
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
-            return evaluate(self.policy, self.sampler, self.config).to_dict()
+            best_of = getattr(agent, "best_of", 1)
+            return evaluate(self.policy, self.sampler, self.config, best_of=best_of).to_dict()
 
     def close(self) -> None:
         """Close the environments."""
@@ -306,7 +320,8 @@ class Offline:
         began = time.perf_counter()
         learned = agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
-        if self.config.aggregation == "sum" and not self.config.standardise:  # loss = -objective
+        plain = self.config.aggregation == "sum" and not self.config.standardise
+        if plain and getattr(agent, "loss_is_likelihood", True):  # loss = -objective
             total = -learned["loss"] * len(trajectories)
             metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
         return {**metrics, "seconds_learning": time.perf_counter() - began}

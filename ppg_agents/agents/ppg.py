@@ -1,4 +1,4 @@
-"""The partial-policy-gradient agent: trajectories in, one optimiser step out.
+"""The partial-policy-gradient agent: trajectories in, an optimiser step (or several) out.
 
 ledger checks -> credit -> baseline -> gradient -> clip -> AdamW. Formulas live in `credit`, `baselines`, `losses` and
 `importance`, micro-batches in `step`; nothing here knows an environment, or which policy class its mask stands for.
@@ -18,7 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import baselines, ledger, losses
-from ppg_agents.agents.step import Array, Objective, Sums, Whole, accumulate, score, trained_tokens
+from ppg_agents.agents.step import (
+    Array,
+    Loss,
+    Objective,
+    Sums,
+    Whole,
+    accumulate,
+    log_likelihood,
+    policy_gradient,
+    score,
+    trained_tokens,
+)
 from ppg_agents.credit import credit
 from ppg_agents.distributed import Alone, Workers, clip, groups, joined, split_like, whole_weights
 from ppg_agents.generation import Sampler
@@ -40,7 +51,14 @@ class PPGAgent:
         policy: Who learns; its version counts optimiser steps.
         optimizer: AdamW over the policy's trainable weights.
         steps: Optimiser steps taken.
+        own_ratios: Whether the loss itself reads the sampler's log-probs.
+        repeatable: Whether several steps on a batch need no importance weights.
+        loss_is_likelihood: Whether the loss of `learn_offline` is minus the reward-weighted log-likelihood.
     """
+
+    own_ratios = False
+    repeatable = False
+    loss_is_likelihood = True
 
     def __init__(
         self,
@@ -64,6 +82,7 @@ class PPGAgent:
         kl_coefficient: float = 0.0,
         max_log_prob_gap: float | None = None,
         max_staleness: int = 0,
+        steps_per_batch: int = 1,
         sampler: Sampler | None = None,
         workers: Workers | None = None,
     ) -> None:
@@ -91,6 +110,8 @@ class PPGAgent:
             max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
                 nats; default by the learner's precision (`ledger.default_gap_limit`). Not asked of stale turns.
             max_staleness: Most optimiser steps that a turn's policy version may be behind; 0 is on-policy.
+            steps_per_batch: Optimiser steps on every batch that is learned from online; from the second on, the
+                replies are those of an older policy, so that more than 1 needs importance weights.
             sampler: For `act`; None for an agent that only learns.
             workers: The processes that learn together, each from its own share of the conversations; None for one.
 
@@ -104,6 +125,11 @@ class PPGAgent:
         limit = ledger.default_gap_limit(policy.model.dtype) if max_log_prob_gap is None else max_log_prob_gap
         if not limit > 0 or max_staleness < 0:
             raise ValueError(f"expected max_log_prob_gap > 0 and max_staleness >= 0, got {limit} and {max_staleness}")
+        if steps_per_batch < 1 or (steps_per_batch > 1 and importance == "none" and not self.repeatable):
+            raise ValueError(
+                f"expected steps_per_batch = 1 with importance 'none', got {steps_per_batch}: a later step learns from "
+                "replies of an older policy; set importance to 'turn' or 'token'"
+            )
         if gradient_checkpointing:
             policy.gradient_checkpointing()
         self.policy = policy
@@ -117,6 +143,7 @@ class PPGAgent:
         self._objective = Objective(aggregation, constant, importance, importance_cap, kl_coefficient)
         self._max_gap = limit
         self._max_staleness = max_staleness
+        self._steps_per_batch = steps_per_batch
         self._workers = workers or Alone()
         self._rate = _schedule(learning_rate, total_steps)
         self._max_grad_norm = max_grad_norm
@@ -160,7 +187,7 @@ class PPGAgent:
         return ["" if r is None else self.policy.decode(r[1].token_ids) for r in replies]
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Take one gradient step on conversations of the current policy.
+        """Take ``steps_per_batch`` gradient steps on conversations of the current policy.
 
         Args:
             trajectories: B conversations; with several workers, this one's share.
@@ -169,10 +196,11 @@ class PPGAgent:
             ``loss``, ``grad_norm`` (before clipping), ``credit_mean`` and ``credit_std`` over judged turns,
             ``learning_rate``, ``tokens`` (real tokens in the batch), ``padding`` (share of the tokens read that no
             conversation needs), ``policy_version`` (after the step), ``staleness_max`` (of the oldest turn, in
-            steps); ``log_prob_gap_mean`` and ``log_prob_gap_max`` (learner against sampler, nats) when sampling
-            log-probs are known; ``kl`` (from the reference, nats per judged turn) with a KL term; ``importance_ess``
-            (effective sample size as a share) and ``importance_truncated`` (share) with importance weights. All of
-            them over all workers. Without a judged turn there is no step.
+            steps); ``log_prob_gap_mean`` and ``log_prob_gap_max`` (learner against sampler before the first step,
+            nats) when sampling log-probs are known; ``kl`` (from the reference, nats per judged turn) with a KL term;
+            ``importance_ess`` (effective sample size as a share) and ``importance_truncated`` (share) with importance
+            weights. All of them over all workers; of several steps, the last one's. Without a judged turn there is no
+            step.
 
         Raises:
             LedgerError: The batch is not what was sampled, or not by this version of this policy.
@@ -181,11 +209,9 @@ class PPGAgent:
         data = self._lay_out(trajectories)
         temperature, stale = self._check(trajectories, data, sampled=True)
         whole = self._whole(trajectories, data)
-        advantage = baselines.advantage(whole.credit, self._subtract(whole), whole.valid)
-        if self._standardise:
-            advantage = baselines.standardise(advantage, whole.valid)
+        loss = policy_gradient(self._advantage(whole)[whole.own])
         fresh = ledger.of_version(trajectories, self.policy.version, data.valid.shape[1])
-        metrics = self._step(trajectories, data, whole, advantage, self._objective, temperature, fresh)
+        metrics = self._descend(trajectories, data, whole, loss, temperature, fresh)
         return {**metrics, "staleness_max": stale}
 
     def learn_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -197,8 +223,8 @@ class PPGAgent:
         temperature, _ = self._check(trajectories, data, sampled=False)
         whole = self._whole(trajectories, data)
         weight = baselines.standardise(whole.credit, whole.valid) if self._standardise else whole.credit
-        objective = replace(self._objective, importance="none", kl_coefficient=0.0, logged=True)
-        return self._step(trajectories, data, whole, weight, objective, temperature)
+        objective = replace(self._objective, importance="none", kl_coefficient=0.0)
+        return self._step(trajectories, data, whole, log_likelihood(weight[whole.own]), objective, temperature)
 
     @torch.no_grad()
     def evaluate_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -295,7 +321,7 @@ class PPGAgent:
             temperature = ledger.temperature(trajectories)
             if sampled:
                 stale = ledger.staleness(trajectories, self.policy.version, self._max_staleness)
-            if sampled and self._objective.importance != "none":
+            if sampled and (self.own_ratios or self._objective.importance != "none"):
                 ledger.check_known(trajectories)
         except LedgerError as error:
             fault = str(error)
@@ -309,16 +335,23 @@ class PPGAgent:
 
     def _whole(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
         units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
-        groups = [t.instruction for t in trajectories]
-        parts = self._workers.gather([(self._credit(data), data.valid, groups, units)])
-        before = sum(len(part[2]) for part in parts[: self._workers.rank])
+        labels = [t.instruction for t in trajectories]
+        parts = self._workers.gather([(self._credit(data), data.rewards, data.valid, labels, units)])
+        credits, rewards, valid, groups, counts = zip(*parts, strict=True)
+        before = sum(len(group) for group in groups[: self._workers.rank])
         return Whole(
-            credit=np.concatenate([part[0] for part in parts]),
-            valid=np.concatenate([part[1] for part in parts]),
-            groups=[label for part in parts for label in part[2]],
-            own=slice(before, before + len(groups)),
-            units=sum(part[3] for part in parts),
+            credit=np.concatenate(credits),
+            rewards=np.concatenate(rewards),
+            valid=np.concatenate(valid),
+            groups=[label for group in groups for label in group],
+            own=slice(before, before + len(labels)),
+            units=sum(counts),
         )
+
+    def _advantage(self, whole: Whole) -> Array:
+        """Return the credit [B, n] less the baseline."""
+        advantage = baselines.advantage(whole.credit, self._subtract(whole), whole.valid)
+        return baselines.standardise(advantage, whole.valid) if self._standardise else advantage
 
     def _subtract(self, whole: Whole) -> Array:
         if self._baseline == "leave-one-out":
@@ -329,12 +362,27 @@ class PPGAgent:
             return self._average(whole.credit, whole.valid)
         return baselines.none(whole.credit, whole.valid)
 
+    def _descend(
+        self,
+        trajectories: Sequence[Trajectory],
+        data: Batch,
+        whole: Whole,
+        loss: Loss,
+        temperature: float,
+        fresh: NDArray[np.bool_] | None,
+    ) -> dict[str, float]:
+        """Take the batch's steps; what is compared with the sampler is compared before the first."""
+        metrics = self._step(trajectories, data, whole, loss, self._objective, temperature, fresh)
+        for _ in range(1, self._steps_per_batch):
+            metrics |= self._step(trajectories, data, whole, loss, self._objective, temperature)
+        return metrics
+
     def _step(
         self,
         trajectories: Sequence[Trajectory],
         data: Batch,
         whole: Whole,
-        weight: Array,
+        loss: Loss,
         objective: Objective,
         temperature: float,
         fresh: NDArray[np.bool_] | None = None,
@@ -344,7 +392,7 @@ class PPGAgent:
         own = accumulate(
             self.policy,
             data,
-            weight[whole.own],
+            loss,
             objective,
             units=whole.units,
             budget=self._budget,

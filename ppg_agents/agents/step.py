@@ -1,13 +1,13 @@
 """The gradient of one batch: conversations packed into micro-batches, scored, their losses added up.
 
-What is measured on the way is a sum over conversations, so that the sums of several processes add up too. Nothing
-here knows a baseline, a policy class or an optimiser.
+What is measured on the way is a sum over conversations, so that the sums of several processes add up too. The loss is
+a function of a micro-batch (`Loss`); nothing here knows a baseline, a policy class or an optimiser.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ppg_agents.policy import Policy
 from ppg_agents.trajectory import Batch
 
 Array = NDArray[np.float64]
+Reduction = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Whole:
 
     Attributes:
         credit: [B, n] over the conversations of all ranks, in rank order.
+        rewards: [B, n], NaN where ``valid`` is false.
         valid: [B, n].
         groups: B labels; conversations that share a persona have equal ones.
         own: This rank's rows.
@@ -38,6 +40,7 @@ class Whole:
     """
 
     credit: Array
+    rewards: Array
     valid: NDArray[np.bool_]
     groups: list[Hashable]
     own: slice
@@ -46,15 +49,16 @@ class Whole:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """What is minimised, besides the loss itself.
 
     Attributes:
         aggregation: How token losses become one number (see `losses`).
         constant: For the aggregation ``constant``.
         importance: Level of the importance weights (see `importance`).
         importance_cap: Largest weight.
-        kl_coefficient: Weight of the divergence from the reference model.
-        logged: The words are logged ones: weighted by reward, without importance weights and divergence.
+        kl_coefficient: Weight of the divergence from the reference model, added to the loss.
+        reference: The loss reads the reference model's log-probs.
+        together: Conversations in a row that the loss compares, and that no micro-batch separates.
     """
 
     aggregation: losses.Aggregation = "sum"
@@ -62,7 +66,8 @@ class Objective:
     importance: Importance = "none"
     importance_cap: float = 2.0
     kl_coefficient: float = 0.0
-    logged: bool = False
+    reference: bool = False
+    together: int = 1
 
     def __post_init__(self) -> None:
         """Check what one type cannot say."""
@@ -74,21 +79,83 @@ class Objective:
         if not 0 <= self.kl_coefficient < float("inf"):
             raise ValueError(f"expected kl_coefficient >= 0, got {self.kl_coefficient}")
 
-    def reduction(self, units: int) -> dict[str, Any]:
+    def reduction(self, units: int) -> Reduction:
         """Return how a micro-batch of a batch of ``units`` is reduced."""
         return {"aggregation": self.aggregation, "constant": self.constant, "batch_size": units}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One micro-batch of R conversations: log-probs of the trained tokens, and where those are, all [R, L']."""
+    """One micro-batch of R conversations, all [R, L'].
+
+    Attributes:
+        rows: Their numbers in the batch.
+        ids: Tokens.
+        attention: Real tokens.
+        log_probs: Of the trained tokens, with their gradient.
+        sampling: What the sampler gave for them; NaN where nobody knows.
+        token_mask: The trained tokens.
+        turn_index: The turn of every token.
+        weights: Importance weights, where there are any.
+        reference: Log-probs of the reference model, where they are asked for.
+    """
 
     rows: list[int]
     ids: Tensor
     attention: Tensor
     log_probs: Tensor
+    sampling: Tensor
     token_mask: Tensor
     turn_index: Tensor
+    weights: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What a loss says of w = π / π°, the learner against the sampler, at its tokens; those of parts add up.
+
+    Attributes:
+        largest: The largest w.
+        count: Tokens.
+        bounded: Tokens whose w the loss bounds.
+        outside: Of these, those with w outside of the bounds.
+    """
+
+    largest: float = 0.0
+    count: int = 0
+    bounded: int = 0
+    outside: int = 0
+
+    def __add__(self, other: Ratios) -> Ratios:
+        largest = max(self.largest, other.largest)
+        return Ratios(
+            largest, self.count + other.count, self.bounded + other.bounded, self.outside + other.outside
+        )
+
+
+Loss = Callable[[Scored, Reduction], tuple[Tensor, Ratios]]
+"""A micro-batch and how it is reduced in; its part of the loss out (a scalar), and what is said of its ratios."""
+
+
+def policy_gradient(advantage: Array) -> Loss:
+    """Return the partial policy gradient with the advantage [B, n] of every turn."""
+
+    def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
+        arrays = (part.log_probs, part.token_mask, part.turn_index, torch.from_numpy(advantage[part.rows]))
+        return losses.partial_policy_gradient(*arrays, **reduction, weights=part.weights), Ratios()
+
+    return loss
+
+
+def log_likelihood(weight: Array) -> Loss:
+    """Return the likelihood of logged words with the weight [B, n] of every turn."""
+
+    def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
+        arrays = (part.log_probs, part.token_mask, part.turn_index, torch.from_numpy(weight[part.rows]))
+        return losses.reward_weighted_log_likelihood(*arrays, **reduction), Ratios()
+
+    return loss
 
 
 @dataclass
@@ -104,6 +171,7 @@ class Sums:
         kl: Estimated divergence from the reference, summed over them.
         weights: Importance weights: Σw, Σw², how many, how many truncated.
         gap: Of log-probs, over turns that the learner's own version sampled.
+        ratios: Of the policy to the one that sampled, as the loss has them.
     """
 
     loss: float = 0.0
@@ -114,6 +182,7 @@ class Sums:
     kl: float = 0.0
     weights: tuple[float, float, int, int] = (0.0, 0.0, 0, 0)
     gap: Gap = field(default_factory=Gap)
+    ratios: Ratios = field(default_factory=Ratios)
 
     def __add__(self, other: Sums) -> Sums:
         weights = tuple(a + b for a, b in zip(self.weights, other.weights, strict=True))
@@ -126,10 +195,11 @@ class Sums:
             self.kl + other.kl,
             weights,  # type: ignore[arg-type]
             self.gap + other.gap,
+            self.ratios + other.ratios,
         )
 
     def metrics(self, objective: Objective) -> dict[str, float]:
-        """Return ``loss``, ``tokens`` and ``padding``; and what was measured of gap, divergence and weights."""
+        """Return ``loss``, ``tokens`` and ``padding``; and what was measured of gap, divergence, weights and ratios."""
         found: dict[str, float] = {
             "loss": self.loss,
             "tokens": self.tokens,
@@ -137,12 +207,16 @@ class Sums:
         }
         if self.gap.count:
             found |= {"log_prob_gap_mean": self.gap.mean, "log_prob_gap_max": self.gap.largest}
-        if objective.kl_coefficient:
+        if objective.kl_coefficient or objective.reference:
             found["kl"] = self.kl / max(1, self.turns)
         if objective.importance != "none":
             total, squares, count, truncated = self.weights
             found["importance_ess"] = effective_share(total, squares, count)
             found["importance_truncated"] = truncated / max(1, count)
+        if self.ratios.count:
+            found["ratio_max"] = self.ratios.largest
+        if self.ratios.bounded:
+            found["clip_fraction"] = self.ratios.outside / self.ratios.bounded
         return found
 
 
@@ -151,29 +225,33 @@ def trained_tokens(data: Batch) -> Tensor:
     return losses.turn_token_mask(data.token_mask, data.turn_index, torch.from_numpy(data.valid))
 
 
-def score(policy: Policy, data: Batch, budget: int, temperature: float = 1.0) -> Iterator[Scored]:
-    """Yield micro-batches of at most ``budget`` tokens, padding included; at least one conversation each.
+def score(
+    policy: Policy, data: Batch, budget: int, temperature: float = 1.0, together: int = 1
+) -> Iterator[Scored]:
+    """Yield micro-batches of at most ``budget`` tokens, padding included; at least ``together`` conversations each.
 
     Conversations of similar length go together; those without a trained token are left out, and so are the
     tokens after the last trained one.
     """
     trained = trained_tokens(data)
-    for rows, length in packs(trained, budget):
+    for rows, length in packs(trained, budget, together):
         ids, attention = data.ids[rows, :length], data.attention[rows, :length]
         token_mask, turn_index = trained[rows, :length], data.turn_index[rows, :length]
         log_probs = policy.log_probs(ids, attention, token_mask, temperature=temperature)
         where = log_probs.device
-        yield Scored(rows, ids, attention, log_probs, token_mask.to(where), turn_index.to(where))
+        sampling = data.sampling_log_probs[rows, :length].to(where)
+        yield Scored(rows, ids, attention, log_probs, sampling, token_mask.to(where), turn_index.to(where))
 
 
-def packs(trained: Tensor, budget: int) -> list[tuple[list[int], int]]:
+def packs(trained: Tensor, budget: int, together: int = 1) -> list[tuple[list[int], int]]:
     """Return the rows of every micro-batch and how many tokens of them are read; see `score`."""
     ends, found = last_trained(trained), []
-    order = sorted((b for b, end in enumerate(ends) if end), key=lambda b: -ends[b])
+    bundles = {b: max(ends[b : b + together]) for b in range(0, len(ends), together)}
+    order = sorted((b for b, end in bundles.items() if end), key=lambda b: -bundles[b])
     while order:
-        length = ends[order[0]]
-        size = max(1, budget // length)
-        found.append((order[:size], length))
+        length = bundles[order[0]]
+        size = max(1, budget // (length * together))
+        found.append(([row for b in order[:size] for row in range(b, min(b + together, len(ends)))], length))
         order = order[size:]
     return found
 
@@ -187,7 +265,7 @@ def last_trained(trained: Tensor) -> list[int]:
 def accumulate(
     policy: Policy,
     data: Batch,
-    weight: Array,
+    loss: Loss,
     objective: Objective,
     *,
     units: int,
@@ -204,8 +282,8 @@ def accumulate(
     Args:
         policy: Who is scored.
         data: B conversations.
-        weight: Advantage or credit [B, n] of every turn.
-        objective: What is minimised.
+        loss: What is minimised.
+        objective: What else is, and how it is reduced.
         units: What the aggregation divides by, over the whole optimiser batch (see `losses.batch_units`).
         budget: Tokens per micro-batch.
         temperature: That the batch was sampled at.
@@ -214,32 +292,32 @@ def accumulate(
     """
     trained = trained_tokens(data)
     sums = Sums(tokens=int(data.attention.sum()), needed=sum(last_trained(trained)))
-    own_passes = len(packs(trained, budget))
+    own_passes = len(packs(trained, budget, objective.together))
     spare = passes(workers or Alone(), own_passes) - own_passes
     again = _drops_out(policy) and (fresh is not None or objective.importance != "none")
-    for part in score(policy, data, budget, temperature):
+    for part in score(policy, data, budget, temperature, objective.together):
         settled = part.log_probs.detach()
         if again:
             with torch.no_grad():
                 settled = policy.log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
-        sampling = data.sampling_log_probs[part.rows, : part.token_mask.shape[1]].to(settled.device)
         if fresh is not None:
             own = losses.turn_token_mask(part.token_mask, part.turn_index, torch.from_numpy(fresh[part.rows]))
-            sums.gap += ledger.gap(settled, sampling, own, part.rows)
-        weights = _weigh(part, settled, sampling, objective, sums) if objective.importance != "none" else None
-        arrays = (part.log_probs, part.token_mask, part.turn_index, torch.from_numpy(weight[part.rows]))
-        if objective.logged:
-            loss = losses.reward_weighted_log_likelihood(*arrays, **objective.reduction(units))
-        else:
-            loss = losses.partial_policy_gradient(*arrays, **objective.reduction(units), weights=weights)
-        if objective.kl_coefficient:
-            diverged = _diverge(policy, part, objective, units, temperature, weights, sums)
-            loss = loss + objective.kl_coefficient * diverged
-        loss.backward()  # type: ignore[no-untyped-call]
-        sums.loss += float(loss.detach())
+            sums.gap += ledger.gap(settled, part.sampling, own, part.rows)
+        if objective.importance != "none":
+            part = replace(part, weights=_weigh(part, settled, objective, sums))
+        if objective.kl_coefficient or objective.reference:
+            part = replace(part, reference=_refer(policy, part, temperature, sums))
+        value, ratios = loss(part, objective.reduction(units))
+        if objective.kl_coefficient and part.reference is not None:
+            pull = losses.kl_loss(part.log_probs, part.reference, part.token_mask, part.weights)
+            reduced = losses.aggregate(pull, part.token_mask, part.turn_index, **objective.reduction(units))
+            value = value + objective.kl_coefficient * reduced
+        value.backward()  # type: ignore[no-untyped-call]
+        sums.loss += float(value.detach())
+        sums.ratios += ratios
         sums.read += part.token_mask.numel()
     for _ in range(spare):
-        _ride_along(policy, again, bool(objective.kl_coefficient))
+        _ride_along(policy, again, bool(objective.kl_coefficient or objective.reference))
     return sums
 
 
@@ -260,11 +338,11 @@ def _drops_out(policy: Policy) -> bool:
     return any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in policy.model.named_modules())
 
 
-def _weigh(part: Scored, settled: Tensor, sampling: Tensor, objective: Objective, sums: Sums) -> Tensor:
+def _weigh(part: Scored, settled: Tensor, objective: Objective, sums: Sums) -> Tensor:
     """Return the importance weights [R, L'] of a micro-batch, and count them."""
     cap = objective.importance_cap
     weights, raw = importance_weights(
-        settled, sampling, part.token_mask, part.turn_index, level=objective.importance, cap=cap
+        settled, part.sampling, part.token_mask, part.turn_index, level=objective.importance, cap=cap
     )
     w = raw.clamp(max=cap).double()
     more = (float(w.sum()), float(w.square().sum()), len(w), int((raw > cap).sum()))
@@ -272,20 +350,11 @@ def _weigh(part: Scored, settled: Tensor, sampling: Tensor, objective: Objective
     return weights
 
 
-def _diverge(
-    policy: Policy,
-    part: Scored,
-    objective: Objective,
-    units: int,
-    temperature: float,
-    weights: Tensor | None,
-    sums: Sums,
-) -> Tensor:
-    """Return the loss whose gradient is the divergence's, and add up the estimate."""
+def _refer(policy: Policy, part: Scored, temperature: float, sums: Sums) -> Tensor:
+    """Return the reference model's log-probs [R, L'] of a micro-batch, and add up the divergence from it."""
     with torch.no_grad():
         reference = policy.reference_log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
     estimate = losses.kl_estimate(part.log_probs, reference, part.token_mask)
-    sums.kl += float((estimate if weights is None else estimate * weights).sum())
+    sums.kl += float((estimate if part.weights is None else estimate * part.weights).sum())
     sums.turns += losses.batch_units(part.token_mask, part.turn_index, "turn_mean")
-    per_token = losses.kl_loss(part.log_probs, reference, part.token_mask, weights)
-    return losses.aggregate(per_token, part.token_mask, part.turn_index, **objective.reduction(units))
+    return reference

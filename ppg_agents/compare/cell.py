@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
+from ppg_agents.config import ConfigError, differences
 from ppg_agents.runs import Run, is_run
 
 RESULT = "result.json"  # of an agent that has no run folder
@@ -63,6 +64,23 @@ def results(job: Job, folder: Path) -> list[Result]:
     return filled
 
 
+def check(job: Job, folder: Path) -> None:
+    """Refuse a folder that holds another run than the job's.
+
+    Raises:
+        ConfigError: The settings differ; the message names each.
+    """
+    if is_run(folder):
+        before = Run.open(folder).config
+    elif (path := folder / RESULT).exists():
+        before = config_of(replace(job, config=json.loads(path.read_text(encoding="utf-8"))["config"]))
+    else:
+        return
+    other = differences(before, config_of(job))
+    if other:
+        raise ConfigError(f"expected the settings of the run in {folder}; {'; '.join(other)}; choose another --out")
+
+
 def finished(job: Job, folder: Path) -> bool:
     """Return whether all cells of a run are filled, and all that it is to hold besides is there."""
     return len(results(job, folder)) == len(job.sizes) and job.measured(folder)
@@ -107,6 +125,7 @@ def _fill_sb3(job: Job, folder: Path) -> None:
         "evaluation": evaluation.to_dict(),
         "judged_turns": trained.judged_turns,
         "seconds": trained.seconds,
+        "config": job.config,
     }
     (folder / RESULT).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
 

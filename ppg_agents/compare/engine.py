@@ -120,6 +120,7 @@ def _cluster(workers: int) -> Iterator[None]:
 
     own = not ray.is_initialized()
     if own:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers, and so the runs, get what others leave
         own_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own_machine))
     try:

@@ -10,7 +10,7 @@ import io
 import math
 import statistics as basic
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,9 @@ def rows(results: Sequence[Result], level: float = LEVEL) -> list[Row]:
         ranked = sorted(scored, key=lambda method: -_or(scored[method].mean, -math.inf))
         for method in ranked:
             gap = difference(scored[method], scored[ranked[0]]) if method != ranked[0] else None
-            made.append((_row(domain, size, method, methods[method], scored[method], gap), len(raw) if gap else None))
+            row = _row(domain, size, method, methods[method], scored[method], gap)
+            verdict = "best" if method == ranked[0] else "undecided"  # for now: no p-value is corrected yet
+            made.append((replace(row, verdict=verdict), len(raw) if gap else None))
             raw += [gap.p] if gap else []
     corrected = holm(raw)
     return [_judged(row, None if at is None else corrected[at], level) for row, at in made]
@@ -106,7 +108,7 @@ def _row(
         lowest=min(own),
         highest=max(own),
         to_best=gap,
-        verdict="best" if gap is None else "",
+        verdict="",
         reachable=basic.fmean(reachable) if reachable else math.nan,
         judged_turns=basic.fmean(one.judged_turns for one in found),
         seconds=basic.median(one.seconds for one in found),
@@ -118,7 +120,7 @@ def _judged(row: Row, p: float | None, level: float) -> Row:
     if row.to_best is None or p is None:
         return row
     gap = Difference(row.to_best.value, row.to_best.ci95, p)
-    return Row(**{**row.__dict__, "to_best": gap, "verdict": "worse" if p < level else "undecided"})
+    return replace(row, to_best=gap, verdict="worse" if p < level else "undecided")
 
 
 def to_csv(table: Sequence[Row]) -> str:

@@ -36,7 +36,7 @@ def base_of(name_or_path: str | Path) -> tuple[str, Path | None]:
     if (Path(name) / "adapter_config.json").is_file():
         adapter = Path(name)
         name = str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    is_folder = name != TINY and Path(name).is_dir()
+    is_folder = name != TINY and bool(name.strip()) and Path(name).is_dir()
     return (str(Path(name).resolve()) if is_folder else name), adapter
 
 
@@ -65,14 +65,15 @@ def load_base(
         FileNotFoundError: Neither a model folder nor a model of the hub.
         ConnectionError: The hub cannot be reached, and the model is not in the local cache.
         ModuleNotFoundError: An option needs a package that is not installed.
-        ValueError: An option needs a CUDA device, or an unknown option.
+        ValueError: An option needs a CUDA device, an unknown option, or a tokenizer that cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    path = _locate(name)  # before transformers is imported, which takes seconds
     options = _options(quantisation, kernels, device, dtype)
-    path = _locate(name)
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else path, trust_remote_code=False)
+    tokenizer = _tokenizer(str(adapter) if own else path)
+
+    from transformers import AutoModelForCausalLM
+
     if chat_template is not None:
         is_path = "{" not in chat_template and Path(chat_template).is_file()
         tokenizer.chat_template = Path(chat_template).read_text() if is_path else chat_template
@@ -97,8 +98,11 @@ def _options(quantisation: str, kernels: str, device: torch.device, dtype: torch
             continue
         if importlib.util.find_spec(package) is None:
             install = package.replace("_", "-")
+            todo = f"pip install {install}"
+            if device.type != "cuda":  # installing would not help
+                todo += f", on a machine with a CUDA device (this run's is {device}), or use {option} 'none'"
             raise ModuleNotFoundError(
-                f"{option} {value!r} needs {install}, which is not installed; pip install {install}", name=package
+                f"{option} {value!r} needs {install}, which is not installed; {todo}", name=package
             )
         if device.type != "cuda":
             raise ValueError(f"{option} {value!r}: expected a CUDA device, got {device}; use {option} 'none'")
@@ -127,6 +131,19 @@ def _use_liger(model: Any) -> None:
     )
 
 
+def _tokenizer(path: str) -> Any:
+    """Load a tokenizer; what transformers says of a broken one names no file."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a tokenizer that transformers can load, got {_one_line(error)}; put the model's "
+            "tokenizer.json and tokenizer_config.json there, and check that config.json is the model's"
+        ) from error
+
+
 def _locate(name: str) -> str:
     """Return the folder or the hub name under which transformers finds the model.
 
@@ -135,39 +152,61 @@ def _locate(name: str) -> str:
     """
     if name == TINY:
         return str(resources.files("ppg_agents.models") / TINY)
-    if Path(name).is_dir():
+    expected = f"expected {TINY!r}, a model folder or a hub name, got {name!r}"
+    if name.strip() and Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{expected}: the folder has no config.json; name one with a model's config.json, tokenizer and "
+                "weights, or a run's folder with config.toml and checkpoints/"
+            )
         return name
+    hint = _nearest(name)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
-    unknown = f"expected {TINY!r}, a model folder or a hub name, got {name!r}"
-    if near := difflib.get_close_matches(name, [TINY], n=1):
-        unknown += f"; did you mean {near[0]!r}?"
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PROBE_SECONDS)
     except HFValidationError:
-        raise FileNotFoundError(f"{unknown}: no such folder") from None
+        raise FileNotFoundError(f"{expected}: no such folder{hint}") from None
     except GatedRepoError:
         raise PermissionError(f"{name}: its licence must be accepted on the hub first, then log in there") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"{unknown}: the hub has no such model, or it is private") from None
+        raise FileNotFoundError(f"{expected}: the hub has no such model, or it is private{hint}") from None
     except EntryNotFoundError:
-        raise FileNotFoundError(f"{unknown}: there is no config.json; an adapter is given as a folder") from None
+        raise FileNotFoundError(f"{expected}: there is no config.json; an adapter is given as a folder") from None
     except Exception as error:  # what a failed connection raises differs between versions of the hub's client
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
             log.info("the hub cannot be reached; %s is read from the local cache", name)
             return str(Path(cached).parent)
-        why = "is switched off" if isinstance(error, OfflineModeIsEnabled) else f"cannot be reached ({error})"
+        if isinstance(error, HfHubHTTPError):
+            why = f"answered with status {error.response.status_code}"
+        else:
+            why = "is switched off" if isinstance(error, OfflineModeIsEnabled) else f"cannot be reached ({error})"
         raise ConnectionError(
-            f"{unknown}: no such folder, not in the local cache, and the hub {why}; download it and name the folder"
+            f"{expected}: no such folder, not in the local cache, and the hub {why}; download it and name the "
+            f"folder{hint}"
         ) from None
     return name
+
+
+def _nearest(name: str) -> str:
+    """Return which name was probably meant: the embedded model's, or a folder's beside the one that was named."""
+    beside = Path(name).parent
+    folders = [str(path) for path in beside.iterdir() if path.is_dir()] if name.strip() and beside.is_dir() else []
+    near = difflib.get_close_matches(str(Path(name)), [TINY, *folders], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _one_line(error: Exception, most: int = 160) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + "…"
 
 
 @contextmanager

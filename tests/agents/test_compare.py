@@ -15,7 +15,7 @@ from ppg_agents import config as configs
 from ppg_agents.compare import engine, report
 from ppg_agents.compare import plan as plans
 from ppg_agents.compare import statistics as stats
-from ppg_agents.compare.cell import Result, fill, from_json, results, to_json
+from ppg_agents.compare.cell import Result, check, fill, from_json, results, to_json
 from ppg_agents.compare.plan import Job, Plan, jobs
 from ppg_agents.config import ConfigError
 
@@ -148,6 +148,14 @@ def test_the_table_ranks_tests_and_names_what_failed(tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 5_000
 
 
+def test_a_method_that_shares_no_seed_with_the_best_is_undecided() -> None:
+    cells = [Result(job("full", 0), 32, evaluation(0.5), 1, 1.0), Result(job("greedy", 1), 32, evaluation(0.3), 1, 1.0)]
+    assert [(row.method, row.verdict, row.to_best) for row in report.rows(cells)] == [
+        ("full", "best", None),
+        ("greedy", "undecided", None),
+    ]
+
+
 def tiny_jobs(sizes: tuple[int, ...] = (2, 4), classes: tuple[str, ...] = ("greedy",)) -> list[Job]:
     return jobs(Plan(classes=classes, sizes=sizes, seeds=(0,), settings=TINY), {"chatting": 2})
 
@@ -175,6 +183,9 @@ def test_a_nested_cell_is_the_short_run_and_a_longer_plan_goes_on_with_it(tmp_pa
     more = results(longer, tmp_path / "nested")
     assert [result.size for result in more] == [2, 4, 6]
     assert [result.evaluation for result in more[:2]] == [result.evaluation for result in found]
+    with pytest.raises(ConfigError, match=r"learning_rate: was 0.003, got 1.0; choose another --out"):
+        check(replace(longer, config={**longer.config, "learning_rate": 1.0}), tmp_path / "nested")
+    check(longer, tmp_path / "nested")
     with pytest.raises(ConfigError, match=r"learning_rate: was 0.003, got 1.0"):
         fill(replace(longer, config={**longer.config, "learning_rate": 1.0}), tmp_path / "nested")
     base = Job("base", "", "chatting", 0, (2, 4), configs.to_dict(configs.from_dict({**TINY, "iterations": 1})))

@@ -26,7 +26,7 @@ from ppg_agents.config import ConfigError, TrainConfig
         ({"lora": 3}, "lora: expected a table, got 3"),
         ({"segments": 3}, "segments: expected a list of int, got 3"),
         ({"offline": {"files": [1]}}, "offline.files[0]: expected str, got 1"),
-        ({"policy_class": "k_step"}, "expected one of 'full', 'greedy', 'k-step', 'segment', got 'k_step'"),
+        ({"policy_class": "k_step"}, "expected one of 'full', 'greedy', 'k-step', 'segment', 'auto', got 'k_step'"),
         ({"policy_class": "k_step"}, "did you mean 'k-step'?"),
         ({"policy_class": "k-step"}, "--lookahead"),
         ({"policy_class": "segment"}, "--segments"),

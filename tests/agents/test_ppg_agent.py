@@ -323,4 +323,4 @@ def test_refusals_and_registry(policy: Policy) -> None:
     assert "ppg" in agents()
     assert isinstance(make_agent("ppg", policy, credit.full), PPGAgent)
     with pytest.raises(ValueError, match="did you mean 'ppg'"):
-        make_agent("pgg")
+        make_agent("ppgg")

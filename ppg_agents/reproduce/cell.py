@@ -1,0 +1,104 @@
+"""One run of a figure, in a process of its own: ``python -m ppg_agents.reproduce.cell JOB.json FOLDER``.
+
+Trains what is not trained, then measures what the figure needs besides the cells, and leaves it beside the run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppg_agents.compare.cell import fill, results
+from ppg_agents.config import TrainConfig
+from ppg_agents.reproduce.plans import LENGTHS, STEPS, Measured, after, from_json, measurements
+from ppg_agents.runs import Run, RunError
+
+if TYPE_CHECKING:
+    from ppg_agents.generation import Sampler
+    from ppg_agents.policy import Policy
+
+
+def measure(job: Measured, folder: Path) -> None:
+    """Measure what is not measured yet, on the policy that the largest size has trained.
+
+    Raises:
+        RunError: Its checkpoint is not there.
+        ValueError, OSError: As evaluation raises them.
+    """
+    from ppg_agents.evaluate import evaluate
+    from ppg_agents.step_level import evaluate_steps
+
+    run = Run.open(folder)
+    lengths = measurements(job, folder, LENGTHS)
+    missing = [turns for turns in job.turns if str(turns) not in lengths]
+    steps = job.steps and not measurements(job, folder, STEPS)
+    if not missing and not steps:
+        return
+    policy, sampler = trained(job, run)
+    if steps:
+        base = untrained(run.config)
+        judged = evaluate_steps(policy, sampler, base, _sampler(base, run.config), run.config)
+        _keep(job, run, STEPS, judged.to_dict())
+    for turns in missing:
+        env = run.config.env
+        config = replace(run.config, env=replace(env, max_turns=turns, kwargs={**env.kwargs, "max_turns": turns}))
+        _keep(job, run, LENGTHS, {str(turns): evaluate(policy, sampler, config).to_dict()})
+
+
+def untrained(config: TrainConfig) -> Policy:
+    """Return the start of a run."""
+    from ppg_agents.building import load_policy
+
+    return load_policy(config)
+
+
+def trained(job: Measured, run: Run) -> tuple[Policy, Sampler]:
+    """Return what the largest size has trained.
+
+    Raises:
+        RunError: Its checkpoint is not there.
+    """
+    wanted = job.sizes[-1] // run.config.batch
+    found = dict(run.checkpoints()).get(wanted)
+    if found is None:
+        raise RunError(
+            f"expected checkpoint {wanted} in {run.folder}, got {[step for step, _ in run.checkpoints()] or 'none'}; "
+            "move the folder away to train it again"
+        )
+    policy = untrained(run.config)
+    run.load_checkpoint(found, policy.load_weights)
+    return policy, _sampler(policy, run.config)
+
+
+def _sampler(policy: Policy, config: TrainConfig) -> Sampler:
+    from ppg_agents.generation.hf import HFSampler
+
+    return HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
+
+
+def _keep(job: Measured, run: Run, name: str, found: dict[str, object]) -> None:
+    stored = run.read_json(name) or {}
+    run.write_json(name, {**stored, after(job): {**stored.get(after(job), {}), **found}})
+
+
+def main(job: str, folder: str) -> int:
+    """Train and measure; the process's exit code."""
+    import torch
+
+    from ppg_agents.train import Interrupted
+
+    order, place = from_json(Path(job).read_text(encoding="utf-8")), Path(folder)
+    try:
+        if len(results(order, place)) < len(order.sizes):
+            fill(order, place)
+        torch.set_num_threads(order.config.get("threads") or 1)
+        measure(order, place)
+    except (Interrupted, KeyboardInterrupt):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

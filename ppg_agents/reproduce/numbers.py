@@ -1,0 +1,271 @@
+"""Cells -> the numbers of a figure. Reads run folders and computes; draws and starts nothing.
+
+Intervals are 95% percentiles of one bootstrap over seeds and personas (`compare.statistics`).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from ppg_agents.compare.cell import Result, results
+from ppg_agents.compare.engine import folder_of
+from ppg_agents.compare.plan import Job
+from ppg_agents.compare.report import Row, rows, scores
+from ppg_agents.compare.statistics import Array, interval, mean_interval, resampled, weights
+from ppg_agents.reproduce.plans import LENGTHS, STEPS, measurements
+from ppg_agents.runs import Run, is_run
+
+ROLLOUT, STEP, UNTRAINED = "rollout", "step", "untrained"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of figures 2, 3 and 5.
+
+    Attributes:
+        domain: Where.
+        level: ``rollout`` or ``step``.
+        planning: The policy class in words, or ``untrained``.
+        k: Its lookahead; full planning's is the number of turns, 0 for the untrained model.
+        x: Turn, training conversations, or turns of a conversation: what the figure is drawn against.
+        value: Mean consistency, or its residual.
+        low: Of its interval.
+        high: Of its interval.
+        seeds: That it is the mean of.
+        personas: Held-out ones.
+        reachable: The best value that the environment says there is, NaN when unknown.
+    """
+
+    domain: str
+    level: str
+    planning: str
+    k: int
+    x: int
+    value: float
+    low: float
+    high: float
+    seeds: tuple[int, ...]
+    personas: int
+    reachable: float = math.nan
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a class stands among the others of a domain and size, for figure 4.
+
+    Attributes:
+        domain: Where.
+        x: Training conversations.
+        planning: The policy class in words.
+        k: Its lookahead.
+        share: Of the resamples in which it is the best; classes that tie share one.
+        best: Whether it has the highest mean.
+        not_worse: Whether its difference to the best may be chance (corrected p >= .05).
+        value: Mean consistency.
+        low: Of its interval.
+        high: Of its interval.
+        p: Corrected for all comparisons of the figure (Holm); NaN for the best.
+        seeds: That all classes have.
+    """
+
+    domain: str
+    x: int
+    planning: str
+    k: int
+    share: float
+    best: bool
+    not_worse: bool
+    value: float
+    low: float
+    high: float
+    p: float
+    seeds: tuple[int, ...]
+
+
+def cells(wanted: Iterable[Job], out: Path) -> list[Result]:
+    """Return the cells that are there."""
+    return [one for job in wanted for one in results(job, folder_of(job, out)) if one.size in job.sizes]
+
+
+def untrained(wanted: Iterable[Job], out: Path) -> list[Result]:
+    """Return what runs were before training, as cells of size 0; one run of each seed and domain."""
+    found: dict[tuple[str, int], Result] = {}
+    for job in wanted:
+        folder = folder_of(job, out)
+        before = Run.open(folder).evaluations().get("before") if is_run(folder) else None
+        if before is not None:
+            found.setdefault((job.domain, job.seed), Result(job, 0, before, 0, 0.0))
+    return list(found.values())
+
+
+def steps(wanted: Iterable[Job], out: Path) -> list[Result]:
+    """Return the step-level results that are there, as cells of the largest size."""
+    measured = ((job, measurements(job, folder_of(job, out), STEPS)) for job in wanted)
+    return [Result(job, job.sizes[-1], found, 0, 0.0) for job, found in measured if found]
+
+
+def lengths(wanted: Iterable[Job], out: Path) -> list[tuple[int, Result]]:
+    """Return (turns of a conversation, result) that are there, of the largest size."""
+    return [
+        (int(turns), Result(job, job.sizes[-1], found, 0, 0.0))
+        for job in wanted
+        for turns, found in measurements(job, folder_of(job, out), LENGTHS).items()
+    ]
+
+
+def lookahead(job: Job, turns: int) -> int:
+    """Return a class's K: full planning is as many steps as the conversation has turns; 0 for other classes."""
+    turns = job.config["env"].get("max_turns") or turns
+    return {"greedy": 1, "full": turns}.get(job.config["policy_class"], job.config.get("lookahead") or 0)
+
+
+def residuals(found: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -> tuple[list[Point], float]:
+    """Return figure 2: per turn, each class's consistency less the mean over the classes, scaled to [−1, 1].
+
+    The paper says of its figure 2 that the residual is scaled to [−1, 1]; how, is our definition [D]: the residual of
+    class k at turn t is ``PC[k, t] − mean over k' of PC[k', t]``, and all of them are divided by the largest absolute
+    value in the picture. Intervals resample seeds and personas, the same for all classes; the scale is taken as given.
+
+    Args:
+        found: Cells of one size by level, ``rollout`` or ``step``; of seeds that all classes of a domain have.
+        turns: Of a conversation, by domain.
+
+    Returns:
+        The points, and the scale: the consistency that 1 stands for.
+    """
+    points: list[Point] = []
+    for level, own in found.items():
+        for domain, methods in grouped(own).items():
+            methods = paired(methods)
+            if len(methods) < 2:
+                continue
+            played = [one.evaluation["personas"] for same in methods.values() for one in same]
+            n = max(len(row["judged"]) for personas in played for row in personas.values())
+            for turn in range(n):
+                points += _residuals(methods, domain, level, turn, turns[domain])
+    scale = max((abs(point.value) for point in points if math.isfinite(point.value)), default=0.0) or 1.0
+    scaled = [replace(p, value=p.value / scale, low=p.low / scale, high=p.high / scale) for p in points]
+    return scaled, scale
+
+
+def _residuals(methods: Mapping[str, list[Result]], domain: str, level: str, turn: int, turns: int) -> list[Point]:
+    scored = scores(methods, turn)
+    seeds, personas = next(iter(scored.values())).scores.shape
+    drawn = weights(seeds, personas)
+    means = np.array([one.mean for one in scored.values()])
+    again = np.stack([resampled(one, drawn) for one in scored.values()])
+    again -= again.mean(0)
+    made = []
+    for method, value, values in zip(methods, means - means.mean(), again, strict=True):
+        job = methods[method][0].job
+        own = tuple(one.job.seed for one in methods[method])
+        ends = interval(values)
+        made.append(Point(domain, level, method, lookahead(job, turns), turn + 1, float(value), *ends, own, personas))
+    return made
+
+
+def curves(found: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> list[Point]:
+    """Return figures 3 and 5: consistency against a number.
+
+    Args:
+        found: (what it is drawn against, cell); cells of size 0 are those of the untrained model.
+        turns: Of a conversation, by domain.
+    """
+    columns: dict[tuple[str, int], dict[str, list[Result]]] = {}
+    for x, one in found:
+        method = one.job.method if one.size else UNTRAINED
+        columns.setdefault((one.job.domain, x), {}).setdefault(method, []).append(one)
+    points = []
+    for (domain, x), methods in columns.items():
+        for method, scored in scores(methods).items():
+            own = methods[method]
+            known = [one.evaluation["reachable"] for one in own if one.evaluation["reachable"] is not None]
+            reachable = float(np.mean(known)) if known else math.nan
+            k = 0 if method == UNTRAINED else lookahead(own[0].job, turns[domain])
+            ends = mean_interval(scored)
+            some = scored.seeds, int((scored.judged.sum(0) > 0).sum())
+            points.append(Point(domain, ROLLOUT, method, k, x, scored.mean, *ends, *some, reachable))
+    order = list(dict.fromkeys(domain for domain, _ in columns))
+    return sorted(points, key=lambda point: (order.index(point.domain), point.k, point.x))
+
+
+def standings(found: Sequence[Result], turns: Mapping[str, int]) -> list[Standing]:
+    """Return figure 4: how often each class is the best after so many training conversations.
+
+    "Not worse" is `compare`'s verdict: the paired difference to the class with the highest mean, corrected over all
+    comparisons in the figure.
+    """
+    kept = [
+        one
+        for methods in (_of_size(found, key) for key in dict.fromkeys((one.job.domain, one.size) for one in found))
+        for results_of in paired(methods).values()
+        for one in results_of
+    ]
+    verdicts: dict[tuple[str, int, str], Row] = {(row.domain, row.size, row.method): row for row in rows(kept)}
+    made = []
+    for domain, size in dict.fromkeys((one.job.domain, one.size) for one in kept):
+        methods = _of_size(kept, (domain, size))
+        for method, share in zip(methods, shares(methods), strict=True):
+            row, own = verdicts[domain, size, method], methods[method]
+            k, seeds = lookahead(own[0].job, turns[domain]), tuple(one.job.seed for one in own)
+            p = math.nan if row.to_best is None else row.to_best.p
+            stands = (row.verdict == "best", row.verdict != "worse", row.mean, *row.ci95, p, seeds)
+            made.append(Standing(domain, size, method, k, float(share), *stands))
+    order = list(dict.fromkeys(one.domain for one in made))
+    return sorted(made, key=lambda one: (order.index(one.domain), one.x, one.k))
+
+
+def shares(methods: Mapping[str, Sequence[Result]]) -> Array:
+    """Return the share of the resamples in which each method is the best, [methods]; they sum to 1."""
+    scored = scores(methods)
+    drawn = weights(*next(iter(scored.values())).scores.shape)
+    means = np.stack([resampled(one, drawn) for one in scored.values()])
+    means = means[:, np.isfinite(means).all(0)]
+    first = means >= means.max(0) - 1e-12
+    share: Array = (first / first.sum(0)).mean(1)
+    return share
+
+
+def grouped(found: Iterable[Result]) -> dict[str, dict[str, list[Result]]]:
+    """Return cells by domain and method."""
+    domains: dict[str, dict[str, list[Result]]] = {}
+    for one in found:
+        domains.setdefault(one.job.domain, {}).setdefault(one.job.method, []).append(one)
+    return domains
+
+
+def paired(methods: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """Return the cells of the seeds that all methods have, in one order."""
+    common = set.intersection(*({one.job.seed for one in own} for own in methods.values()))
+    kept = {method: [one for one in own if one.job.seed in common] for method, own in methods.items()}
+    return {method: sorted(own, key=lambda one: one.job.seed) for method, own in kept.items() if own}
+
+
+def _of_size(found: Iterable[Result], key: tuple[str, int]) -> dict[str, list[Result]]:
+    return grouped(one for one in found if (one.job.domain, one.size) == key).get(key[0], {})
+
+
+def to_csv(table: Sequence[Point | Standing], x: str) -> str:
+    """Return numbers as CSV; ``x`` names what they are drawn against, what is unknown is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [field.name for field in fields(table[0])] if table else []
+    writer.writerow([{"planning": "class", "k": "K", "x": x}.get(name, name) for name in names])
+    for row in table:
+        writer.writerow([_plain(value) for value in astuple(row)])
+    return text.getvalue()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    if isinstance(value, float):
+        return "" if math.isnan(value) else round(value, 6)
+    return value

@@ -1,0 +1,178 @@
+"""The files of a figure: the picture and its numbers, from the runs that are there. Starts no run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ppg_agents.compare.cell import Result, finished
+from ppg_agents.compare.engine import failure, folder_of
+from ppg_agents.compare.plan import Job, config_of
+from ppg_agents.compare.report import rows
+from ppg_agents.reproduce import numbers, tables
+from ppg_agents.reproduce.plans import Request
+from ppg_agents.runs import RunError
+
+Wanted = Mapping[Path, Sequence[Job]]
+
+
+def write(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    """Write a figure's files.
+
+    Args:
+        request: What is drawn.
+        wanted: Its runs, by the folder that keeps them.
+        turns: Of a conversation, by domain.
+        out: Where to write.
+
+    Returns:
+        The files.
+
+    Raises:
+        RunError: Nothing has been measured yet.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    make = {"fig2": _fig2, "fig3": _fig3, "fig4": _fig4, "fig5": _fig5, "table": _table}[request.figure]
+    return make(request, wanted, turns, out)
+
+
+def lost(wanted: Wanted) -> dict[str, str]:
+    """Return why runs failed, by name."""
+    return {job.name: why for place, jobs in wanted.items() for job in jobs if (why := failure(job, place))}
+
+
+def _fig2(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    size = max(request.sizes)
+    levels = {
+        numbers.ROLLOUT: [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)],
+        numbers.STEP: [one for place, jobs in wanted.items() for one in numbers.steps(jobs, place)],
+    }
+    found = {level: [one for one in own if one.size == size] for level, own in levels.items()}
+    points, scale = numbers.residuals(found, turns)
+    _need(points, request, out)
+    from ppg_agents.reproduce.figures import draw_residuals
+
+    title = f"Figure 2: residual of persona consistency against the step, after {size:,} training conversations"
+    caption = (
+        "Residual (our definition): a class's consistency at a turn less the mean over the classes at that turn, "
+        f"divided by the largest absolute value in the picture, {scale:.3f}. Rollout-level: the policy plays the whole "
+        "conversation. Step-level (our definition): the untrained model plays up to the turn, the policy speaks there."
+    )
+    draw_residuals(points, scale, out / "fig2.png", **_words(request, wanted, title, caption, _seeds(points)))
+    return _csv(points, out, "fig2", "turn")
+
+
+def _fig3(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    found = [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)]
+    before = [one for place, jobs in wanted.items() for one in numbers.untrained(jobs, place)]
+    points = numbers.curves([(one.size, one) for one in (*found, *before)], turns)
+    _need(found, request, out)
+    from ppg_agents.reproduce.figures import draw_curves
+
+    title = "Figure 3: persona consistency against the number of training conversations"
+    caption = "Rollout-level, held-out personas. One run per class and seed, evaluated on its way."
+    words = _words(request, wanted, title, caption, _seeds(points))
+    draw_curves(points, out / "fig3.png", xlabel="training conversations", **words)
+    return _csv(points, out, "fig3", "conversations")
+
+
+def _fig4(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    found = [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)]
+    table = numbers.standings(found, turns)
+    _need(table, request, out)
+    from ppg_agents.reproduce.figures import draw_standings
+
+    title = "Figure 4: the best lookahead K against the number of training conversations"
+    caption = (
+        "Shade and number: share of bootstrap resamples in which K is the best. Bold in a thick frame: highest mean. "
+        "Thin frame: not significantly worse (paired, Holm-corrected over the figure, 5%). Full planning is K = turns."
+    )
+    words = _words(request, wanted, title, caption, [one.seeds for one in table])
+    draw_standings(table, out / "fig4.png", **words)
+    return _csv(table, out, "fig4", "conversations")
+
+
+def _fig5(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    size = max(request.sizes)
+    found: list[tuple[int, Result]] = []
+    for place, jobs in wanted.items():
+        trained = [one for one in numbers.cells(jobs, place) if one.size == size]
+        if request.train_turns:
+            length = {job.name: config_of(job).env.max_turns or turns[job.domain] for job in jobs}
+            found += [(length[one.job.name], one) for one in trained]
+        else:
+            others = [(n, one) for n, one in numbers.lengths(jobs, place) if n in request.turns]
+            found += others + [(n, one) for one in trained if (n := turns[one.job.domain]) not in request.turns]
+    points = numbers.curves(found, turns)
+    _need(points, request, out)
+    from ppg_agents.reproduce.figures import draw_curves
+
+    how = "each length" if request.train_turns else "the domain's own length alone"
+    title = f"Figure 5: mean persona consistency by turns of a conversation; policies trained on {how}"
+    caption = f"After {size:,} training conversations; rollout-level, held-out personas."
+    if not request.train_turns:
+        own = ", ".join(f"{domain} {turns[domain]}" for domain in request.domains)
+        caption += f" Trained on conversations of {own} turns; only the evaluation is longer or shorter."
+    words = _words(request, wanted, title, caption, _seeds(points))
+    draw_curves(points, out / "fig5.png", xlabel="turns of a conversation", **words)
+    return _csv(points, out, "fig5", "turns")
+
+
+def _table(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
+    size = max(request.sizes)
+    jobs = [job for own in wanted.values() for job in own]
+    found = [one for place, own in wanted.items() for one in numbers.cells(own, place) if one.size == size]
+    _need(found, request, out)
+    why = lost(wanted)
+    table = rows(found)
+    failed = tables.failed_methods(jobs, table, why)
+    words = _words(
+        request,
+        wanted,
+        f"Persona consistency after {size:,} training conversations",
+        "Bold: the best of a domain, and what is not significantly worse (paired, Holm-corrected over the table, 5%).",
+        [tuple(range(row.seeds)) for row in table],
+    )
+    text = f"### {words['title']}\n\n{tables.to_markdown(table, failed, why)}\n{words['caption']}\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "table.csv").write_text(tables.to_long_csv(table, failed, size), encoding="utf-8")
+    return [out / "table.md", out / "table.csv"]
+
+
+def _seeds(points: Sequence[numbers.Point]) -> list[tuple[int, ...]]:
+    return [point.seeds for point in points]
+
+
+def _words(
+    request: Request, wanted: Wanted, title: str, caption: str, seeds: Sequence[tuple[int, ...]]
+) -> dict[str, str]:
+    """Return title and caption, with what the numbers rest on."""
+    config = next(config_of(job) for jobs in wanted.values() for job in jobs)
+    counts = sorted({len(own) for own in seeds})
+    count = "1 seed" if counts == [1] else "–".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " seeds"
+    runs = [(job, folder_of(job, place)) for place, jobs in wanted.items() for job in jobs]
+    there = sum(finished(job, folder) for job, folder in runs)
+    if request.quick:
+        span = f"{min(request.sizes):,}–{max(request.sizes):,}"
+        title = f"QUICK LOOK ({count}, {span} conversations). {title}"
+    if there < len(runs):
+        title = f"UNFINISHED ({there} of {len(runs)} runs). {title}"
+    caption += (
+        f" Model {Path(config.model).name}; {count}; {config.evaluation.conversations} held-out conversations per "
+        "evaluation; intervals: 95%, bootstrap over seeds and personas."
+    )
+    if counts[0] == 1:
+        caption += " Where there is one seed, they say nothing about training."
+    return {"title": title, "caption": caption}
+
+
+def _csv(table: Sequence[numbers.Point | numbers.Standing], out: Path, name: str, x: str) -> list[Path]:
+    (out / f"{name}.csv").write_text(numbers.to_csv(table, x), encoding="utf-8")
+    return [out / f"{name}.png", out / f"{name}.csv"]
+
+
+def _need(found: Sequence[object], request: Request, out: Path) -> None:
+    if not found:
+        raise RunError(
+            f"expected runs to draw {request.figure} from in {out}, got none that is finished; see {out}/cells/*.txt"
+        )

@@ -1,0 +1,531 @@
+"""Every alternative by its name: what it shares with the partial policy gradient, that it learns, what it refuses."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from ppg_agents import config as configs
+from ppg_agents import credit
+from ppg_agents import train as training
+from ppg_agents.agents import ALTERNATIVES, make_agent
+from ppg_agents.agents.methods import METHODS
+from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.step import trained_tokens
+from ppg_agents.branching import branch_point, play_pairs
+from ppg_agents.config import ConfigError
+from ppg_agents.generation.hf import HFSampler
+from ppg_agents.policy import Policy
+from ppg_agents.rollout import collect
+from ppg_agents.trajectory import Trajectory, Turn, batch, read_jsonl
+
+Make = Callable[..., Policy]
+LEARNING = [name for name in ALTERNATIVES if METHODS[name].learns]
+FULL = {"sft": credit.full, "ppo": credit.full, "bi-level-gae": credit.full}
+CLASSES = {"full": credit.full, "greedy": credit.greedy, "2-step": lambda n: credit.k_step(n, 2)}
+
+
+def played(policy: Policy, turns: list[int], seed: int = 0) -> list[Trajectory]:
+    """Return conversations of random tokens and rewards as this policy sampled them; neighbours share a persona."""
+    random = np.random.default_rng(seed)
+
+    def one_turn() -> Turn:
+        prompt, tokens = random.integers(0, 256, 5), random.integers(0, 256, int(random.integers(1, 6)))
+        ids = (*tokens.tolist(), policy.end_of_turn_id)
+        return Turn("m", "r", tuple(prompt.tolist()), ids, (0.0,) * len(ids), float(random.random()))
+
+    found = []
+    for b, n in enumerate(turns):
+        own = tuple(one_turn() for _ in range(n))
+        if b % 2 and own and found[-1].turns:  # pairs begin alike
+            own = (replace(own[0], prompt_ids=found[-1].turns[0].prompt_ids), *own[1:])
+        found.append(Trajectory(f"i{b // 2}", "p", "d", None, own, True, False))
+    return sampled(policy, found)
+
+
+def sampled(policy: Policy, trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Return the conversations with the policy's own log-probs and version."""
+    data = batch(trajectories, policy.pad_id)
+    with torch.no_grad():
+        scores = policy.log_probs(data.ids, data.attention, data.token_mask)
+    return [
+        replace(
+            trajectory,
+            turns=tuple(
+                replace(turn, log_probs=tuple(row[s.start : s.end].tolist()), policy_version=policy.version)
+                for turn, s in zip(trajectory.turns, trajectory.spans(), strict=True)
+            ),
+        )
+        for trajectory, row in zip(trajectories, scores, strict=True)
+    ]
+
+
+def agent_of(name: str, policy: Policy, mask: Any = None, **options: Any) -> Any:
+    mask = mask or FULL.get(name, credit.greedy)
+    return make_agent(name, policy, mask, **{"learning_rate": 0.0, "max_grad_norm": 1e9, **options})
+
+
+def gradient(name: str, policy: Policy, trajectories: list[Trajectory], mask: Any = None, **options: Any) -> Any:
+    metrics = agent_of(name, policy, mask, **options).learn(trajectories)
+    policy.version = 0
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), metrics
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Sampling log-probs are kept in float32: w = 1 up to 1e-6."""
+    assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.fixture(scope="module")
+def double() -> Policy:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    spec = spec_from_file_location("toys", Path(__file__).parent / "conftest.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    toys = module_from_spec(spec)
+    spec.loader.exec_module(toys)
+    policy: Policy = toys.make_policy(dtype=torch.float64)
+    return policy
+
+
+@pytest.mark.parametrize("mask", CLASSES.values(), ids=CLASSES)
+def test_at_the_sampling_policy_all_losses_take_the_step_of_ppg(double: Policy, mask: Any) -> None:
+    conversations = played(double, [3, 3, 2, 1])
+    expected, _ = gradient("ppg", double, conversations, mask, baseline="batch-mean")
+    for name in ("reinforce", "cispo", "sapo", "dispo", "rpg-forward-u", "rpg-reverse-u-reinforce", "rpg-reverse-u"):
+        close(gradient(name, double, conversations, mask)[0], expected)
+    for form in ("differentiable", "reinforce"):
+        for divergence in ("forward", "reverse"):
+            options: dict[str, Any] = {"divergence": divergence, "form": form, "beta": 0.0, "ratio": "reply"}
+            close(gradient("rpg", double, conversations, mask, **options)[0], expected)
+    expected, _ = gradient("ppg", double, conversations, mask, baseline="leave-one-out")
+    for ratio in ("reply", "token"):
+        close(gradient("rloo", double, conversations, mask, ratio=ratio)[0], expected)
+    pair = conversations[:2]
+    close(2 * gradient("dr-grpo", double, pair, mask)[0], gradient("rloo", double, pair, mask)[0])
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_one_step_prefers_the_better_reply(name: str, make_policy: Make) -> None:
+    policy = make_policy()
+    pair = played(policy, [1, 1, 1, 1])
+    pair = [
+        replace(t, turns=tuple(replace(turn, reward=float(b % 2 == 0)) for turn in t.turns)) for b, t in enumerate(pair)
+    ]
+
+    def preference() -> float:
+        data = batch(pair, policy.pad_id)
+        with torch.no_grad():
+            scores = policy.log_probs(data.ids, data.attention, data.token_mask).sum(1)
+        return float(scores[::2].sum() - scores[1::2].sum())
+
+    before = preference()
+    metrics = agent_of(name, policy, learning_rate=1e-3, max_grad_norm=1.0).learn(pair)
+    assert preference() > before + 1e-3
+    assert (metrics["policy_version"], metrics["staleness_max"]) == (1, 0)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_micro_batches_and_unjudged_turns_change_nothing(name: str, double: Policy) -> None:
+    conversations = played(double, [3, 3, 2, 2, 3, 1])
+    last = conversations[0].turns[2]
+    silent = [replace(conversations[0], turns=(*conversations[0].turns[:2], replace(last, reward=math.nan)))]
+    silent = [*silent, *conversations[1:]]
+    options: dict[str, Any] = {"steps_per_batch": 1}
+    whole, _ = gradient(name, double, silent, **options)
+    assert float(whole.abs().max()) > 0
+    parts, _ = gradient(name, double, silent, **options, micro_batch_tokens=60)
+    torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    words = (1, *last.token_ids[1:])
+    other = replace(silent[0], turns=(*silent[0].turns[:2], replace(last, reward=math.inf, token_ids=words)))
+    torch.testing.assert_close(gradient(name, double, [other, *silent[1:]], **options)[0], whole, rtol=1e-9, atol=1e-12)
+
+
+class Rank:
+    """One of several workers in threads: what they gather meets in a list that they share."""
+
+    sharded = False
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.size, self.main = rank, size, rank == 0
+        self._meeting, self._table = meeting, table
+
+    def gather(self, objects: list[Any]) -> list[Any]:
+        self._table[self.rank] = objects
+        self._meeting.wait(60)
+        found = [x for part in self._table for x in part]
+        self._meeting.wait(60)
+        return found
+
+    def sum_number(self, x: float) -> float:
+        return float(sum(self.gather([x])))
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        own = list(parameters)
+        every = self.gather([[None if p.grad is None else p.grad.clone() for p in own]])
+        for p, grads in zip(own, zip(*every, strict=True), strict=True):
+            there = [g for g in grads if g is not None]
+            p.grad = torch.stack(there).sum(0) if there else None
+
+
+TEAM: list[tuple[str, dict[str, Any]]] = [
+    ("sft", {"keep": 0.5}),
+    ("grpo", {"kl_coefficient": 0.1, "aggregation_of_source": True}),
+    ("dapo", {"dynamic_sampling": True, "aggregation_of_source": True}),
+    ("reinforce++", {"whiten": "tokens", "group_mean": True, "kl_coefficient": 0.1}),
+    ("empg", {"zeta": 0.1}),
+    ("rebn", {}),
+    ("ppo", {"aggregation": "token_mean"}),
+    ("ppo", {"credit": "class"}),
+    ("bi-level-gae", {"credit": "class", "lam": 0.9}),
+    ("a-lol", {"value": "head", "variant": "kl"}),
+    ("p3o", {"kl_coefficient": 0.1}),
+    ("copg", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), TEAM, ids=[f"{name}-{i}" for i, (name, _) in enumerate(TEAM)])
+def test_two_workers_take_the_step_of_one(name: str, options: dict[str, Any], make_policy: Make) -> None:
+    policies = [make_policy(dtype=torch.float64) for _ in range(3)]
+    conversations = played(policies[0], [3, 2, 1, 3, 2, 2])
+    silent = replace(conversations[5].turns[1], reward=math.nan)
+    conversations[5] = replace(conversations[5], turns=(conversations[5].turns[0], silent))
+    options = {**options, "max_grad_norm": 1.0, "steps_per_batch": 2, "learning_rate": 1e-4}
+    whole, alone = gradient(name, policies[0], conversations, **options)
+    meeting, table = threading.Barrier(2), [None] * 2
+
+    def work(rank: int) -> Any:
+        own = [conversations[:2], conversations[2:]][rank]
+        try:
+            return gradient(name, policies[1 + rank], own, **options, workers=Rank(rank, 2, meeting, table))
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(2) as pool:
+        for got, metrics in pool.map(work, range(2)):
+            torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-9)
+            assert metrics.keys() == alone.keys()
+            same = {k: v for k, v in alone.items() if k != "padding"}
+            assert {k: metrics[k] for k in same} == pytest.approx(same, rel=1e-5, abs=1e-7)
+
+
+def test_statistics_are_of_what_was_judged(double: Policy) -> None:
+    conversations = played(double, [3, 3, 3, 3])
+    agent = agent_of("rebn", double)
+    data = batch(conversations, double.pad_id)
+    whole = agent._whole(conversations, data)
+    turns = agent._turns(data, whole, whole.credit, 1.0)
+    advantage = agent.method.advantage(turns, agent.options)
+    assert float(advantage.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(advantage.std(correction=0)) == pytest.approx(1)
+    assert int(turns.lengths.sum()) == int(trained_tokens(data).sum())
+    entropy = agent_of("empg", double)._turns(data, whole, whole.credit, 1.0).entropy
+    logits = double.model(input_ids=data.ids[:1]).logits[0].double().log_softmax(-1)
+    span = conversations[0].spans()[1]
+    of_turn = [-(logits[i - 1].exp() * logits[i - 1]).sum().detach() for i in range(span.start, span.end)]
+    assert float(entropy[0, 1]) == pytest.approx(float(torch.stack(of_turn).mean()), rel=1e-5)
+
+
+def test_what_is_kept() -> None:
+    keep = METHODS["sft"].keep
+    assert keep is not None
+    whole: Any = type("Batch", (), {})()
+    whole.rewards = np.array([[0.2, math.nan], [0.9, 0.1], [0.8, 0.8], [math.nan, math.nan], [0.8, 0.8]])
+    whole.valid = np.isfinite(whole.rewards)
+    assert keep(whole, {"keep": 0.25}).tolist() == [False, False, True, False, False]
+    assert keep(whole, {"keep": 0.5}).tolist() == [False, False, True, False, True]
+
+
+def test_a_second_step_moves_the_ratio_and_what_is_clipped_is_counted(make_policy: Make) -> None:
+    conversations = played(make_policy(), [2, 2, 2, 2])
+    options: dict[str, Any] = {"learning_rate": 0.02, "max_grad_norm": 1.0}
+    once = agent_of("grpo", make_policy(), **options).learn(conversations)
+    assert (once["clip_fraction"], once["policy_version"]) == (0, 1)
+    assert once["ratio_max"] == pytest.approx(1, abs=1e-4)
+    twice = agent_of("grpo", make_policy(), steps_per_batch=2, **options).learn(conversations)
+    assert twice["clip_fraction"] > 0.2
+    assert twice["ratio_max"] > 1.2
+    assert (twice["policy_version"], twice["log_prob_gap_max"]) == (2, once["log_prob_gap_max"])
+    weighed = agent_of("ppg", make_policy(), steps_per_batch=2, importance="turn", **options).learn(conversations)
+    assert weighed["importance_ess"] < 1
+    with pytest.raises(ValueError, match="set importance to 'turn' or 'token'"):
+        PPGAgent(make_policy(), credit.full, steps_per_batch=2)
+    with pytest.raises(ValueError, match="set importance to 'turn' or 'token'"):
+        agent_of("reinforce", make_policy(), steps_per_batch=2)
+
+
+def test_a_divergence_is_measured_and_pulls(double: Policy) -> None:
+    conversations = played(double, [2, 2, 2, 2])
+    for name in ("reinforce", "grpo", "rloo"):
+        free, without = gradient(name, double, conversations)
+        pulled, metrics = gradient(name, double, conversations, kl_coefficient=0.5)
+        assert "kl" not in without
+        assert math.isfinite(metrics["kl"])
+        assert float((pulled - free).abs().max()) > 1e-3
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("grpo", {"clip_lo": 0.1}, r"an option of 'grpo' \(clip_low, .*, got 'clip_lo'; did you mean 'clip_low'"),
+    ("base", {"clip_low": 0.1}, r"an option of 'base' \(none\)"),
+    ("grpo", {"clip_low": "small"}, "clip_low: expected float, got 'small'"),
+    ("grpo", {"clip_low": 2.0}, "clip_low in"),
+    ("grpo", {"baseline": "none"}, "expected baseline = 'batch-mean', got 'none': its advantage has a baseline"),
+    ("cispo", {"importance": "turn"}, "expected importance = 'none', got 'turn'"),
+    ("cispo", {"max_weight": 0.5}, "max_weight >= 1"),
+    ("rpg", {"divergence": "reverse-u"}, "expected one of .*, got 'reverse-u'; did you mean 'reverse_u'"),
+    ("rpg-forward", {"divergence": "reverse"}, "an option of 'rpg-forward'"),
+    ("rpg-forward", {"kl_to_go": True}, "no kl_to_go"),
+    ("rpg", {"kl_coefficient": 0.1}, "expected kl_coefficient = 0.0"),
+    ("base", {"steps_per_batch": 2}, "takes no step"),
+    ("best-of-n", {"n": 0}, "n >= 1"),
+    ("sft", {"keep": 0.0}, r"keep in \(0, 1\]"),
+    ("sft", {"mask": credit.greedy}, "leave out --policy-class"),
+    ("dr-grpo", {"aggregation_of_source": True}, "expected a sampler"),
+    ("dapo", {"aggregation_of_source": True, "aggregation": "turn_mean"}, "got both"),
+    ("reinforce", {"steps_per_batch": 2}, "set importance"),
+    ("ppo", {"mask": credit.greedy}, "set agent_options.credit=class"),
+    ("ppo", {"discount": 0.9}, "token_discount"),
+    ("ppo", {"value_learning_rate": 0.0}, "value_learning_rate > 0"),
+    ("ppo", {"baseline": "none"}, "a baseline of its own"),
+    ("a-lol", {"clip": 1.5}, "clip in"),
+    ("copg", {"beta": 0.0}, "beta > 0"),
+    ("p3o", {"aggregation": "token_mean"}, "no sum over tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "message"), WRONG, ids=[f"{w[0]}-{next(iter(w[1]))}" for w in WRONG])
+def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str, double: Policy) -> None:
+    with pytest.raises(ValueError, match=message):
+        agent_of(name, double, **{"n_turns": 3, **options})
+
+
+def test_a_persona_alone_and_logged_words_are_refused(policy: Policy) -> None:
+    conversations = played(policy, [2, 2])
+    alone = [replace(t, instruction=f"alone {b}") for b, t in enumerate(conversations)]
+    for name in ("rloo", "grpo", "dr-grpo", "dapo"):
+        with pytest.raises(ValueError, match=r"at least 2 with each, got 1 with 'alone 0'; add --set group=4"):
+            agent_of(name, policy).learn(alone)
+    with pytest.raises(ValueError, match="learns from its own samples only"):
+        agent_of("grpo", policy).learn_offline(conversations)
+    assert agent_of("sft", policy, learning_rate=0.01).learn_offline(conversations)["conversations_kept"] == 1
+
+
+@pytest.mark.parametrize("name", ["reinforce", "empg", "ppo", "copg"])
+def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(name: str, make_policy: Make, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"learning_rate": 0.01, "max_grad_norm": 1.0, "n_turns": 3}
+    agent = agent_of(name, make_policy(), **options)
+    for i in range(2):
+        agent.learn(played(agent.policy, [3, 2, 3, 3], seed=i))
+    agent.save(tmp_path)
+    assert {f.suffix for f in tmp_path.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    twin = agent_of(name, make_policy(), **options)
+    twin.load(tmp_path)
+    conversations = played(agent.policy, [3, 2, 3, 3], seed=2)
+    assert twin.learn(conversations) == agent.learn(conversations)
+    for a, b in zip(agent.policy.parameters(), twin.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+    if name == "ppo":
+        assert torch.equal(agent.head.weight, twin.head.weight)
+        assert bool(agent.head.weight.any())
+
+
+def test_a_value_head_learns_the_credit_and_is_its_baseline(make_policy: Make, double: Policy) -> None:
+    conversations = played(double, [3, 3, 2, 3])
+    expected, _ = gradient("ppg", double, conversations, credit.full, baseline="none")
+    heads: list[tuple[str, dict[str, Any]]] = [("ppo", {"credit": "class"}), ("ppo", {}), ("bi-level-gae", {})]
+    for options in ({}, {"credit": "class"}):  # a head that says 0 is no baseline: every token has its turn's credit
+        close(gradient("ppo", double, conversations, credit.full, whiten=False, **options)[0], expected)
+    close(gradient("bi-level-gae", double, conversations, credit.full, whiten=False)[0], expected)
+    conversations = played(make_policy(), [3, 3, 2, 3])
+    for name, options in (*heads, ("a-lol", {"value": "head"})):
+        agent = agent_of(name, make_policy(), credit.full, value_learning_rate=0.03, value_clip=0.0, **options)
+        losses = []
+        for _ in range(12):
+            losses.append(agent.learn(conversations)["value_loss"])
+            agent.policy.version = 0
+        assert losses[-1] < 0.5 * losses[0], name
+
+
+def test_a_conversation_that_was_cut_goes_on_with_the_value_of_its_end(double: Policy) -> None:
+    conversations = played(double, [2, 2])
+    agent = agent_of("ppo", double, credit.full, whiten=False)
+    agent.head.bias.data.fill_(3.0)
+
+    def advantages(truncated: bool) -> Any:
+        cut = [replace(t, truncated=truncated, terminated=not truncated) for t in conversations]
+        data = batch(cut, double.pad_id)
+        agent._cut = [t.truncated for t in cut]
+        return agent._per_token(data, agent._whole(cut, data), agent.head)[trained_tokens(data).numpy()]
+
+    np.testing.assert_allclose(advantages(True) - advantages(False), 3.0, rtol=1e-6)
+
+
+def test_p3o_is_leave_one_out_and_copg_is_refuel(double: Policy) -> None:
+    conversations = played(double, [3, 3, 3, 3])
+    expected, _ = gradient("ppg", double, conversations, credit.greedy, baseline="leave-one-out")
+    got, metrics = gradient("p3o", double, conversations)
+    close(got, expected)
+    assert metrics["pairs_dropped"] == 0
+    branch = [replace(t, turns=t.turns[:1]) for t in conversations]  # their first replies share a history, and no other
+    close(gradient("p3o", double, branch)[0], gradient("ppg", double, branch, baseline="leave-one-out")[0])
+    for eta in (1.0, 0.5):
+        trained, _ = gradient("refuel", double, conversations, eta=eta)
+        close(trained, 4 * eta * gradient("p3o", double, branch)[0])  # at the sampling policy u = 0
+
+
+def test_a_pair_that_does_not_share_its_history_is_dropped(double: Policy) -> None:
+    conversations = played(double, [2, 2, 2, 2])
+    other = replace(conversations[1].turns[0], prompt_ids=(1, 2, 3))
+    parted = [conversations[0], replace(conversations[1], turns=(other, *conversations[1].turns[1:]))]
+    same = [conversations[2], conversations[2]]
+    assert branch_point(*conversations[:2]) == 0
+    assert (branch_point(*parted), branch_point(*same)) == (None, None)
+    alone, _ = gradient("refuel", double, conversations[:2])
+    got, metrics = gradient("refuel", double, [*conversations[:2], *sampled(double, parted), *same])
+    assert metrics["pairs_dropped"] == 2
+    close(3 * got, alone)
+    with pytest.raises(ValueError, match="expected pairs of conversations with one persona"):
+        gradient("copg", double, [*conversations[1:], conversations[0]])
+
+
+@pytest.mark.parametrize("partner", ["same", "moody"])
+def test_a_second_conversation_shares_the_history_of_the_first(partner: str, policy: Policy, toy_envs: Any) -> None:
+    sampler = HFSampler(policy, max_new_tokens=6)
+    envs = toy_envs(*[{"turns": 4}] * 8)
+    seeds = [seed for seed in range(8) for _ in range(2)]
+    calls = iter(range(2))
+
+    def play(sampler: Any, seeds: Any) -> list[Trajectory]:
+        offset = 100 * next(calls) if partner == "moody" else 0
+        generator = torch.Generator().manual_seed(len(seeds) + offset)
+        return collect(envs, policy, sampler, [seed + offset for seed in seeds], generator)
+
+    rng = np.random.default_rng(0)
+    turns = np.random.default_rng(0).integers(np.full(8, 4))
+    pairs = play_pairs(play, sampler, seeds, rng, policy.end_of_turn_id)
+    points = [branch_point(one, two) for one, two in zip(pairs[::2], pairs[1::2], strict=True)]
+    if partner == "moody":
+        assert points == [None] * 8
+        return
+    parted = 0
+    for one, two, h, at in zip(pairs[::2], pairs[1::2], turns, points, strict=True):
+        assert one.turns[:h] == two.turns[:h]
+        assert one.persona == two.persona
+        if at is not None:
+            assert at >= h
+            parted += 1
+    assert parted >= 6
+    agent = PPGAgent(policy, credit.full, baseline="none")
+    assert agent.learn(pairs)["log_prob_gap_max"] < 1e-4  # what followed was sampled after the whole history
+
+
+class Vowels(gym.Env[dict[str, str], str]):
+    """Asks twice and likes vowels; what it says next depends on what it drew."""
+
+    def __init__(self) -> None:
+        text = gym.spaces.Text(500)
+        self.observation_space = gym.spaces.Dict({"instruction": text, "message": text})
+        self.action_space = text
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.turn, self.persona = 0, f"p{int(self.np_random.integers(3))}"
+        return self.seen(), {"persona": self.persona}
+
+    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.turn += 1
+        reward = (sum(letter in "aeiou" for letter in action) + float(self.np_random.random())) / (len(action) + 1)
+        return self.seen(), reward, self.turn == 2, False, {"persona": self.persona}
+
+    def seen(self) -> dict[str, str]:
+        return {"instruction": f"Be {self.persona}.", "message": f"{int(self.np_random.integers(100))}?"}
+
+
+@pytest.fixture
+def settings(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return the settings of a small run; the model comes from memory, and nothing is drawn."""
+    if "AlternativeVowels-v0" not in gym.registry:
+        gym.register("AlternativeVowels-v0", entry_point=Vowels)
+    monkeypatch.setattr(training, "curve", lambda run: None)
+    monkeypatch.setattr(training, "load_policy", lambda config: deepcopy(policy))
+    return {
+        "policy_class": "greedy",
+        "iterations": 2,
+        "batch": 4,
+        "group": 2,
+        "schedule": "constant",
+        "learning_rate": 0.01,
+        "env": {"id": "AlternativeVowels-v0", "max_turns": 2},
+        "sampling": {"max_new_tokens": 3},
+        "evaluation": {"conversations": 0},
+    }
+
+
+def test_every_agent_trains_or_says_why_not(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "save_checkpoint", lambda *unused: None)
+    for name in ALTERNATIVES:
+        config = configs.from_dict({**settings, "agent": name})
+        if name in FULL:  # takes no other class, or only when it is told to
+            with pytest.raises(ConfigError, match=r"expected the policy class 'full'.*(credit=class|--policy-class)"):
+                training.train(config, tmp_path / name)
+            options = {"credit": "class"} if METHODS[name].credit else {}
+            changed = {"agent_options": options} if options else {"policy_class": "full"}
+            config = configs.from_dict({**settings, "agent": name, **changed})
+        run = training.train(config, tmp_path / name)
+        versions = [m["policy_version"] for m in run.metrics()]
+        assert versions == ([1, 2] if METHODS[name].learns else [0, 0]), name
+
+
+@pytest.mark.parametrize("agent", ["ppo", "refuel"])
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(agent: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"agent": agent, "policy_class": "full", "steps_per_batch": 2}
+    whole = training.train(configs.from_dict(settings), tmp_path / "whole")
+    training.train(configs.from_dict({**settings, "iterations": 1}), tmp_path / "parts")
+    parts = training.train(configs.from_dict(settings), tmp_path / "parts", resume=True)
+    assert parts.trajectories_file.read_text() == whole.trajectories_file.read_text()
+    for line, expected in zip(parts.metrics(), whole.metrics(), strict=True):
+        assert {k: v for k, v in line.items() if "seconds" not in k} == {
+            k: v for k, v in expected.items() if "seconds" not in k
+        }
+    files = ["adapter_model.safetensors", "optimizer.safetensors", *(["value_head.safetensors"] * (agent == "ppo"))]
+    for file in files:
+        one, other = (run.folder / "checkpoints" / "2" / file for run in (parts, whole))
+        assert one.read_bytes() == other.read_bytes()
+    assert len(read_jsonl(whole.trajectories_file)) == 8
+
+
+def test_the_best_of_several_conversations_counts(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"iterations": 1, "evaluation": {"conversations": 6}}
+    scores = [
+        training.train(configs.from_dict({**settings, "agent": name}), tmp_path / name).evaluations()["after"]
+        for name in ("base", "best-of-n")
+    ]
+    assert scores[1]["persona_consistency"] > scores[0]["persona_consistency"] + 0.02
+    assert scores[0]["n_personas"] == scores[1]["n_personas"]
+
+
+def test_settings_that_do_not_suit_an_agent_are_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"agent": "grpo", "group": 1}, r"expected group >= 2, got 1; add --set group=4"),
+        ({"agent": "gppo"}, r"expected an agent out of .*, got 'gppo'; did you mean"),
+        ({"agent": "sft", "policy_class": "auto"}, "got 'auto'"),
+        ({"agent": "ppg", "agent_options": {"clip_low": 0.1}}, "agent_options.clip_low: expected an option of the"),
+        ({"agent": "grpo", "agent_options": {"discount": 0.1}}, "set discount without the prefix"),
+    ]
+    for changed, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            training.train(configs.from_dict({**settings, **changed}), tmp_path / "run")
