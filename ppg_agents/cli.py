@@ -6,10 +6,13 @@ missing extra is named instead of a traceback, and may not compute anything itse
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
+OLDEST = (3, 11)
+BASE = ("gymnasium", "numpy", "ppg_gym")
 _AGENTS = ("click", "torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors")
 EXTRAS = {
     "agents": (*_AGENTS, "rich", "matplotlib", "scipy", "tomli_w"),
@@ -18,11 +21,30 @@ EXTRAS = {
     "quantised": ("bitsandbytes",),
     "kernels": ("liger_kernel",),
     "learned": ("sklearn", "joblib"),
+    "embeddings": ("sentence_transformers",),
     "sb3": ("stable_baselines3",),
+    "trl": ("datasets", "trl"),
+    "ray": ("ray",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
 }
+_PLACE = "make it writable, or name another place"
+_ADVICE = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another place",
+    errno.EACCES: _PLACE,
+    errno.EPERM: _PLACE,
+    errno.EROFS: _PLACE,
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the quota",
+}
+_MEMORY = (
+    "out of memory: {error}; in training lower micro_batch_tokens or batch, or --set load.gradient_checkpointing=true; "
+    "a large model: load.quantisation=4bit; in evaluation lower --conversations or --set batch"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 an error, 2 a wrong command line, 130 stopped by the user.
     """
+    if sys.version_info < OLDEST:
+        found, needed = (".".join(map(str, version)) for version in (sys.version_info[:3], OLDEST))
+        return fail(f"expected Python {needed} or newer, got {found}; install one, and ppg-gym with its pip")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -41,17 +66,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(arguments)
     except ModuleNotFoundError as error:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if error.name == "click" and given[:1] == ["doctor"]:
+            from ppg_agents.doctor import main as doctor
+
+            return doctor(given[1:])
         extra = missing_extra(error)
-        if extra is None:
+        if (error.name or "").partition(".")[0] in BASE:
+            return fail(f"{error.name} is not installed; run: pip install ppg-gym, or in its sources: pip install -e .")
+        if extra is None or os.environ.get("PPG_TRACEBACK"):
             raise
-        return fail(f'{error.name} is not installed; run: pip install "ppg-gym[{extra}]"')
+        stock = str(error).startswith(("No module named", "import of "))  # Python's own words
+        return fail(f'{error.name} is not installed; run: pip install "ppg-gym[{extra}]"' if stock else one_line(error))
     except KeyboardInterrupt as stop:
         return fail(str(stop) or "stopped", 130)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         own = type(error).__module__.partition(".")[0] in ("ppg_gym", "ppg_agents")
-        if os.environ.get("PPG_TRACEBACK") or (isinstance(error, RuntimeError) and not own):
+        memory = not own and is_memory(error)
+        if os.environ.get("PPG_TRACEBACK") or (isinstance(error, RuntimeError) and not own and not memory):
             raise
-        return fail(" ".join(str(error).split()) or type(error).__name__)
+        return fail(_MEMORY.format(error=one_line(error)[:200]) if memory else one_line(error))
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line; the operating system's with the file and what to do."""
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = _ADVICE.get(error.errno)
+        return f"{where}{error.strerror}{f'; {advice}' if advice else ''}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_memory(error: BaseException) -> bool:
+    """Return whether memory has run out: Python's, or torch's on a device or the CPU, which say so in words."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

@@ -20,6 +20,7 @@ from ppg_agents import runs
 from ppg_agents.compare_commands import compare
 from ppg_agents.config import PolicyClass, TrainConfig
 from ppg_agents.data_commands import data
+from ppg_agents.doctor_commands import doctor
 from ppg_agents.horizon_commands import horizon
 from ppg_agents.inspect_commands import inspect_, report
 from ppg_agents.judge_commands import judge
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def cli() -> None:
     """Train language models to stay in character over long conversations.
 
-    Example: ppg-agent train --domain therapy --policy-class k-step --lookahead 3
+    Example: ppg-agent train --policy-class k-step --lookahead 3
     """
 
 
@@ -60,6 +61,7 @@ cli.add_command(compare)
 cli.add_command(inspect_)
 cli.add_command(report)
 cli.add_command(reproduce)
+cli.add_command(doctor)
 
 
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -172,7 +174,7 @@ def train(
     Without options: the embedded model, in the embedded chatting domain. Everything goes into a run
     folder: settings, metrics, trajectories, checkpoints, and a picture (curve.png).
 
-    Example: ppg-agent train --domain therapy --policy-class k-step --lookahead 3
+    Example: ppg-agent train --policy-class k-step --lookahead 3
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
@@ -250,7 +252,7 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
 def rollout(target: str, conversations: int | None, seed: int | None, out: str, **flags: Any) -> None:
     """Write conversations as trajectories, one JSON object per line.
 
-    Example: ppg-agent rollout runs/NAME --conversations 64 --out conversations.jsonl
+    Example: ppg-agent rollout runs/NAME --conversations 64 --out talks.jsonl
     """
     personas = flags.pop("personas") or "train"
     if out != "-":

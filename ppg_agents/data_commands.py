@@ -45,7 +45,7 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
 
     Where all FILES are persona files, --out takes the personas.
 
-    Example: ppg-agent data import chats/*.json --domain chatting --out dialogues.jsonl
+    Example: ppg-agent data import chats/*.json --out dialogues.jsonl
     """
     from ppg_gym.data import collect, save_personas, table, write_dialogues
 
@@ -144,7 +144,7 @@ def export(
     Each line holds "messages" (system, then user and assistant in turn), the persona's id, the domain and one score
     or null per assistant message.
 
-    Example: ppg-agent data export dialogues/*.json --min-score 0.8 --out chats.jsonl
+    Example: ppg-agent data export dialogues/*.json --out sft.jsonl
     """
     from ppg_gym.data import OPENING, collect, table, write_rows
     from ppg_gym.data import export as to_rows
@@ -192,7 +192,7 @@ def personas(
 
     None has the facts of a persona that comes with the domain, for training or held out.
 
-    Example: ppg-agent data personas --domain therapy -n 500 --out personas.jsonl
+    Example: ppg-agent data personas --domain therapy -n 500 --out more.jsonl
     """
     if more and not exclude:
         raise click.UsageError(f"unexpected argument {more[0]!r}; files go after --exclude")

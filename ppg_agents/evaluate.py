@@ -255,6 +255,8 @@ def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
     Raises:
         RunError: A run without a checkpoint.
     """
+    import torch
+
     from ppg_agents.generation.hf import HFSampler
     from ppg_agents.policy import Policy
     from ppg_agents.progress import quiet_libraries
@@ -267,5 +269,13 @@ def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
         if latest is None:
             raise RunError(f"expected a run with a checkpoint, got {target} without; resume it first")
         place = latest[1]
-    policy = Policy.load(place, lora=None, template_options=config.load.template_options)
+    policy = Policy.load(
+        place,
+        lora=None,
+        dtype=None if config.load.dtype == "auto" else getattr(torch, config.load.dtype),
+        chat_template=config.load.chat_template,
+        template_options=config.load.template_options,
+        quantisation=config.load.quantisation,
+        kernels=config.load.kernels,
+    )
     return policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)

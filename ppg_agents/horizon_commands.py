@@ -60,7 +60,7 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
 @click.option("--seed", type=click.IntRange(0), help="Same seed, same result.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. lora.rank=8.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--out", type=click.Path(), metavar="DIR", help="Write horizon.json and horizon.png there.")
+@click.option("--out", type=click.Path(file_okay=False), metavar="DIR", help="For horizon.json and horizon.png.")
 @click.argument("more", nargs=-1, metavar="")
 def horizon(
     target: str,
@@ -83,7 +83,7 @@ def horizon(
     RUN_OR_MODEL is a run folder (its newest checkpoint, its settings), tiny (the embedded model), or a
     Hugging Face model or folder, which gets the fresh adapter that training would start with.
 
-    Example: ppg-agent horizon tiny --domain therapy --conversations 256 --out horizon
+    Example: ppg-agent horizon tiny --domain therapy --out horizon
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")

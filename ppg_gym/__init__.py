@@ -4,6 +4,12 @@ Importing the package registers ``PersonaChat-v0``, and ``ReplySelection-v0``, w
 replies. It needs gymnasium and numpy and never imports torch.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (who runs this from a source tree has passed no installer)
+    found = sys.version.split()[0]
+    raise ImportError(f"expected Python 3.11 or newer, got {found}; install one, and ppg-gym with its pip")
+
 from gymnasium.envs.registration import register
 
 from ppg_gym.conversation import Conversation, Line, Persona, Verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import gymnasium as gym
 from gymnasium.spaces import Dict
 
 from ppg_gym.conversation import Conversation
-from ppg_gym.game import Game, Outcome
+from ppg_gym.game import Game, Outcome, refuse_unknown
 from ppg_gym.partners import Said
 from ppg_gym.spaces import Utterance
 
@@ -40,6 +41,11 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         max_failure_rate: Largest share of replies, of the last 1,000, that the judge may leave without a score; 1 for
             no limit.
         render_mode: None or ``ansi``.
+        **unknown: Nothing; a name that is none of these is refused.
+
+    Raises:
+        ValueError: An argument is unknown (the nearest one is offered), or not what it should be.
+        ModuleNotFoundError: The partner or judge needs an extra that is not installed.
     """
 
     metadata = {  # noqa: RUF012 (as Gymnasium declares it)
@@ -59,7 +65,11 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         on_judge_failure: str = "raise",
         max_failure_rate: float = 0.05,
         render_mode: str | None = None,
+        **unknown: object,
     ) -> None:
+        if unknown:
+            known = [name for name in inspect.signature(PersonaChatEnv).parameters if name != "unknown"]
+            refuse_unknown("keyword arguments", unknown, known)
         if render_mode not in (None, "ansi"):
             raise ValueError(f"expected render_mode None or 'ansi', got {render_mode!r}")
         self.game = Game(
@@ -84,8 +94,13 @@ class PersonaChatEnv(gym.Env[Observation, str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Begin a conversation; see the class for ``options``."""
+        """Begin a conversation; see the class for ``options``.
+
+        Raises:
+            ValueError: An unknown option, or no such persona; the nearest name is offered.
+        """
         super().reset(seed=seed)
+        refuse_unknown("options", options or {}, ("persona",))
         persona = self.game.persona((options or {}).get("persona"), self.np_random)
         self._conversation, said = self.game.open([persona], [self.np_random])[0]
         self._over = False

@@ -7,9 +7,10 @@ environments'.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,7 +105,8 @@ class Game:
             rng: The conversation's generator.
 
         Raises:
-            ValueError: No persona has that id, a dict lacks an instruction, or the judge can not take it.
+            ValueError: No persona has that id, a dict lacks an instruction or has an unknown field (the nearest name is
+                offered), or the judge can not take it.
         """
         if wanted is None:
             chosen = self.personas[int(rng.integers(len(self.personas)))]
@@ -113,9 +115,10 @@ class Game:
         elif isinstance(wanted, str):
             found = [persona for persona in self.personas if persona.id == wanted]
             if not found:
-                raise ValueError(f"expected the id of one of {len(self.personas)} personas, got {wanted!r}")
+                raise ValueError(_no_such_persona(self.domain.name, self.personas, wanted))
             chosen = found[0]
         elif isinstance(wanted, Mapping) and isinstance(wanted.get("instruction"), str):
+            refuse_unknown('fields of options["persona"]', wanted, [field.name for field in fields(Persona)])
             chosen = Persona(**{"id": "custom", "domain": self.domain.name, **wanted})
         else:
             raise ValueError(
@@ -221,11 +224,34 @@ class Game:
 def _personas(domain: str, source: str) -> tuple[Persona, ...]:
     if source in domains.SPLITS:
         return domains.personas(domain, source)
-    if not isinstance(source, str) or not Path(source).exists():
+    if not isinstance(source, str) or not Path(source).exists() or Path(source).is_dir():
+        what = "a folder" if isinstance(source, str) and Path(source).is_dir() else "no such file"
         raise ValueError(
             f"expected personas to be {' or '.join(map(repr, domains.SPLITS))} or a path to a persona file,"
-            f" got {source!r}; no such file"
+            f" got {source!r}: {what}{_hint(source, domains.SPLITS)}"
         )
     from ppg_gym.personas import read_personas
 
     return tuple(read_personas(Path(source), domain))
+
+
+def _no_such_persona(domain: str, personas: Sequence[Persona], wanted: str) -> str:
+    """Return what is wrong with an id: which is nearest, or which embedded split has it."""
+    for split in domains.SPLITS:
+        if any(persona.id == wanted for persona in domains.personas(domain, split)):
+            return f"expected the id of one of {len(personas)} personas, got {wanted!r}, which is in personas={split!r}"
+    ids = [persona.id for persona in personas]
+    hint = _hint(wanted, ids) or f"; the first is {ids[0]!r}"
+    return f"expected the id of one of {len(personas)} personas, got {wanted!r}{hint}"
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a ValueError for the first name that is not among the known ones; the nearest of these is offered."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"expected {what} out of {', '.join(known)}, got {name!r}{_hint(name, known)}")
+
+
+def _hint(given: object, known: Sequence[str]) -> str:
+    near = get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -23,10 +23,19 @@ def say(reader: Reader, kind: str, conversation: Conversation, rng: np.random.Ge
         kind: A kind of the domain's rule table.
         conversation: Ends with a line of the partner.
         rng: Draws the template and, for a slip, the wrong value.
+
+    Raises:
+        ValueError: The line asks about no fact, or about one that the persona lacks.
     """
     domain, facts = reader.domain, conversation.persona.facts
     heard = reader.parse(conversation.lines[-1].text)
     slot = heard.cue or domain.options.get("default_slot", "")
+    if slot not in facts:
+        got = f"a persona without {slot!r}" if slot else "none in it"
+        raise ValueError(
+            f"expected a line of the partner that asks about a fact of the persona, got {got}: "
+            f"{conversation.lines[-1].text!r}; ask about one of {', '.join(facts) or 'its facts, of which it has none'}"
+        )
     value = facts[slot]
     entry = domain.replies[kind]
     if kind == "slip":

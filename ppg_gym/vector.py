@@ -17,6 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from ppg_gym.conversation import Conversation
 from ppg_gym.env import Observation, PersonaChatEnv, check_reply, observe, start_info, transcript, turn_info
+from ppg_gym.game import refuse_unknown
 
 AUTORESET = {"disabled": AutoresetMode.DISABLED, "same-step": AutoresetMode.SAME_STEP}
 Arrays = npt.NDArray[Any]
@@ -84,9 +85,10 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
                 list with one for each; see the single environment.
 
         Raises:
-            ValueError: A list of seeds, personas or a mask is not of length N.
+            ValueError: A list of seeds, personas or a mask is not of length N; or an unknown option.
         """
         options = dict(options or {})
+        refuse_unknown("options", options, ("persona", "reset_mask"))
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=bool)))
         if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
             raise ValueError(
@@ -125,6 +127,10 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
             FailureRateError: The judge gave too many replies no score.
             RuntimeError: ``reset`` was never called.
         """
+        if isinstance(actions, str):
+            raise ValueError(
+                f"expected {self.num_envs} replies, got one str; pass a list with one for each conversation"
+            )
         if len(actions) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} replies, got {len(actions)}")
         going = [int(i) for i in np.flatnonzero(~self._over)]

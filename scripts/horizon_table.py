@@ -11,11 +11,19 @@
 - **reach, N**: the lookahead that holds every reward that those conversations show to matter (0: none).
 
     python scripts/horizon_table.py --domain all --conversations 64 256 --batch 8 32 128
+
+With the table of a comparison in language (``ppg-agent compare``), a row is a domain and a number of training
+conversations instead, learned from in steps of the first B:
+
+    python scripts/horizon_table.py --results runs/compare/results.csv --batch 16
+
+- **language**: the policy class with the highest mean of the comparison, and those that can not be told from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +189,34 @@ def rows(name: str, arguments: argparse.Namespace) -> list[str]:
     return lines
 
 
+def learned(path: Path, name: str) -> dict[int, str]:
+    """Return the best policy class in language by the number of training conversations, and what may be as good."""
+    with path.open(encoding="utf-8") as file:
+        found = [row for row in csv.DictReader(file) if row["domain"] == name]
+    words = {}
+    for size in sorted({int(row["size"]) for row in found}):
+        own = [row for row in found if int(row["size"]) == size]
+        best = next(row["method"] for row in own if row["verdict"] == "best")
+        others = [row["method"] for row in own if row["verdict"] == "undecided"]
+        words[size] = best + (f" (or {', '.join(others)})" if others else "")
+    return words
+
+
+def rows_by_size(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Return a domain's rows, one for each size of the comparison."""
+    n, batch = load(name).turns, arguments.batch[0]
+    every = masks(distinct(default_candidates(n), n), n)
+    reached, best = infinite(name, every), learned(arguments.results, name)
+    sketches = language(name, max(best), arguments.seed)
+    lines = []
+    for size, words in best.items():
+        report = advise(first(sketches, size), every, batch=batch)
+        sampled = finite(name, every, batch, size // batch, arguments.seeds)
+        cells = [least(reached), least(sampled), words, shown(report.verdict, len(every)), str(report.reach)]
+        lines.append(f"| {' | '.join([name, str(size), *cells])} |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=10, help="of learning on the twin (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations in language")
     parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument("--results", type=Path, help="results.csv of ppg-agent compare: a row per size of its runs")
     given = parser.parse_args(arguments)
     if min(*given.conversations, *given.batch, given.seeds) < 2 or given.steps < 1:
         parser.error("expected at least 2 conversations, conversations per step and seeds, and at least 1 step")
@@ -198,9 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     columns = ["domain", "B", "twin, infinite data", "twin, B per step", "twin, next step"]
     columns += [f"advisor, N = {count}" for count in given.conversations]
     columns += [f"reach, N = {count}" for count in given.conversations]
+    if given.results:
+        kinds = ["twin, infinite data", f"twin, {given.batch[0]} per step", "language", "advisor", "reach"]
+        columns = ["domain", "conversations", *kinds]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in DOMAINS if given.domain == "all" else (given.domain,):
-        lines += rows(name, given)
+        lines += rows_by_size(name, given) if given.results else rows(name, given)
     print("\n".join(lines))
 
 

@@ -486,7 +486,7 @@ def test_tables_of_arguments_are_the_code_s(name: str, said: dict[str, Any]) -> 
 def test_the_readme_answers_in_order_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", prose("README.md"), re.MULTILINE) == ORDER
-    assert len(text.splitlines()) <= 220
+    assert len(text.splitlines()) <= 260
     tree = text.partition("## What is where\n\n```\n")[2].partition("```")[0]
     top = ""
     for line in tree.splitlines():

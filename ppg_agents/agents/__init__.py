@@ -1,7 +1,7 @@
 """What a learner looks like from outside, and how to get one by name.
 
-A third party adds a learner through the entry-point group ``ppg_agents.agents``. Nothing heavy is imported
-before an agent is made.
+A third party adds a learner through the entry-point group ``ppg_agents.agents``; one's own is named
+``package.module:Class``. Nothing heavy is imported before an agent is made.
 """
 
 from __future__ import annotations
@@ -62,18 +62,25 @@ def make_agent(name: str, *args: Any, **options: Any) -> Agent:
     """Make an agent.
 
     Args:
-        name: A name out of `agents`.
+        name: A name out of `agents`, or ``package.module:Class``.
         *args: Passed on to the agent.
         **options: Passed on to the agent.
 
     Raises:
-        ValueError: No agent of that name is installed.
+        ValueError: No agent of that name is installed, or nothing can be imported there.
     """
     known = agents()
+    if name not in known and ":" in name:
+        try:
+            found = EntryPoint(name, name, GROUP).load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"expected an agent at {name!r}, got {type(error).__name__}: {error}") from error
+        return cast(Agent, found(*args, **options))
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected an agent out of {', '.join(sorted(known))}, got {name!r}{hint}")
+        every = f"{', '.join(sorted(known))}, or your own as 'package.module:Class'"
+        raise ValueError(f"expected an agent out of {every}, got {name!r}{hint}")
     return cast(Agent, known[name].load()(*args, **options))
 
 

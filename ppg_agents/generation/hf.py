@@ -112,6 +112,11 @@ class HFSampler:
         Raises:
             ValueError: A limit out of range, or an attention pattern other than full and sliding-window.
         """
+        if max_new_tokens >= policy.context_length:
+            raise ValueError(
+                f"expected replies that leave room for a conversation in a context of {policy.context_length} tokens, "
+                f"got max_new_tokens = {max_new_tokens}; lower sampling.max_new_tokens"
+            )
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(
                 f"expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}"

@@ -322,5 +322,8 @@ def test_refusals_and_registry(policy: Policy) -> None:
         PPGAgent(policy, credit.full, baseline="none").learn(bad)
     assert "ppg" in agents()
     assert isinstance(make_agent("ppg", policy, credit.full), PPGAgent)
+    assert isinstance(make_agent("ppg_agents.agents.ppg:PPGAgent", policy, credit.full), PPGAgent)
     with pytest.raises(ValueError, match="did you mean 'ppg'"):
         make_agent("ppgg")
+    with pytest.raises(ValueError, match=r"expected an agent at 'no.where:Agent', got ModuleNotFoundError"):
+        make_agent("no.where:Agent")
