@@ -37,6 +37,7 @@ def parse_numbers(_: click.Context, parameter: click.Parameter, text: str | None
 @click.option("--seeds", type=click.IntRange(1), help="Training seeds. Default: 5.")
 @click.option("--sizes", callback=parse_numbers, metavar="N,N,…", help="Training conversations: 80,160,320,640.")
 @click.option("--turns", callback=parse_numbers, metavar="N,N,…", help="Lengths for fig5. Default: 10,20,40,60.")
+@click.option("--lookaheads", callback=parse_numbers, metavar="K,K,…", help="K of the figures. Default: 1,2,3,4,5.")
 @click.option("--train-turns", is_flag=True, help="fig5: train at each length as well (hours; other runs).")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder; default: runs/reproduce, or reproduce-quick.")
 @click.option("--jobs", type=click.IntRange(1), help="Runs at a time; default: one per core.")
@@ -52,6 +53,7 @@ def reproduce(
     seeds: int | None,
     sizes: tuple[int, ...] | None,
     turns: tuple[int, ...] | None,
+    lookaheads: tuple[int, ...] | None,
     train_turns: bool,
     out: str | None,
     jobs: int | None,
@@ -70,6 +72,8 @@ def reproduce(
     """
     if figure != "fig5" and (turns or train_turns):
         raise click.UsageError(f"--turns and --train-turns belong to fig5, got {figure}; leave them out")
+    if figure == "table" and lookaheads:
+        raise click.UsageError("--lookaheads belongs to the figures, got table; leave it out")
     from ppg_agents import config as configs
     from ppg_agents.reproduce import plans, report
 
@@ -80,6 +84,7 @@ def reproduce(
         sizes=sizes or (plans.QUICK_SIZES if quick else plans.SIZES),
         seeds=seeds or (plans.QUICK_SEEDS if quick else plans.SEEDS),
         turns=turns or (plans.QUICK_TURNS if quick else plans.TURNS),
+        lookaheads=lookaheads or (plans.QUICK_LOOKAHEADS if quick else plans.LOOKAHEADS),
         train_turns=train_turns,
         quick=quick,
         settings=given,

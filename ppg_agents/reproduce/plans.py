@@ -27,8 +27,7 @@ from ppg_agents.tables import put
 
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "table")
 DOMAINS, QUICK_DOMAINS = ("education", "therapy", "chatting"), ("therapy",)
-LOOKAHEADS, FULL = ("greedy", "2", "3", "4", "5"), "full"
-QUICK_LOOKAHEADS = ("greedy", "3", "5")
+LOOKAHEADS, QUICK_LOOKAHEADS, FULL = (1, 2, 3, 4, 5), (1, 3, 5), "full"
 SIZES, QUICK_SIZES = (80, 160, 320, 640), (80, 160)
 SEEDS, QUICK_SEEDS = 5, 2
 TURNS, QUICK_TURNS = (10, 20, 40, 60), (10, 20)
@@ -48,6 +47,7 @@ class Request:
         sizes: Training conversations.
         seeds: Training seeds 0, 1, …, so many.
         turns: Lengths of the conversations of figure 5.
+        lookaheads: K of figures 2 to 5.
         train_turns: Figure 5 trains at each length, instead of evaluating the same policies at all of them.
         quick: Fewer of everything.
         settings: Of all runs, by dotted name, on top of `SETTINGS`.
@@ -58,6 +58,7 @@ class Request:
     sizes: tuple[int, ...] = SIZES
     seeds: int = SEEDS
     turns: tuple[int, ...] = TURNS
+    lookaheads: tuple[int, ...] = LOOKAHEADS
     train_turns: bool = False
     quick: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +121,7 @@ def plan(request: Request, turns: int | None = None) -> Plan:
     length = {} if turns is None else {"env.max_turns": turns, "env.kwargs.max_turns": turns}
     for key, value in {**SETTINGS, **request.settings, **length}.items():
         put(settings, key, value)
-    lookaheads = QUICK_LOOKAHEADS if request.quick else LOOKAHEADS
+    lookaheads = tuple("greedy" if k == 1 else str(k) for k in request.lookaheads)
     classes = lookaheads if request.figure == "fig2" else (*lookaheads, FULL)
     table = request.figure == "table"
     if table:  # an agent that is run with one class gets the first
