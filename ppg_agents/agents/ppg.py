@@ -15,9 +15,9 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ppg_agents import baselines, ledger, losses
+from ppg_agents.agents.optimiser import moments_of, read_moments, schedule
 from ppg_agents.agents.step import (
     Array,
     Loss,
@@ -31,7 +31,7 @@ from ppg_agents.agents.step import (
     trained_tokens,
 )
 from ppg_agents.credit import credit
-from ppg_agents.distributed import Alone, Workers, clip, groups, joined, split_like, whole_weights
+from ppg_agents.distributed import Alone, Workers, clip, groups, whole_weights
 from ppg_agents.generation import Sampler
 from ppg_agents.importance import Importance
 from ppg_agents.ledger import LedgerError
@@ -145,7 +145,7 @@ class PPGAgent:
         self._max_staleness = max_staleness
         self._steps_per_batch = steps_per_batch
         self._workers = workers or Alone()
-        self._rate = _schedule(learning_rate, total_steps)
+        self._rate = schedule(learning_rate, total_steps)
         self._max_grad_norm = max_grad_norm
         self._budget = micro_batch_tokens
         self._average = baselines.MovingAverage(n_turns or 1)
@@ -258,11 +258,7 @@ class PPGAgent:
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        moments = {
-            f"{name}.{key}": joined(tensor).contiguous()
-            for name, parameter in self._named()
-            for key, tensor in self.optimizer.state.get(parameter, {}).items()
-        }
+        moments = moments_of(self.policy.model, self.optimizer)
         with whole_weights(self.policy.model):
             if not self._workers.main:
                 return
@@ -283,20 +279,11 @@ class PPGAgent:
         Raises:
             ValueError: Another schema, another model, or an optimiser state that does not fit.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         state = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         if state.get("schema") != SCHEMA:
             raise ValueError(f"expected schema {SCHEMA!r} in {folder}, got {state.get('schema')!r}")
-        moments: dict[Tensor, dict[str, Tensor]] = {}
-        named = dict(self._named())
-        for key, tensor in load_file(folder / "optimizer.safetensors").items():
-            name, _, kind = key.rpartition(".")
-            if name not in named:
-                raise ValueError(f"expected this policy's optimiser state in {folder}, got weight {name!r}")
-            where = "cpu" if kind == "step" else self.policy.device
-            moments.setdefault(named[name], {})[kind] = split_like(tensor.to(where), named[name])
+        moments = read_moments(folder / "optimizer.safetensors", self.policy.model, self.policy.device)
         with whole_weights(self.policy.model):
             self.policy.load_weights(folder)
         self.optimizer.state.clear()
@@ -304,9 +291,6 @@ class PPGAgent:
         self._average.load_state_dict(state["moving_average"])
         self.steps = int(state["steps"])
         self.policy.version = int(state["policy_version"])
-
-    def _named(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(k, p) for k, p in self.policy.model.named_parameters() if p.requires_grad]
 
     def _lay_out(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Return the conversations as arrays, with as many turns on every worker."""
@@ -430,16 +414,3 @@ def _agree(faults: Sequence[str | None]) -> None:
     for fault in faults:
         if fault is not None:
             raise LedgerError(fault)
-
-
-def linear_decay(learning_rate: float, total_steps: int) -> Callable[[int], float]:
-    """Return the rate that falls from `learning_rate` at step 0 to 0 at `total_steps`."""
-    return lambda step: learning_rate * max(0.0, 1.0 - step / total_steps)
-
-
-def _schedule(rate: float | Callable[[int], float], total_steps: int | None) -> Callable[[int], float]:
-    if callable(rate):
-        if total_steps is not None:
-            raise ValueError("expected total_steps only with a number as learning rate, got a function")
-        return rate
-    return linear_decay(rate, total_steps) if total_steps else lambda step: rate

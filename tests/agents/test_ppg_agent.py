@@ -17,7 +17,8 @@ from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit
 from ppg_agents.agents import agents, make_agent
-from ppg_agents.agents.ppg import PPGAgent, linear_decay
+from ppg_agents.agents.optimiser import linear_decay
+from ppg_agents.agents.ppg import PPGAgent
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import LedgerError
 from ppg_agents.policy import Policy
