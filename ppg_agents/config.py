@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -348,9 +349,25 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
             raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: expected TOML: {error}") from error
+    given = deepcopy(tables)
     for key, value in (overrides or {}).items():
         put(tables, key, value)
-    return from_dict(tables)
+    try:
+        return from_dict(tables)
+    except ConfigError as error:
+        fault = str(error)
+        if path is None or not _at_fault(given, fault):
+            raise
+        raise ConfigError(f"{path}: {fault}") from error
+
+
+def _at_fault(tables: Mapping[str, Any], fault: str) -> bool:
+    """Return whether the tables alone are wrong in the same way."""
+    try:
+        from_dict(tables)
+    except ConfigError as error:
+        return str(error) == fault
+    return False
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

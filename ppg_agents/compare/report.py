@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEVEL = 0.05
+LEGEND = (
+    "Consistency on held-out personas [95%] after so many training conversations. Bold: the best; °: can not be told "
+    "from it (paired by seed and persona, Holm-corrected over all comparisons, 5%)."
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,28 @@ def to_csv(table: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def to_grid(table: Sequence[Row]) -> str:
+    """Return a Markdown table per domain, methods × sizes: the best in bold, ° what can not be told from it."""
+    parts = []
+    for domain in dict.fromkeys(row.domain for row in table):
+        own = [row for row in table if row.domain == domain]
+        sizes = sorted({row.size for row in own})
+        cells = {(row.method, row.size): row for row in own}
+        methods = sorted({row.method for row in own}, key=lambda m: -max(r.mean for r in own if r.method == m))
+        lines = [f"| {domain} | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
+        for method in methods:
+            found = [cells.get((method, size)) for size in sizes]
+            lines.append(f"| {method} | {' | '.join('–' if row is None else _short(row) for row in found)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _short(row: Row) -> str:
+    mean = f"{row.mean:.3f}"
+    marked = {"best": f"**{mean}**", "undecided": f"{mean}°"}.get(row.verdict, mean)
+    return f"{marked} {_brackets(row.ci95, '.3f')}"
+
+
 def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -> str:
     """Return the rows as a Markdown table, and the runs that failed below it."""
     head = (
@@ -224,7 +250,8 @@ def write(results: Sequence[Result], failed: Mapping[str, str], out: Path) -> li
     """Write ``results.csv``, ``results.md`` and ``results.png`` into the comparison's folder; return the rows."""
     table = rows(results)
     (out / "results.csv").write_text(to_csv(table), encoding="utf-8")
-    (out / "results.md").write_text(to_markdown(table, failed), encoding="utf-8")
+    text = f"{to_grid(table)}\n{LEGEND}\n\n{to_markdown(table, failed)}"
+    (out / "results.md").write_text(text, encoding="utf-8")
     if table:
         draw(table, out / "results.png")
     return table

@@ -142,6 +142,9 @@ def test_the_table_ranks_tests_and_names_what_failed(tmp_path: Path) -> None:
     text = (tmp_path / "results.md").read_text()
     assert "- d-ppg-2-step-s0: exit code 1: no luck" in text
     assert "| d | 32 | greedy | 0.31" in text
+    assert "| d | 32 |\n|---|---|\n| full | **0.51" in text
+    assert "| 3-step | 0.51" in text
+    assert "° [" in text
     read = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
     assert [row["verdict"] for row in read] == ["best", "undecided", "worse"]
     assert float(read[2]["to_best"]) == pytest.approx(-0.2)

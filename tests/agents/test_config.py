@@ -61,6 +61,16 @@ def test_file_then_set_then_flags(tmp_path: Path) -> None:
     assert config.iterations == TrainConfig().iterations
 
 
+def test_a_fault_of_the_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("iteration = 3\n")
+    with pytest.raises(ConfigError, match=r"run.toml: unknown setting 'iteration'; did you mean iterations\?"):
+        configs.load(file, {"batch": 4})
+    file.write_text("iterations = 3\n")
+    with pytest.raises(ConfigError, match=r"^batch: expected int, got 'x'"):
+        configs.load(file, {"batch": "x"})
+
+
 def test_set_reads_toml_values_and_names_what_is_no_assignment() -> None:
     parsed = configs.parse_assignments(["a=1", "b=1.5", "c=true", "d=[1, 2]", "e=x y", 'f="1"', "g.h=a=b"])
     assert parsed == {"a": 1, "b": 1.5, "c": True, "d": [1, 2], "e": "x y", "f": "1", "g.h": "a=b"}
