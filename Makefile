@@ -24,8 +24,8 @@ help:  ## show the targets
 train: $(VENV)/.agents  ## train into $(RUN), or go on there; ARGS are ppg-agent train's
 	$(BIN)/ppg-agent train $(ARGS) --out $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
 
-test: lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+test: lint  ## lint, types, tests, in two processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-vllm: $(VENV)-vllm/.ready  ## the tests against a real vLLM server, on the CPU
 	$(VENV)-vllm/bin/python -m pytest tests/vllm
