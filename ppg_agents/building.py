@@ -100,7 +100,7 @@ def build_agent(
         **({"steps_per_batch": config.steps_per_batch} if config.steps_per_batch > 1 else {}),
     }
     for key in config.agent_options:
-        if key in settings or config.agent == "ppg":
+        if key in settings or hasattr(config, key) or config.agent == "ppg":
             todo = f"set {key} without the prefix" if hasattr(config, key) else "leave it out"
             raise ConfigError(f"agent_options.{key}: expected an option of the agent {config.agent!r} alone; {todo}")
     try:
@@ -132,6 +132,8 @@ def _check_agent(agent: Agent, config: TrainConfig, team: Workers) -> None:
             f"{together}, and a batch that is one of group × processes, got group {config.group}, batch {config.batch} "
             f"and {team.size} processes"
         )
+    if config.policy_class == "auto" and getattr(agent, "head", None) is not None:
+        raise ConfigError(f"agent {name!r} learns the values of one policy class; name it, not 'auto'")
     if config.policy_class == "auto" and getattr(agent, "full_only", False):
         raise ConfigError(f"agent {name!r} takes the policy class 'full' alone here, got 'auto'; leave it out")
 

@@ -193,7 +193,7 @@ def train(
         if os.environ.get("RANK", "0") == "0":  # at once, not when the model is loaded; other ranks may see it made
             runs.check_new(folder)
 
-    from ppg_agents.train import Interrupted
+    from ppg_agents.interrupt import Interrupted
     from ppg_agents.train import train as start
 
     try:

@@ -6,6 +6,7 @@ Only click and the standard library are imported before the command runs; nothin
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -33,6 +34,7 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     from ppg_agents.compare.plan import jobs as planned
     from ppg_agents.compare.plan import read
     from ppg_agents.compare.turns import turns_of
+    from ppg_agents.durable import lock
     from ppg_agents.progress import Progress
 
     plan = read(Path(file))
@@ -47,7 +49,9 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
             click.echo(f"{job.name}  {','.join(map(str, job.sizes))}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
+    held = click.get_current_context().with_resource(ExitStack())
     if missing:
+        held.enter_context(lock(folder))
         run = engines.run_on_ray if engine == "ray" else engines.run_here
         count = len(todo) - len(missing)
         with Progress("comparing", len(todo), start=count) as progress:
@@ -66,4 +70,4 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     report.write(found, lost, folder)
     click.echo((folder / "results.md").read_text(encoding="utf-8"))
     click.echo(str(folder / "results.png"))
-    return 1 if lost else 0
+    return 1 if lost or (missing and engines.missing(todo, folder)) else 0

@@ -319,6 +319,10 @@ class TrainConfig:
             )
         if self.segments and min(self.segments) < 1:
             raise ConfigError(f"segments: expected lengths of at least 1, got {list(self.segments)}")
+        if self.policy_class == "auto" and self.baseline == "moving-average":
+            raise ConfigError("baseline 'moving-average' remembers one policy class; name it, not 'auto'")
+        if self.policy_class == "auto" and self.batch == self.group:
+            raise ConfigError("policy class 'auto' compares personas: expected a batch of several groups, got one")
         if self.policy_class == "auto" and self.offline.files:
             raise ConfigError(
                 "policy class 'auto' is chosen on conversations of the policy itself; choose one for logged dialogues "

@@ -30,6 +30,8 @@ _UPDATING = (
     "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and --max-lora-rank 16, or sampling.sync=merged"
 )
 
+_TODO = "start the server, correct the URL, or see to the network and its proxies"
+
 Kind = Literal["judge", "partner", "rollout"]
 
 
@@ -137,6 +139,9 @@ def ask(server: Named) -> Server:
         return Server(title(server), "note" if todo else "ok", value, todo, details)
     except WrongError as wrong:
         return Server(title(server), "fault", str(wrong.args[0]), str(wrong.args[1]), details)
+    except Exception as error:  # whatever a server answers; its text may hold anything, a key too
+        why = f"can not be asked: {type(error).__name__}"
+        return Server(title(server), "fault", why, "see that it is an OpenAI-compatible server", details)
 
 
 def examine(server: Named, details: dict[str, Any]) -> tuple[str, str]:
@@ -207,7 +212,7 @@ def models(wire: Wire, server: Named) -> tuple[list[dict[str, Any]], float]:
     """
     answer = wire.call("/models")
     try:
-        cards = [card for card in answer.body["data"] if "id" in card]
+        cards = [card for card in answer.body["data"] if isinstance(card, dict) and "id" in card]
     except (TypeError, KeyError):
         cards = []
     if answer.status in (401, 403):
@@ -264,10 +269,16 @@ class Wire:
             url: Ends in ``/v1``, as a rule.
             variable: Name of the environment variable with the key.
             proxies: Whether the environment's proxies are used.
+
+        Raises:
+            WrongError: The key can not be sent.
         """
         self.url, self.variable = url, variable
         self._key = os.environ.get(variable, "")
         self.state = "set" if self._key else "unset"
+        if wrong := _unsendable(self._key):
+            raise WrongError(f"the key in {variable} holds {wrong}", f"set {variable} to the key alone")
+        self._proxy = _proxy_variable(urlsplit(url).scheme) if proxies else None
         handler = urllib.request.ProxyHandler(None if proxies else {})
         self._opener = urllib.request.build_opener(handler)
 
@@ -297,11 +308,18 @@ class Wire:
             except urllib.error.HTTPError as error:
                 with error:
                     status, raw = error.code, error.read(_MOST)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except OSError as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             late = isinstance(reason, TimeoutError)
             why = f"no answer within {LIMIT:.0f} s" if late else f"can not be reached: {self._clean(str(reason))}"
-            raise WrongError(why, "start the server, correct the URL, or see to the network and its proxies") from None
+            raise WrongError(why, _TODO) from None
+        except (http.client.HTTPException, ValueError) as error:  # its text may hold a key or a password: not repeated
+            if not isinstance(error, (http.client.InvalidURL, ValueError)):
+                raise WrongError(f"gave no HTTP answer: {type(error).__name__}", _TODO) from None
+            if self._proxy and self.url.isascii() and " " not in self.url:  # only the proxy's URL is left
+                todo = f"correct {self._proxy}: expected a URL such as http://proxy:3128"
+                raise WrongError(f"can not be reached: the proxy URL in {self._proxy} can not be read", todo) from None
+            raise WrongError("can not be reached: the URL can not be read", _TODO) from None
         text = raw.decode(errors="replace")
         try:
             value = json.loads(text)
@@ -311,7 +329,9 @@ class Wire:
 
     def _clean(self, text: str) -> str:
         """Return a text on one short line, printable and without the key."""
-        text = text.replace(self._key, "[key]") if self._key else text
+        if key := self._key.strip():
+            for written in (key, repr(key)[1:-1], json.dumps(key)[1:-1]):
+                text = text.replace(written, "[key]")
         text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
         return text if len(text) <= 160 else text[:160] + "…"
 
@@ -320,3 +340,20 @@ def _message(value: Any, text: str) -> str:
     """Return what an error answer says."""
     found = value.get("error", value) if isinstance(value, dict) else text
     return str(found.get("message") or found.get("detail") or found) if isinstance(found, dict) else str(found)
+
+
+def _unsendable(key: str) -> str:
+    """Return what keeps a key from being sent in a header; nothing, as a rule."""
+    if "\r" in key or "\n" in key:
+        return "a line break"
+    if any(sign < " " or sign == "\x7f" for sign in key):
+        return "a control character"
+    return "" if all(sign <= "\xff" for sign in key) else "a character that no header can hold"
+
+
+def _proxy_variable(scheme: str) -> str | None:
+    """Return the name of the environment variable with the proxy for a scheme, if there is one."""
+    name = f"{scheme}_proxy".lower()
+    if scheme.lower() not in urllib.request.getproxies():
+        return None
+    return next((one for one in (name, name.upper()) if os.environ.get(one)), f"{name} or the system's settings")

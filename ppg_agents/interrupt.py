@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,19 @@ from ppg_agents.progress import say
 
 class Stop(KeyboardInterrupt):
     """The user asked the run to stop; a KeyboardInterrupt, so that no ``except Exception`` takes it."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
+    """The user stopped the run; it is saved after ``iteration`` iterations in ``folder``."""
+
+    def __init__(self, folder: Path, iteration: int) -> None:
+        super().__init__(saved(folder, iteration))
+        self.folder, self.iteration = folder, iteration
+
+
+def saved(folder: Path, iteration: int) -> str:
+    """Return where a stopped run is, and how to go on with it."""
+    return f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}"
 
 
 class Interrupt:

@@ -24,7 +24,8 @@ class Planner:
     """The policy class of a run.
 
     With the policy class ``auto`` a run begins with full planning, whose gradient is the value's own, and leaves a
-    class only when another's next step is better by more than the error (see `horizon_choice.choose`).
+    class only when another's next step is better by more than the error (see `horizon_choice.choose`). The batch that
+    decides is learned from as well: that one step leans towards the class whose noise looked best.
 
     Attributes:
         current: The class in use; with a class that the settings name, it is that one.
@@ -75,11 +76,13 @@ class Planner:
             iteration: From 0.
 
         Returns:
-            What to log of the choice (see ``Choice.metrics``); empty when nothing was chosen.
+            What to log of the choice (see ``Choice.metrics``); empty when it is not time, or with one persona alone.
         """
         if not self._auto or iteration % self._config.auto.every:
             return {}
         everything, found = self._workers.gather(list(trajectories)), None
+        if len({trajectory.persona for trajectory in everything}) < 2:
+            return {}
         if self._workers.main:
             found = choose(
                 everything,

@@ -254,7 +254,7 @@ class Run:
         """Go back to the newest whole checkpoint: for whoever holds `lock`.
 
         Removes what a killed process left half-written, sets damaged checkpoints aside as ``<step>.damaged`` and says
-        so on stderr, and cuts metrics and trajectories back to the checkpoint.
+        so on stderr, and cuts metrics, trajectories and evaluations back to the checkpoint.
 
         Returns:
             Its step and folder; 0 and None before the first one.
@@ -285,6 +285,10 @@ class Run:
             for name in LINES:
                 if (self.folder / name).exists():
                     os.truncate(self.folder / name, lengths.get(name, 0))
+            stored = self.evaluations()
+            kept = {when: found for when, found in stored.items() if found.get("iteration", 0) <= step}
+            if kept != stored:
+                self.write_json("evaluation.json", kept)
         return step, folder
 
     def _numbered(self) -> list[tuple[int, Path]]:

@@ -35,7 +35,7 @@ from ppg_agents.environment import ConversationError, check_segments, make_env, 
 from ppg_agents.evaluate import evaluate
 from ppg_agents.figures import curve
 from ppg_agents.generation import GenerationError, Sampler, make_sampler, speaking
-from ppg_agents.interrupt import Interrupt, Stop
+from ppg_agents.interrupt import Interrupt, Interrupted, Stop, saved
 from ppg_agents.judged import batch_metrics, check_judge
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
 from ppg_agents.planning import Planner
@@ -46,19 +46,6 @@ from ppg_agents.rollout_each import Envs, collect_each
 from ppg_agents.runs import Run, finite, lock
 from ppg_agents.tracking import Trackers, make_trackers, require
 from ppg_agents.trajectory import Trajectory
-
-
-class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
-    """The user stopped the run; it is saved after ``iteration`` iterations in ``folder``."""
-
-    def __init__(self, folder: Path, iteration: int) -> None:
-        super().__init__(saved(folder, iteration))
-        self.folder, self.iteration = folder, iteration
-
-
-def saved(folder: Path, iteration: int) -> str:
-    """Return where a stopped run is, and how to go on with it."""
-    return f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}"
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
@@ -117,6 +104,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             synchronise(sampler, policy, team)
             if not done and team.main:
                 held_out(task, agent, run, "before", done, trackers)
+            if done in config.evaluation.at and team.main:  # stopped on the way to it
+                held_out(task, agent, run, f"iteration {done}", done, trackers)
             with Progress("training", task.iterations, start=done) if team.main else nullcontext() as progress:
                 for iteration in range(done, task.iterations):
                     interrupt.requested = any(team.gather([interrupt.requested]))
@@ -240,16 +229,16 @@ class Online:
                 trajectories = play_pairs(play, self.sampler, seeds, rng, self.policy.end_of_turn_id)
             else:
                 trajectories = self._play(self.sampler, seeds, generator)
-        check_judge(trajectories, config.env.max_failure_rate)
+        everything = self.team.gather(trajectories)
+        check_judge(everything, config.env.max_failure_rate)
         sampled = time.perf_counter()
         chosen = self.planner.review(trajectories, self.policy, iteration)
         learned = agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
-        trajectories = self.team.gather(trajectories)
         if self.team.main:
-            run.append_trajectories(trajectories)
+            run.append_trajectories(everything)
         usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
-        return {**batch_metrics(trajectories), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
+        return {**batch_metrics(everything), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
     def _play(self, sampler: Any, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
         """Hold one conversation per seed."""
@@ -349,7 +338,7 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trac
     if result is None:
         return
     run.write_evaluation(when, {"iteration": iteration, **result})
-    trackers.log({"held_out": result}, iteration)
+    trackers.log({"held_out": {key: value for key, value in result.items() if key != "personas"}}, iteration)
     if "persona_consistency" in result:
         low, high = result["ci95"]
         best = "" if result["reachable"] is None else f", reachable {number(result['reachable'])}"

@@ -32,7 +32,9 @@ What TRL can not do here, and ``ppg-agent train`` can:
 a judged turn, and with ``reward="sum"`` one with any unjudged turn or a lost partner, has the reward None: TRL makes it
 NaN, leaves it out of the group's mean and deviation and out of the logged rewards, and sets its advantage to 0. Its
 tokens still count where a loss is divided by a number of tokens (``dapo``, ``bnpo``, …) or rows (``grpo``): the step is
-smaller, in the same direction. Above ``max_failure_rate`` the environment raises.
+smaller, in the same direction with ``beta=0`` (a KL term still pulls at them). The tokens of an unjudged turn learn
+with the conversation's advantage, as all others: TRL has one per conversation. Above ``max_failure_rate`` the
+environment raises.
 
 Nothing here imports TRL: the trainer comes in as an argument.
 """

@@ -8,7 +8,7 @@ is that of the method's loss alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +197,9 @@ class ValueHeadAgent(AlternativeAgent):
         return np.asarray(advantage)
 
     def _per_token(self, data: Batch, whole: Whole, head: ValueHead) -> Array:
-        """Return GAE's advantages [B, L]; for PPO, a conversation that was cut goes on with the value of its end."""
+        """Return GAE's advantages [B, L]; for PPO, a conversation that was cut goes on with its last value."""
         trained, o = trained_tokens(data), self.options
-        hidden, beyond = self._states_and_ends(data, trained)
+        hidden = self._measure(data, states(self.policy), trained)
         values = head(hidden).detach().cpu().double()
         spread = torch.zeros(trained.shape, dtype=torch.float64).masked_scatter(trained, values)
         rewards, factors = torch.from_numpy(data.rewards), {"discount": o["token_discount"], "lam": o["lam"]}
@@ -208,26 +208,13 @@ class ValueHeadAgent(AlternativeAgent):
             arrays = (rewards, spread, data.token_mask, data.turn_index, torch.from_numpy(data.valid))
             found = alt.bi_level_gae(*arrays, turn_discount=self._discount, turn_targets=targets, **factors)
         else:
-            coming = torch.where(torch.tensor(self._cut), head(beyond).detach().cpu().double(), 0.0)
+            last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)  # the head is fitted there; after it, nowhere
+            coming = torch.where(torch.tensor(self._cut), spread[torch.arange(len(last)), last], 0.0)
             at_ends = alt.at_turn_ends(rewards, trained, data.turn_index)
             found = alt.gae(at_ends, spread, trained, bootstrap=coming, **factors)
         self._regression = Regression(hidden, found.target[trained], values)
         advantage = torch.zeros(trained.shape, dtype=torch.float64)
         return np.asarray(advantage.masked_scatter(trained, self._whitened(found.advantage[trained])))
-
-    def _states_and_ends(self, data: Batch, trained: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the states before the N trained tokens, [N, hidden], and after each row's last one, [B, hidden]."""
-        column = torch.zeros((len(trained), 1), dtype=torch.bool)
-        mask, attention = torch.cat([trained, column], 1), torch.cat([data.attention, column], 1)
-        rows, ends = torch.arange(len(trained)), torch.tensor(last_trained(trained))
-        there = ends > 0
-        mask[rows[there], ends[there]] = attention[rows[there], ends[there]] = True
-        longer = replace(data, ids=torch.cat([data.ids, column.long()], 1), attention=attention)
-        hidden = self._measure(longer, states(self.policy), mask)
-        known = torch.cat([trained, column], 1)[mask].to(hidden.device)
-        beyond = hidden.new_zeros(len(trained), hidden.shape[-1])
-        beyond[there.to(hidden.device)] = hidden[~known]
-        return hidden[known], beyond
 
     def _whitened(self, own: Tensor) -> Tensor:
         """Return this process's advantages [N], whitened over those of all where the options say so."""
@@ -237,6 +224,14 @@ class ValueHeadAgent(AlternativeAgent):
         before = sum(len(part) for part in parts[: self._workers.rank])
         everything = torch.cat(parts)[None]
         return alt.whiten(everything, torch.ones_like(everything, dtype=torch.bool))[0, before : before + len(own)]
+
+    def _try_options(self) -> None:
+        super()._try_options()
+        for name in ("lam", "token_discount"):
+            if not 0 <= self.options.get(name, 1.0) <= 1:
+                raise ValueError(f"{self.name!r}: expected {name} in [0, 1], got {self.options[name]}")
+        if self.options.get("value_clip", 0.0) < 0:
+            raise ValueError(f"{self.name!r}: expected value_clip >= 0 (0 for none), got {self.options['value_clip']}")
 
     def _value_clip(self) -> float | None:
         clip = self.options["value_clip"]

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
 from ppg_agents.config import ConfigError, differences
+from ppg_agents.durable import json_object
+from ppg_agents.durable import replace as replace_file
+from ppg_agents.interrupt import Interrupted
 from ppg_agents.runs import Run, is_run
 
 RESULT = "result.json"  # of an agent that has no run folder
+STOPPED = 130
 FILES = ("config.toml", "metrics.jsonl", "evaluation.json", RESULT)
 
 
@@ -44,7 +49,7 @@ def results(job: Job, folder: Path) -> list[Result]:
         path = folder / RESULT
         if not path.exists():
             return []
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_object(path)
         return [Result(job, job.sizes[0], found["evaluation"], found["judged_turns"], found["seconds"])]
     if not is_run(folder):
         return []
@@ -73,17 +78,37 @@ def check(job: Job, folder: Path) -> None:
     if is_run(folder):
         before = Run.open(folder).config
     elif (path := folder / RESULT).exists():
-        before = config_of(replace(job, config=json.loads(path.read_text(encoding="utf-8"))["config"]))
+        before = config_of(replace(job, config=json_object(path)["config"]))
     else:
         return
     other = differences(before, config_of(job))
     if other:
         raise ConfigError(f"expected the settings of the run in {folder}; {'; '.join(other)}; choose another --out")
+    if not is_run(folder) or job.agent in UNTRAINED:
+        return
+    newest, there = Run.open(folder).latest_checkpoint(), {result.size for result in results(job, folder)}
+    past = [size for size in job.sizes if newest and size // before.batch < newest[0] and size not in there]
+    if past:
+        raise ConfigError(
+            f"expected sizes that the run in {folder} was evaluated at or has yet to come to, got {past}; choose "
+            "another --out"
+        )
+
+
+def filled(job: Job, folder: Path) -> bool:
+    """Return whether all cells of a run are filled, and its last policy is kept."""
+    if len(results(job, folder)) < len(job.sizes):
+        return False
+    if not is_run(folder) or job.agent in UNTRAINED:
+        return True
+    run = Run.open(folder)
+    newest = run.latest_checkpoint()  # none: the run came from another machine
+    return newest is None or newest[0] >= job.sizes[-1] // run.config.batch
 
 
 def finished(job: Job, folder: Path) -> bool:
-    """Return whether all cells of a run are filled, and all that it is to hold besides is there."""
-    return len(results(job, folder)) == len(job.sizes) and job.measured(folder)
+    """Return whether a run is filled, and all that it is to hold besides is there."""
+    return filled(job, folder) and job.measured(folder)
 
 
 def fill(job: Job, folder: Path) -> None:
@@ -127,7 +152,7 @@ def _fill_sb3(job: Job, folder: Path) -> None:
         "seconds": trained.seconds,
         "config": job.config,
     }
-    (folder / RESULT).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+    replace_file(folder / RESULT, json.dumps(found, allow_nan=False) + "\n")
 
 
 def to_json(job: Job) -> str:
@@ -143,12 +168,15 @@ def from_json(text: str) -> Job:
 
 def main(job: str, folder: str) -> int:
     """Fill the cells of one job; the process's exit code."""
-    from ppg_agents.train import Interrupted
+    return ending(lambda: fill(from_json(Path(job).read_text(encoding="utf-8")), Path(folder)))
 
+
+def ending(work: Callable[[], None]) -> int:
+    """Do a run's work; return the process's exit code, `STOPPED` when the user stopped it."""
     try:
-        fill(from_json(Path(job).read_text(encoding="utf-8")), Path(folder))
+        work()
     except (Interrupted, KeyboardInterrupt):
-        return 130
+        return STOPPED
     return 0
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ppg_agents.compare.cell import FILES, finished, to_json
+from ppg_agents.compare.cell import FILES, STOPPED, finished, to_json
 from ppg_agents.compare.plan import Job
 
 CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
@@ -35,8 +35,11 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def failure(job: Job, out: Path) -> str | None:
-    """Return why a run failed last, in one line; None when it did not."""
-    path = folder_of(job, out).with_suffix(f".{FAILED}")
+    """Return why a run failed last, in one line; None when it did not, or has been finished since."""
+    folder = folder_of(job, out)
+    path = folder.with_suffix(f".{FAILED}")
+    if path.exists() and finished(job, folder):
+        path.unlink()
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
@@ -52,14 +55,17 @@ def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
     Raises:
         KeyboardInterrupt: The user stopped; the processes save their runs and end.
     """
-    stop, running = threading.Event(), set[subprocess.Popen[str]]()
+    running = Running()
 
     def one(job: Job) -> str | None:
-        if stop.is_set():
+        if running.stopped:
             return None
         folder = folder_of(job, out)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return _note(job, out, *_process(job, folder, running))
+        try:
+            return _note(job, out, *_process(job, folder, running))
+        except (OSError, ValueError) as error:  # a full disk, a damaged file: this run's own misfortune
+            return f"{type(error).__name__}: {error}"
 
     pool = ThreadPoolExecutor(workers)
     waiting = {pool.submit(one, job): job for job in jobs}
@@ -69,13 +75,42 @@ def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
             for future in ended:
                 done(waiting.pop(future), future.result())
     except KeyboardInterrupt:
-        stop.set()
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+        running.interrupt()
+        try:
+            wait(waiting)
+        except KeyboardInterrupt:
+            running.interrupt()  # once more: at once
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Running:
+    """The processes at work: all of them are told when the user stops, those that begin just then too."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._processes = set[subprocess.Popen[str]]()
+        self._lock = threading.Lock()
+
+    def add(self, process: subprocess.Popen[str]) -> None:
+        """Take in a process that has begun."""
+        with self._lock:
+            self._processes.add(process)
+            if self.stopped:
+                process.send_signal(signal.SIGINT)
+
+    def discard(self, process: subprocess.Popen[str]) -> None:
+        """Forget a process that has ended."""
+        with self._lock:
+            self._processes.discard(process)
+
+    def interrupt(self) -> None:
+        """Send SIGINT to all."""
+        with self._lock:
+            self.stopped = True
+            for process in self._processes:
+                process.send_signal(signal.SIGINT)
 
 
 def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
@@ -134,12 +169,12 @@ def _away(job: Job) -> tuple[int, str, dict[str, bytes]]:
     """Run on whatever machine this is; return exit code, last words, and the files that cells are read from."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / job.name
-        code, log = _process(job, folder, set())
+        code, log = _process(job, folder, Running())
         files = (*FILES, *job.further)
         return code, log, {name: (folder / name).read_bytes() for name in files if (folder / name).exists()}
 
 
-def _process(job: Job, folder: Path, running: set[subprocess.Popen[str]]) -> tuple[int, str]:
+def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
     """Run a job in a process of its own; return its exit code and what it said."""
     with tempfile.TemporaryDirectory() as place:
         order = Path(place) / "job.json"
@@ -171,7 +206,7 @@ def _note(job: Job, out: Path, code: int, said: str) -> str | None:
     if code == 0 and finished(job, folder):
         path.unlink(missing_ok=True)
         return None
-    if code == 130:
+    if code in (STOPPED, -signal.SIGINT):
         return "stopped"
     lines = [line for line in said.splitlines() if line.strip()]
     why = lines[-1].strip() if lines else "no word"

@@ -67,6 +67,12 @@ class Plan:
             for key in OURS:
                 if key in configs.flatten(table):
                     raise ConfigError(f"{where}.{key}: the comparison sets it itself; leave it out")
+        for name, table in self.agent_settings.items():
+            for key in configs.flatten(table):
+                if key.startswith("evaluation.") or key in ("env.max_turns", "env.kwargs.max_turns"):
+                    raise ConfigError(f"agent_settings.{name}.{key}: it has to be the same for all; use settings")
+        if configs.flatten(self.settings).get("evaluation.conversations") == 0:
+            raise ConfigError("settings.evaluation.conversations: expected at least 1, got 0, which compares nothing")
         for name in (*self.agent_settings, *self.class_agents):
             if name not in self.agents:
                 raise ConfigError(f"expected settings of agents out of {', '.join(self.agents)}, got {name!r}")

@@ -11,19 +11,21 @@ import math
 import statistics as basic
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppg_agents.compare.cell import Result
-from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, table
+from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, only, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LEVEL = 0.05
 LEGEND = (
-    "Consistency on held-out personas [95%] after so many training conversations. Bold: the best; °: can not be told "
-    "from it (paired by seed and persona, Holm-corrected over all comparisons, 5%)."
+    "Consistency on held-out personas [95%: t, clustered by training seed and persona] after so many training "
+    "conversations. Bold: the highest mean; °: can not be told from it (paired by seed and persona, 5%, Holm-corrected "
+    "over all pairs of methods in a column). With one seed, intervals say nothing about another training."
 )
 
 
@@ -40,7 +42,8 @@ class Row:
         seeds: How many.
         lowest: Of the seeds' means.
         highest: Of the seeds' means.
-        to_best: Against the best method of the domain and size; None for the best, and without a common seed.
+        to_best: Against the best method of the domain and size, on the seeds that all its methods have; p is corrected
+            for all pairs of methods there. None for the best, and without a common seed.
         verdict: ``best``, ``worse`` or ``undecided``.
         reachable: The best value that the environment says there is, NaN when unknown.
         judged_turns: That training one seed cost, on average.
@@ -73,19 +76,31 @@ def rows(results: Sequence[Result], level: float = LEVEL) -> list[Row]:
     for result in results:
         methods = cells.setdefault((result.job.domain, result.size), {})
         methods.setdefault(result.job.method, []).append(result)
-    made: list[tuple[Row, int | None]] = []
-    raw: list[float] = []
-    for (domain, size), methods in cells.items():
-        scored = scores(methods)
-        ranked = sorted(scored, key=lambda method: -_or(scored[method].mean, -math.inf))
-        for method in ranked:
-            gap = difference(scored[method], scored[ranked[0]]) if method != ranked[0] else None
-            row = _row(domain, size, method, methods[method], scored[method], gap)
-            verdict = "best" if method == ranked[0] else "undecided"  # for now: no p-value is corrected yet
-            made.append((replace(row, verdict=verdict), len(raw) if gap else None))
-            raw += [gap.p] if gap else []
-    corrected = holm(raw)
-    return [_judged(row, None if at is None else corrected[at], level) for row, at in made]
+    return [
+        row for (domain, size), methods in cells.items() for row in _ranked(domain, size, methods, level)
+    ]
+
+
+def _ranked(domain: str, size: int, methods: Mapping[str, Sequence[Result]], level: float) -> list[Row]:
+    """Return the rows of one domain and size; the best is the best on the seeds that all have, where there are any."""
+    scored = scores(methods)
+    common = set.intersection(*(set(one.seeds) for one in scored.values()))
+    shared = {name: only(one, sorted(common)) if common else one for name, one in scored.items()}
+    ranked = sorted(scored, key=lambda name: (math.isnan(shared[name].mean), -_or(shared[name].mean, 0.0)))
+    gaps = {pair: difference(shared[pair[0]], shared[pair[1]]) for pair in combinations(ranked, 2)}
+    known = {pair: gap for pair, gap in gaps.items() if gap is not None}
+    corrected = dict(zip(known, holm([gap.p for gap in known.values()]), strict=True))
+    made = []
+    for name in ranked:
+        row, gap = _row(domain, size, name, methods[name], scored[name]), known.get((ranked[0], name))
+        if name == ranked[0]:
+            row = replace(row, verdict="best")
+        elif gap is not None:
+            p = corrected[ranked[0], name]
+            to_best = Difference(-gap.value, (-gap.ci95[1], -gap.ci95[0]), p)
+            row = replace(row, to_best=to_best, verdict="worse" if p < level and gap.value > 0 else "undecided")
+        made.append(row)
+    return made
 
 
 def scores(methods: Mapping[str, Sequence[Result]], turn: int | None = None) -> dict[str, Scores]:
@@ -97,9 +112,7 @@ def scores(methods: Mapping[str, Sequence[Result]], turn: int | None = None) -> 
     }
 
 
-def _row(
-    domain: str, size: int, method: str, found: Sequence[Result], scored: Scores, gap: Difference | None
-) -> Row:
+def _row(domain: str, size: int, method: str, found: Sequence[Result], scored: Scores) -> Row:
     own = [_or(one.evaluation["persona_consistency"], math.nan) for one in found]
     reachable = [one.evaluation["reachable"] for one in found if one.evaluation["reachable"] is not None]
     return Row(
@@ -111,20 +124,12 @@ def _row(
         seeds=len(found),
         lowest=min(own),
         highest=max(own),
-        to_best=gap,
-        verdict="",
+        to_best=None,
+        verdict="undecided",
         reachable=basic.fmean(reachable) if reachable else math.nan,
         judged_turns=basic.fmean(one.judged_turns for one in found),
         seconds=basic.median(one.seconds for one in found),
     )
-
-
-def _judged(row: Row, p: float | None, level: float) -> Row:
-    """Return a row with its corrected p-value and what follows from it."""
-    if row.to_best is None or p is None:
-        return row
-    gap = Difference(row.to_best.value, row.to_best.ci95, p)
-    return replace(row, to_best=gap, verdict="worse" if p < level else "undecided")
 
 
 def to_csv(table: Sequence[Row]) -> str:
@@ -149,7 +154,7 @@ def to_grid(table: Sequence[Row]) -> str:
         own = [row for row in table if row.domain == domain]
         sizes = sorted({row.size for row in own})
         cells = {(row.method, row.size): row for row in own}
-        methods = sorted({row.method for row in own}, key=lambda m: -max(r.mean for r in own if r.method == m))
+        methods = sorted(dict.fromkeys(row.method for row in own), key=lambda m: -max(r.mean for r in own if r.method == m))
         lines = [f"| {domain} | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
         for method in methods:
             found = [cells.get((method, size)) for size in sizes]
@@ -258,4 +263,4 @@ def write(results: Sequence[Result], failed: Mapping[str, str], out: Path) -> li
 
 
 def _or(value: float | None, other: float) -> float:
-    return other if value is None else value
+    return other if value is None or math.isnan(value) else value

@@ -1,9 +1,13 @@
 """Intervals, paired differences and p-values of methods that were evaluated on the same personas.
 
-Two things vary: the personas and the training seeds. Both are resampled, independently of one another (the pigeonhole
-bootstrap, Owen 2007, Annals of Applied Statistics 1(2)), one fewer of each than there are, which makes the variance of
-a mean unbiased (McCarthy & Snowden 1985). With one seed only the personas vary, and the interval says nothing about
-training. Arrays in, numbers out.
+Two things vary: the personas and the training seeds. A mean's variance is clustered by both (Cameron, Gelbach & Miller
+2011, Journal of Business & Economic Statistics 29(2)), and its t distribution has the degrees of freedom that the two
+parts leave (Satterthwaite 1946), about as many as there are seeds where these decide. With one seed only the personas
+vary, and an interval says nothing about another training. Arrays in, numbers out.
+
+For shares of resamples there is a bootstrap of both as well (the pigeonhole bootstrap, Owen 2007, Annals of Applied
+Statistics 1(2)), with one fewer of each than there are, so that seeds and personas have the variance of a mean
+(McCarthy & Snowden 1985); percentiles of it are too narrow with few seeds.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -47,8 +52,8 @@ class Difference:
 
     Attributes:
         value: Its mean less the best's, over the seeds that both have.
-        ci95: 95% percentile interval.
-        p: Two-sided, of no difference; corrected for the number of comparisons.
+        ci95: 95% interval.
+        p: Two-sided, of no difference.
     """
 
     value: float
@@ -101,34 +106,65 @@ def interval(means: Array) -> Interval:
     return (float(low), float(high))
 
 
-def mean_interval(scores: Scores, resamples: int = RESAMPLES) -> Interval:
-    """Return the 95% interval of a method's mean."""
-    return interval(resampled(scores, weights(scores.scores.shape[0], scores.scores.shape[1], resamples)))
+def mean_interval(scores: Scores) -> Interval:
+    """Return the 95% interval of a method's mean; NaN without a judged turn, or with one seed and one persona."""
+    return _interval(scores.mean, *_error(_influence(scores), scores.judged))
 
 
-def difference(one: Scores, other: Scores, resamples: int = RESAMPLES) -> Difference | None:
+def difference(one: Scores, other: Scores) -> Difference | None:
     """Return one method less another, paired by seed and persona; p is not corrected yet.
 
     Args:
         one: A method.
         other: Another, over the same personas.
-        resamples: Of the bootstrap.
 
     Returns:
-        None when they have no seed in common.
+        None when they have no seed in common, or nothing was judged.
     """
     common = [seed for seed in one.seeds if seed in other.seeds]
-    if not common:
+    a, b = only(one, common), only(other, common)
+    value = a.mean - b.mean
+    if not math.isfinite(value):
         return None
-    a, b = _only(one, common), _only(other, common)
-    drawn = weights(len(common), a.scores.shape[1], resamples)
-    gap = resampled(a, drawn) - resampled(b, drawn)
-    gap = gap[np.isfinite(gap)]
-    tail = 1 + min(int((gap >= 0).sum()), int((gap <= 0).sum()))
-    return Difference(a.mean - b.mean, interval(gap), min(1.0, 2 * tail / (1 + len(gap))))
+    error, freedom = _error(_influence(a) - _influence(b), a.judged + b.judged)
+    if math.isnan(error):
+        return Difference(value, (math.nan, math.nan), 1.0)
+    p = float(2 * student.sf(abs(value) / error, freedom)) if error else float(value == 0)
+    return Difference(value, _interval(value, error, freedom), p)
 
 
-def _only(scores: Scores, seeds: Sequence[int]) -> Scores:
+def _influence(scores: Scores) -> Array:
+    """Return what every seed and persona adds to the mean's error, [S, P]; they add up to 0."""
+    centred: Array = (scores.scores - scores.mean * scores.judged) / max(scores.judged.sum(), 1.0)
+    return centred
+
+
+def _error(influence: Array, judged: Array) -> tuple[float, float]:
+    """Return the standard error of a mean, clustered by seed and by persona, and its degrees of freedom."""
+    influence = influence[:, judged.sum(0) > 0]
+    seeds, personas = influence.shape
+    parts = [
+        (n / (n - 1) * float((influence.sum(axis) ** 2).sum()), n - 1)
+        for axis, n in ((1, seeds), (0, personas))
+        if n > 1
+    ]
+    if not parts:
+        return math.nan, math.nan
+    both = float((influence**2).sum()) if len(parts) == 2 else 0.0  # counted by seed and by persona
+    variance = max(sum(part for part, _ in parts) - both, *(part for part, _ in parts))
+    scale = sum(part**2 / freedom for part, freedom in parts)
+    return math.sqrt(variance), variance**2 / scale if scale else float(seeds + personas)
+
+
+def _interval(value: float, error: float, freedom: float) -> Interval:
+    if not math.isfinite(error):
+        return (math.nan, math.nan)
+    half = float(student.ppf(0.975, freedom)) * error
+    return (value - half, value + half)
+
+
+def only(scores: Scores, seeds: Sequence[int]) -> Scores:
+    """Return the scores of some of the seeds."""
     rows = [scores.seeds.index(seed) for seed in seeds]
     return Scores(tuple(seeds), scores.scores[rows], scores.judged[rows])
 

@@ -75,8 +75,8 @@ function choose(i, { focus = null } = {}) {
 function open(index) {
   let at = state.shown.findIndex((one) => one.index === index);
   if (at < 0) {
-    byId("filters").reset();
-    filter();
+    for (const field of byId("filters").querySelectorAll("input, select")) field.value = "";
+    filter(); // not by reset(), whose event filters once more, later, and chooses the first one
     at = state.shown.findIndex((one) => one.index === index);
   }
   choose(at, { focus: "h3" });

@@ -22,6 +22,7 @@ function overview() {
       "point at a turn, or walk there with the arrow keys, and the rewards R",
       el("sub", {}, "t"),
       " that it is credited with light up.",
+      data.agent_note ? ` ${data.agent_note}` : "",
     ),
   );
   fill(
@@ -54,7 +55,7 @@ function overview() {
       card(
         "Policy class",
         data.auto ? `auto, now ${data.classes[data.own].label}` : data.classes[data.own].label,
-        `discount ${data.discount}, baseline ${data.baseline}`,
+        `discount ${data.discount}, ${data.baseline ? `baseline ${data.baseline}` : "advantage of the agent's own"}`,
       ),
     card(
       "Conversations shown",

@@ -34,6 +34,7 @@ function panel() {
       : data.baseline
         ? `Before learning, a baseline (${data.baseline}) is subtracted from the credit.`
         : "",
+    data.agent_note,
     "A reply without a score is masked.",
   ];
   byId("baseline").textContent = steps.filter(Boolean).join(" ");

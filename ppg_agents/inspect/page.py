@@ -20,7 +20,7 @@ from ppg_agents import config as configs
 from ppg_agents.config import TrainConfig
 from ppg_agents.durable import replace, writing
 from ppg_agents.horizon_choice import Candidate, default_candidates, parse
-from ppg_agents.inspect import tokens
+from ppg_agents.inspect import learned, tokens
 from ppg_agents.inspect.source import Conversation, Source, pairs, read, status
 from ppg_agents.inspect.text import right_to_left, script_json
 from ppg_agents.inspect.tokens import Vocabulary
@@ -91,6 +91,7 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
     kept = classes(own, n)
     labels = list(kept)
     at = {ends: i for i, ends in enumerate(kept.values())}
+    read_by_agent = config is not None and learned.reads_credit(config)
     return {
         "name": source.name,
         "kind": "run" if config else "file",
@@ -108,16 +109,17 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         },
         "n": n,
         "discount": config.discount if config else 1.0,
-        "baseline": "none" if source.offline else config.baseline if config else None,
+        "baseline": learned.baseline(config) if config else None,
+        "agent_note": learned.note(config) if config else "",
         "classes": [{"label": label, "ends": kept[label]} for label in labels],
-        "auto": config is not None and config.policy_class == "auto",
-        "own": at[counted(own[-1], n)] if config else None,
+        "auto": read_by_agent and config is not None and config.policy_class == "auto",
+        "own": at[counted(own[-1], n)] if read_by_agent else None,
         "tokens": vocabulary.texts if vocabulary else None,
         "control": sorted(vocabulary.control) if vocabulary else [],
         "metrics": _metrics(source),
         "evaluations": evaluations(source.evaluations),
         "conversations": [
-            {**_conversation(c, vocabulary), "own": at[counted(mine, n)] if config else None}
+            {**_conversation(c, vocabulary), "own": at[counted(mine, n)] if read_by_agent else None}
             for c, mine in zip(source.shown, own, strict=False)
         ],
         "pairs": early_and_late(source.shown)[:MOST_PAIRS],
@@ -196,12 +198,12 @@ def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
     files = ", ".join(Path(file).name for file in config.offline.files)
     return [
         ("Dialogues", files) if files else ("Domain", config.domain),
-        ("Policy class", config.label),
+        ("Policy class", config.label if learned.reads_credit(config) else "no credit is read"),
         ("Model", config.model),
         ("Learner", config.agent),
         *([] if files else [("Conversations per step", str(config.batch)), *played]),
         ("Discount", f"{config.discount:g}"),
-        ("Baseline", "none" if files else config.baseline),
+        ("Baseline", learned.baseline(config) or ("the agent's own" if learned.reads_credit(config) else "none")),
         ("Learning rate", f"{config.learning_rate:g}, {config.schedule}"),
         ("Seed", str(config.seed)),
     ]

@@ -16,6 +16,7 @@ import numpy as np
 from ppg_agents.credit import Mask, credit
 from ppg_agents.durable import replace, writing
 from ppg_agents.horizon_choice import Candidate
+from ppg_agents.inspect import learned
 from ppg_agents.inspect.page import counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
@@ -116,7 +117,8 @@ def lines(
         yield f"{len(printed)} of {source.counts.conversations:,}. {_credit_words(source)}"
         own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
         for (what, conversation), mine in zip(printed, own, strict=False):
-            yield from _conversation(what, conversation, classes, mine if source.config else None, _discount(source))
+            reads = source.config is not None and learned.reads_credit(source.config)
+            yield from _conversation(what, conversation, classes, mine if reads else None, _discount(source))
     if "credit.png" in pictures:
         last = f"conversation {printed[-1][1].number}"
         yield f"\n![masks, and credit in {last}](credit.png)"
@@ -177,7 +179,9 @@ def _failures(source: Source) -> Iterator[str]:
 def _credit_words(source: Source) -> str:
     discount = _discount(source)
     far = "" if discount == 1 else f" A reward d turns later counts {discount:g} to the power of d."
-    return f"Credit is before any baseline is subtracted; a reply without a score is masked.{far}"
+    note = learned.note(source.config) if source.config else ""
+    before = "Credit is before any baseline is subtracted; a" if not note else f"{markdown(note)} A"
+    return f"{before} reply without a score is masked.{far}"
 
 
 def _conversation(

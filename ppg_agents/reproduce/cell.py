@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ppg_agents.compare.cell import fill, results
+from ppg_agents.compare.cell import ending, fill, filled
 from ppg_agents.config import TrainConfig
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, Measured, after, from_json, measurements
 from ppg_agents.runs import Run, RunError
@@ -85,19 +85,17 @@ def _keep(job: Measured, run: Run, name: str, found: dict[str, object]) -> None:
 
 def main(job: str, folder: str) -> int:
     """Train and measure; the process's exit code."""
+    return ending(lambda: work(from_json(Path(job).read_text(encoding="utf-8")), Path(folder)))
+
+
+def work(job: Measured, folder: Path) -> None:
+    """Train until the cells are filled and the policy is there, then measure it."""
     import torch
 
-    from ppg_agents.train import Interrupted
-
-    order, place = from_json(Path(job).read_text(encoding="utf-8")), Path(folder)
-    try:
-        if len(results(order, place)) < len(order.sizes):
-            fill(order, place)
-        torch.set_num_threads(order.config.get("threads") or 1)
-        measure(order, place)
-    except (Interrupted, KeyboardInterrupt):
-        return 130
-    return 0
+    if not filled(job, folder):
+        fill(job, folder)
+    torch.set_num_threads(job.config.get("threads") or 1)
+    measure(job, folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cells -> the numbers of a figure. Reads run folders and computes; draws and starts nothing.
 
-Intervals are 95% percentiles of one bootstrap over seeds and personas (`compare.statistics`).
+Intervals are 95%: of a mean, the t interval of `compare.statistics`; of a residual, percentiles of its bootstrap.
 """
 
 from __future__ import annotations

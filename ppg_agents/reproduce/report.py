@@ -85,7 +85,8 @@ def _fig4(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
     title = "Figure 4: the best lookahead K against the number of training conversations"
     caption = (
         "Shade and number: share of bootstrap resamples in which K is the best. Bold in a thick frame: highest mean. "
-        "Thin frame: not significantly worse (paired, Holm-corrected over the figure, 5%). Full planning is K = turns."
+        "Thin frame: not significantly worse (paired, 5%, Holm-corrected over a column's pairs). Full planning is "
+        "K = turns."
     )
     words = _words(request, wanted, title, caption, [one.seeds for one in table])
     draw_standings(table, out / "fig4.png", **words)
@@ -130,7 +131,8 @@ def _table(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path
         request,
         wanted,
         f"Persona consistency after {size:,} training conversations",
-        "Bold: the best of a domain, and what is not significantly worse (paired, Holm-corrected over the table, 5%).",
+        "Bold: the best of a domain, and what is not significantly worse (paired, 5%, Holm-corrected over a domain's "
+        "pairs).",
         [tuple(range(row.seeds)) for row in table],
     )
     text = f"### {words['title']}\n\n{tables.to_markdown(table, failed, why)}\n{words['caption']}\n"
@@ -159,7 +161,7 @@ def _words(
         title = f"UNFINISHED ({there} of {len(runs)} runs). {title}"
     caption += (
         f" Model {Path(config.model).name}; {count}; {config.evaluation.conversations} held-out conversations per "
-        "evaluation; intervals: 95%, bootstrap over seeds and personas."
+        "evaluation; intervals: 95%, clustered by seed and persona."
     )
     if counts[0] == 1:
         caption += " Where there is one seed, they say nothing about training."

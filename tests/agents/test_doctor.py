@@ -11,6 +11,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,70 @@ def test_no_key_and_no_proxy_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = by_name(report)["environment/keys"].details
     assert keys == dict.fromkeys(doctor.KEYS, True)
     assert by_name(report)["environment/proxies"].details["https_proxy"] is True
+
+
+@pytest.mark.parametrize(
+    ("end", "what"),
+    [("\r", "a line break"), ("\n", "a line break"), ("\x1b", "a control character"), ("…", "a character that no")],
+)
+def test_a_key_that_no_header_can_hold_is_said_and_not_shown(
+    end: str, what: str, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, name in (("judge", "OPENAI_API_KEY"), ("rollout", "VLLM_API_KEY")):
+        monkeypatch.setenv(name, SECRET + end)
+        found = ask(Named(kind, f"{vllm}/v1", "base"))  # type: ignore[arg-type]
+        assert found.status == "fault"
+        assert found.value.startswith(f"the key in {name} holds {what}")
+        assert SECRET not in repr(found)
+
+
+@pytest.mark.parametrize("key", [f" {SECRET} ", "sk-'\"\\-4711"])
+def test_a_key_that_is_sent_back_is_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(said: str, body: dict[str, Any]) -> Reply:
+        return Reply(400, f"no key {said} here")
+
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for said in (key.strip(), repr(key.strip()), json.dumps(key.strip())):
+        with Loopback(partial(refuse, said)) as server:
+            value = ask(Named("judge", server.url, "loopback")).value
+        assert "[key]" in value
+        assert "4711" not in value
+
+
+@pytest.mark.parametrize(
+    "proxy", [f"http:/user:{SECRET}@proxy:3128", f"http://user:{SECRET}", f"http://me:{SECRET}\n@127.0.0.1:x"]
+)
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_a_proxy_that_can_not_be_read_is_named_and_not_shown(
+    proxy: str, name: str, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, proxy)
+    found = ask(Named("judge", f"{vllm}/v1", "base"))
+    assert (found.status, found.value) == ("fault", f"can not be reached: the proxy URL in {name} can not be read")
+    assert name in found.todo
+    assert SECRET not in repr(found)
+    assert ask(Named("rollout", vllm)).status == "ok", "it is asked past the proxy"
+    monkeypatch.delenv(name)
+    assert ask(Named("judge", "http://127.0.0.1:9/a b/v1", "base")).value.endswith(": the URL can not be read")
+
+
+@pytest.mark.parametrize("listed", [["model-id"], "id", {"id": 1}, [None, ["id"]], 3])
+def test_a_list_of_models_that_is_none_is_passed_over(
+    listed: Any, vllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLM, "do_GET", lambda self: self.answer(200, {"data": listed}))
+    judge, rollout = ask_all([Named("judge", f"{vllm}/v1", "base"), Named("rollout", vllm)])
+    assert (judge.status, judge.details["models"]) == ("ok", []), judge
+    assert (rollout.status, rollout.value[:17]) == ("fault", "no list of models")
+
+
+def test_what_nobody_expects_is_a_finding_without_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise AttributeError(SECRET)
+
+    monkeypatch.setattr(doctor_servers, "models", fail)
+    (found,) = ask_all([Named("judge", NOWHERE, "m")])
+    assert (found.status, found.value) == ("fault", "can not be asked: AttributeError")
 
 
 def test_nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

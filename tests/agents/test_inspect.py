@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 from ppg_agents import cli, commands, inspect_commands
 from ppg_agents.config import OfflineSettings, TrainConfig
 from ppg_agents.horizon_choice import Candidate, default_candidates
-from ppg_agents.inspect import page, source, text
+from ppg_agents.inspect import learned, page, source, text
 from ppg_agents.inspect.report import write_report
 from ppg_agents.runs import Run, RunError
 from ppg_agents.trajectory import Trajectory, Turn, to_json
@@ -208,6 +208,46 @@ def test_a_run_s_page_holds_the_run(run: Run) -> None:
     lost = data["conversations"][2]["turns"][1]
     assert (lost["reward"], lost["status"], lost["logs"]) == (None, "timeout", [100, None])
     assert "no checkpoint" in " ".join(data["notes"])
+
+
+def test_what_is_said_of_every_agent_is_what_it_does() -> None:
+    from ppg_agents.agents.methods import METHODS
+
+    for name, method in METHODS.items():
+        config = TrainConfig(agent=name)
+        assert learned.reads_credit(config) is (method.learns and method.credit), name
+        assert (learned.baseline(config) == "batch-mean") is ("baseline" in method.takes), name
+        assert (learned.note(config) == "") is ("baseline" in method.takes and method.advantage is None), name
+        assert (name in learned.ESTIMATING) is ("credit" in method.options), name
+    assert learned.note(TrainConfig(agent="mine:Agent")).startswith("The agent mine:Agent forms its own advantage from")
+    by_class = TrainConfig(agent="ppo", agent_options={"credit": "class"})
+    assert "instead of" in learned.note(TrainConfig(agent="ppo"))
+    assert "instead of" not in learned.note(by_class)
+
+
+@pytest.mark.parametrize(
+    ("agent", "baseline", "said", "own"),
+    [
+        ("ppg", "batch-mean", "", True),
+        ("grpo", None, "The agent grpo forms its own advantage from this credit (docs/agents.md).", True),
+        ("sft", None, "The agent sft reads no credit (docs/agents.md)", False),
+    ],
+)
+def test_a_run_s_page_and_report_say_what_its_agent_makes_of_the_credit(
+    agent: str, baseline: str | None, said: str, own: bool, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", TrainConfig(agent=agent, model="none"))
+    run.append_trajectories([conversation(turn(0.2), turn(0.3))])
+    data = contents(run.folder)
+    assert data["baseline"] == baseline
+    assert data["agent_note"].startswith(said)
+    assert bool(data["agent_note"]) is bool(said)
+    assert (data["own"] is not None, data["conversations"][0]["own"] is not None) == (own, own)
+    assert dict(data["facts"])["Baseline"] == {"grpo": "the agent's own", "sft": "none"}.get(agent, "batch-mean")
+    report = write_report(run.folder).read_text(encoding="utf-8")
+    assert ("before any baseline is subtracted" in report) is not bool(said)
+    assert (text.markdown(data["agent_note"]) in report) is True
+    assert bool(re.search(r"full \\?\(own", report)) is own
 
 
 def test_a_torn_last_line_is_said_and_another_damaged_line_is_named(run: Run) -> None:

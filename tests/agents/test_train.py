@@ -19,6 +19,7 @@ from ppg_agents import config as configs
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.environment import ConversationError
+from ppg_agents.interrupt import Interrupted
 from ppg_agents.policy import Policy
 from ppg_agents.runs import Run
 from ppg_agents.trajectory import Trajectory, Turn, read_jsonl
@@ -158,7 +159,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     handler = signal.getsignal(signal.SIGINT)  # not the default one where the tests run in the background
     with monkeypatch.context() as patch:
         stop_in(patch, function, call)
-        with pytest.raises(training.Interrupted, match=r"--resume .*stopped") as stop:
+        with pytest.raises(Interrupted, match=r"--resume .*stopped") as stop:
             training.train(config, tmp_path / "stopped")
     assert stop.value.iteration == saved
     run = Run.open(tmp_path / "stopped")
@@ -301,7 +302,7 @@ def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monke
     logged = replace(config, offline=offline)
     whole = training.train(logged, tmp_path / "whole")
     stop_in(monkeypatch, "batch_metrics", 3)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(Interrupted):
         training.train(logged, tmp_path / "stopped")
     again = training.train(logged, tmp_path / "stopped", resume=True)
     assert records(again) == records(whole)

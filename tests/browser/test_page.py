@@ -235,6 +235,38 @@ def test_filters(shown: Callable[..., Any]) -> None:
         page.locator("#filters button").click()
 
 
+def test_open_shows_a_conversation_that_a_filter_hides_and_stays_there(shown: Callable[..., Any]) -> None:
+    from playwright.sync_api import expect
+
+    page = shown(*ordinary())
+    page.locator("#turn").select_option(value="4")
+    page.locator("#query").fill("unlucky")
+    expect(page.locator("#count")).to_have_text("1 of 6 conversations, 1 turn")
+    page.get_by_role("button", name="Open conversation 5").click()
+    page.wait_for_timeout(150)  # what is filtered later would have been by now
+    assert page.locator("#heading").inner_text().startswith("Conversation 5")
+    assert page.evaluate("document.activeElement.id") == "heading"
+    assert [page.locator(field).input_value() for field in ("#turn", "#query", "#order")] == ["", "", ""]
+    expect(page.locator("#count")).to_have_text("6 of 6 conversations, 16 turns")
+
+
+@pytest.mark.parametrize(
+    ("agent", "said"),
+    [
+        ("ppg", "Before learning, a baseline (batch-mean) is subtracted from the credit."),
+        ("grpo", "The agent grpo forms its own advantage from this credit (docs/agents.md)."),
+        ("sft", "The agent sft reads no credit (docs/agents.md)"),
+    ],
+)
+def test_the_page_says_what_the_agent_makes_of_the_credit(shown: Callable[..., Any], agent: str, said: str) -> None:
+    page = shown(*ordinary(), agent=agent)
+    assert said in page.locator("#baseline").inner_text()
+    assert (said in page.locator("#lead").inner_text()) is (agent != "ppg")
+    assert ("a baseline" in page.locator("#baseline").inner_text()) is (agent == "ppg")
+    assert ("Policy class" in page.locator("#cards").inner_text()) is (agent != "sft")
+    assert (page.get_by_text("(this run)").count() == 1) is (agent != "sft")
+
+
 def test_everything_can_be_reached_and_done_with_keys(shown: Callable[..., Any]) -> None:
     page = shown(*ordinary())
     names, focus = (
