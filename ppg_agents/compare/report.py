@@ -154,7 +154,10 @@ def to_grid(table: Sequence[Row]) -> str:
         own = [row for row in table if row.domain == domain]
         sizes = sorted({row.size for row in own})
         cells = {(row.method, row.size): row for row in own}
-        methods = sorted(dict.fromkeys(row.method for row in own), key=lambda m: -max(r.mean for r in own if r.method == m))
+        highest: dict[str, float] = {}
+        for row in own:
+            highest[row.method] = max(row.mean, highest.get(row.method, -math.inf))
+        methods = sorted(highest, key=lambda method: -highest[method])
         lines = [f"| {domain} | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
         for method in methods:
             found = [cells.get((method, size)) for size in sizes]
