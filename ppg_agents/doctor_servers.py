@@ -20,6 +20,8 @@ from difflib import get_close_matches
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ppg_agents.inspect.text import visible
+
 LIMIT = 5.0
 """Seconds that a server may take over one answer."""
 ALL = 15.0
@@ -153,7 +155,7 @@ def examine(server: Named, details: dict[str, Any]) -> tuple[str, str]:
     variable = "VLLM_API_KEY" if server.kind == "rollout" else "OPENAI_API_KEY"
     wire = Wire(base(server), variable, proxies=server.kind != "rollout")
     cards, seconds = models(wire, server)
-    names = [str(card["id"]) for card in cards]
+    names = [visible(str(card["id"]))[:200] for card in cards]
     details |= {"models": names, "seconds_list": round(seconds, 4)}
     parts = [f"serves {', '.join(names[:5]) or 'no model that it names'}{' …' if len(names) > 5 else ''}"]
     wanted = server.model
