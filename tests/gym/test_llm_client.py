@@ -337,13 +337,21 @@ def test_an_interrupt_cancels_what_was_asked_and_leaves_nothing_running(make: Ma
         with Loopback(lambda body: Reply(text="late", hang=0.0 if "now" in str(body) else 60.0)) as server:
             chat = make(server, concurrency=4)
             main = threading.main_thread().ident
-            timer = threading.Timer(0.15, lambda: signal.pthread_kill(main or 0, signal.SIGINT))
-            timer.start()
-            began = time.monotonic()
+            stopped: list[float] = []
+
+            def stop() -> None:
+                until = time.monotonic() + 20.0
+                while server.peak < 4 and time.monotonic() < until:
+                    time.sleep(0.01)
+                stopped.append(time.monotonic())
+                signal.pthread_kill(main or 0, signal.SIGINT)
+
+            stopper = threading.Thread(target=stop)
+            stopper.start()
             with pytest.raises(KeyboardInterrupt):
                 ask(chat, *map(str, range(8)))
-            timer.join()
-            assert time.monotonic() - began < 3.0
+            stopper.join()
+            assert time.monotonic() - stopped[0] < 5.0
             assert background.run(others()) == []
             assert ask(chat, *["now"] * 8)[7].text == "late"
     finally:
