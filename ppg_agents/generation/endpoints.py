@@ -94,6 +94,7 @@ class Wire:
             key: Sent to the servers; None for servers without keys.
         """
         self._under_way: set[Future[Any]] = set()
+        self._listed = threading.RLock()  # what is started is listed, before anyone may cancel all that is listed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ppg-rollouts", daemon=True)
         self._thread.start()
@@ -109,8 +110,9 @@ class Wire:
         if not self._thread.is_alive():
             coroutine.close()
             raise GenerationError("expected a sampler that is open, got one that was closed; make another")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        self._under_way.add(future)
+        with self._listed:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._under_way.add(future)
         try:
             while not wait([future], timeout=_LOOK).done:  # a signal is heard between waits
                 pass
@@ -125,7 +127,9 @@ class Wire:
 
     def cancel(self) -> None:
         """Cancel whatever `run` waits for; the servers stop working on it."""
-        for future in list(self._under_way):
+        with self._listed:
+            under_way = list(self._under_way)
+        for future in under_way:
             future.cancel()
 
     def close(self) -> None:

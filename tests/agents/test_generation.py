@@ -422,13 +422,24 @@ def test_a_server_of_another_distribution_is_refused(
 
 
 def test_a_reply_under_way_can_be_cancelled_and_the_server_notices(
-    policy: Policy, servers: list[FakeServer], connect: Callable[..., VLLMServerSampler]
+    policy: Policy,
+    servers: list[FakeServer],
+    connect: Callable[..., VLLMServerSampler],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampler = connect(servers[0])
     sampler.sync(policy)
     sampler.start(2)
     servers[0].hold = True
     raised: list[BaseException] = []
+    start = asyncio.run_coroutine_threadsafe
+
+    def start_slowly(*arguments: Any) -> Any:  # the server has the request before this thread goes on
+        future = start(*arguments)
+        time.sleep(0.2)
+        return future
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", start_slowly)
 
     def speak(i: int) -> None:
         try:
