@@ -167,16 +167,18 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """The policy class ``auto``: full planning, until what one batch says of every class speaks for another.
+    """The policy class ``auto``: the shortest class that a batch shows to point where full planning points.
 
     See ``docs/horizon.md``; it asks again from time to time.
 
     Attributes:
         every: Iterations from one choice to the next.
+        cosine: That a class has to keep with full planning's gradient; 95% confidence.
         classes: What may be chosen: ``greedy``, ``3``, ``full``, ``segment:5,5``; none given: every K.
     """
 
     every: int = 20
+    cosine: float = 0.9
     classes: tuple[str, ...] = ()
 
 
@@ -288,6 +290,8 @@ class TrainConfig:
             raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
         if not 0 <= self.discount <= 1:
             raise ConfigError(f"discount: expected a number in [0, 1], got {self.discount}")
+        if not 0 < self.auto.cosine <= 1:
+            raise ConfigError(f"auto.cosine: expected a number in (0, 1], got {self.auto.cosine}")
         if not 0 <= self.env.max_failure_rate <= 1:
             raise ConfigError(f"env.max_failure_rate: expected a share in [0, 1], got {self.env.max_failure_rate}")
         if not 0 <= self.lora.dropout < 1:

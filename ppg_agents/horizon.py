@@ -24,20 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ppg_agents.credit import Mask, credit
+from ppg_agents.credit import Mask
+from ppg_agents.moments import Array, Baseline, Estimates, estimate, products, resample
 
 if TYPE_CHECKING:
     from ppg_agents.sketch import Sketches
 
-Array = NDArray[np.float64]
-Baseline = Literal["leave-one-out", "none"]
-
 FULL = "full"
+ALIGNED = 0.9
 RESAMPLES = 2000
 MOST_LAGS = 20
 
@@ -56,159 +54,6 @@ def own_mean_removed(rewards: Array, valid: Mask) -> Array:
     """
     kept = np.where(valid, rewards, 0.0)
     return np.asarray(np.where(valid, rewards - (kept.sum(1) / np.maximum(valid.sum(1), 1))[:, None], np.nan))
-
-
-@dataclass(frozen=True)
-class Products:
-    """Inner products of what C masks make of a batch, added up over the conversations of P personas.
-
-    A product of two conversations' contributions is kept only where their personas differ, so that its expectation is
-    ⟨μ, μ'⟩: conversations with one persona are not independent of each other. Under ``leave-one-out`` the baselines
-    of the two come from halves of the remaining personas, disjoint and without either's own; nothing that is multiplied
-    is dependent then, and the expectation is exact whatever E g_{b,t} is.
-
-    Attributes:
-        with_full: [C, P, P], Σ ⟨ĝ_b(M), ĝ_j(full)⟩ over conversations b, j of two personas, symmetric, 0 where equal.
-        with_self: [C, P, P], the same of ⟨ĝ_b(M), ĝ_j(M)⟩.
-        squares: [C, P], Σ ‖ĝ_b(M)‖², the baseline being the mean over all conversations with other personas.
-        counts: [P], conversations.
-    """
-
-    with_full: Array
-    with_self: Array
-    squares: Array
-    counts: Array
-
-
-def products(
-    sketches: Sketches, masks: Sequence[Mask], *, discount: float = 1.0, baseline: Baseline = "leave-one-out"
-) -> Products:
-    """Combine per-turn gradients into every mask's; see `Products`.
-
-    Args:
-        sketches: B conversations with at least two personas.
-        masks: C masks [n, n], the last of them full planning's.
-        discount: γ, per turn.
-        baseline: ``leave-one-out``: the mean credit of the turn over other conversations; or ``none``.
-
-    Raises:
-        ValueError: One persona only, an unknown baseline, or arrays that `credit` refuses.
-    """
-    if baseline not in get_args(Baseline):
-        raise ValueError(f"expected a baseline out of {', '.join(get_args(Baseline))}, got {baseline!r}")
-    names = sorted(set(sketches.personas))
-    if len(names) < 2:
-        raise ValueError(f"expected conversations with at least two personas, got {names}; play more")
-    valid = sketches.valid
-    size, n = valid.shape
-    persona = np.array([names.index(name) for name in sketches.personas])
-    member = np.eye(len(names))[persona]  # [B, P]
-    credits = np.stack([credit(sketches.rewards, mask, valid, discount) for mask in masks])  # [C, B, n]
-    vectors = sketches.vectors.astype(np.float64)
-    flat = vectors.reshape(size * n, -1)
-    half = np.stack([_per_persona(member * (np.arange(len(names)) % 2 == h), credits, valid) for h in (0, 1)])
-    squares = np.zeros((len(masks), len(names)))
-    with_full, with_self = (np.zeros((len(masks), len(names), len(names))) for _ in range(2))
-    for b in range(size):
-        gram = (vectors[b] @ flat.T).reshape(n, size, n).transpose(1, 0, 2)  # [B, n of b, n of j]
-        p = persona[b]
-        own = [h[..., p, :] for h in half]
-        means = [_less(h, o, persona if baseline != "none" else None) for h, o in zip(half, own, strict=True)]
-        ours = (credits[:, b, None] - means[0]) * valid[b]  # [C, B, n]: b's advantage beside each j
-        theirs = (credits - means[1]) * valid
-        left = np.einsum("cjt,jts->cjs", ours, gram, optimize=True)
-        other = persona != p
-        for found, right in ((with_full, theirs[-1:]), (with_self, theirs)):
-            pair = (left * right).sum(-1) * other  # [C, B]
-            found[:, p] += pair @ member
-        alone = _mean(half[0].sum(2) + half[1].sum(2) - own[0] - own[1])  # [C, n]
-        advantage = (credits[:, b] - (alone if baseline != "none" else 0.0)) * valid[b]
-        squares[:, p] += np.einsum("ct,ts,cs->c", advantage, gram[b], advantage)
-    with_full, with_self = ((x + x.transpose(0, 2, 1)) / 2 for x in (with_full, with_self))
-    return Products(with_full, with_self, squares, member.sum(0))
-
-
-def _per_persona(member: Array, credits: Array, valid: Mask) -> Array:
-    """Return sum and count of credits per class, persona and turn, [2, C, P, n]."""
-    total = np.einsum("bp,cbn->cpn", member, credits)
-    count = np.broadcast_to(np.einsum("bp,bn->pn", member, valid), total.shape)
-    return np.stack([total, count])
-
-
-def _less(sums: Array, own: Array, persona: NDArray[np.intp] | None) -> Array:
-    """Return the mean credit [C, B, n] over a half's conversations with neither b's persona nor j's."""
-    if persona is None:
-        return np.zeros((sums.shape[1], 1, sums.shape[3]))
-    rest = np.asarray(sums.sum(2) - own)
-    return _mean(rest[:, :, None] - sums[:, :, persona])
-
-
-def _mean(sums: Array) -> Array:
-    total, count = sums
-    return np.asarray(np.where(count > 0.5, total / np.maximum(count, 1.0), 0.0), dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """What products say of C masks, [..., C]; expectations, so the first two may come out negative."""
-
-    mean_square: Array  # ‖μ_M‖²
-    variance: Array  # tr Σ_M of one conversation
-    alignment: Array  # ⟨μ_M, μ_full⟩
-
-    def snr(self, batch: int) -> Array:
-        """Return B ‖μ_M‖² / tr Σ_M."""
-        return batch * _ratio(self.mean_square, self.variance)
-
-    def cosine(self) -> Array:
-        """Return cos(μ_M, μ_full), clipped to [−1, 1]; NaN where a squared norm is not estimated above 0."""
-        length = np.sqrt(np.maximum(self.mean_square * self.mean_square[..., -1:], 0.0))
-        cosine: Array = np.clip(_ratio(self.alignment, length), -1.0, 1.0)
-        return cosine
-
-    def rms(self, batch: int) -> Array:
-        """Return √(‖μ_M‖² + tr Σ_M / B), the step's root mean square length."""
-        square = np.maximum(self.mean_square, 0.0) + self.variance / batch
-        return np.asarray(np.sqrt(np.maximum(square, 0.0)))
-
-    def progress(self, batch: int) -> Array:
-        """Return the slope of the full objective along a step of unit length (see the module)."""
-        return _ratio(self.alignment, self.rms(batch))
-
-
-def _ratio(a: Array, b: Array) -> Array:
-    return np.asarray(np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0))
-
-
-def estimate(found: Products, weights: Array | None = None) -> Estimates:
-    """Return the unbiased estimates, U-statistics over pairs of conversations with different personas.
-
-    Args:
-        found: Of C masks.
-        weights: How often each persona counts, [R, P]; default once.
-
-    Returns:
-        Estimates [R, C], or [C] without weights.
-    """
-    w = np.ones((1, len(found.counts))) if weights is None else weights
-    heads = w @ found.counts
-    pairs = heads**2 - (w**2) @ (found.counts**2)
-    self_, full = ((np.matmul(w, x) * w).sum(-1).T / pairs[:, None] for x in (found.with_self, found.with_full))
-    variance = w @ found.squares.T / heads[:, None] - self_
-    result = Estimates(self_, variance, full)
-    return result if weights is not None else Estimates(self_[0], variance[0], full[0])
-
-
-def resample(found: Products, resamples: int, rng: np.random.Generator) -> Estimates:
-    """Return bootstrap estimates [resamples, C], personas being drawn with replacement.
-
-    Baselines stay those of the batch. Pairs of a persona with itself stay out. Where no mean gradient can be told from
-    0 the intervals are up to √3 too wide, which is the safe side.
-    """
-    P = len(found.counts)
-    weights = rng.multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)
-    weights = weights[(weights > 0).sum(1) > 1]  # at least one pair
-    return estimate(found, weights)
 
 
 @dataclass(frozen=True)
@@ -288,6 +133,8 @@ class Horizon:
             They add up to it when there are n of them.
         reach: The least lookahead that holds every d whose part is shown to be positive, 95% simultaneously over d; 0
             where none is. What lies beyond is not shown to matter, which does not show that it does not.
+        aligned: Classes whose direction is shown to be full planning's, from few credited rewards to many; full
+            planning is always the last of them (see `advise`).
         verdicts: At several batch sizes, that of ``batch`` first.
     """
 
@@ -300,6 +147,7 @@ class Horizon:
     classes: tuple[ClassReport, ...]
     lags: tuple[Value, ...]
     reach: int
+    aligned: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
 
     @property
@@ -323,10 +171,17 @@ def advise(
     other_batches: Sequence[int] = (),
     discount: float = 1.0,
     baseline: Baseline = "leave-one-out",
+    cosine: float = ALIGNED,
     resamples: int = RESAMPLES,
     rng: np.random.Generator | None = None,
 ) -> Horizon:
     """Compare policy classes on one batch of conversations.
+
+    A class is *aligned* when cos(μ_M, μ_full) is shown to be at least ``cosine`` (the lower end of its 95% interval
+    is), and so is every class among those given that credits all that it credits: tested from long to short, so that
+    the chance of a wrong one is 2.5% along every chain of nested classes. Ascent along directions whose cosine with
+    the gradient stays above a constant > 0 ends where full planning's does, at a stationary point of J (the angle
+    condition, Nocedal & Wright 2006, § 3.2); it has to hold at every step, not at the first one only.
 
     Args:
         sketches: The batch.
@@ -336,12 +191,15 @@ def advise(
             only B changes.
         discount: γ, per turn.
         baseline: ``leave-one-out`` or ``none``.
+        cosine: In (0, 1]; see above.
         resamples: Of the bootstrap over personas.
         rng: Of the bootstrap.
 
     Raises:
-        ValueError: Fewer than two personas, no class ``full``, or a mask that does not fit.
+        ValueError: Fewer than two personas, no class ``full``, a mask that does not fit, or a cosine out of (0, 1].
     """
+    if not 0 < cosine <= 1:
+        raise ValueError(f"expected a cosine in (0, 1], got {cosine}")
     n = sketches.valid.shape[1]
     if FULL not in classes:
         raise ValueError(f"expected full planning, {FULL!r}, among the classes, got {', '.join(classes) or 'none'}")
@@ -378,6 +236,7 @@ def advise(
         classes=tuple(reports),
         lags=tuple(_values(ahead, ahead_drawn)),
         reach=_reach(ahead, ahead_drawn),
+        aligned=_aligned(labels, masks, drawn.cosine()[:, part], cosine),
         verdicts=tuple(verdicts),
     )
 
@@ -402,6 +261,17 @@ def _reach(value: Array, drawn: Array) -> int:
         return 0
     q = float(np.quantile(((drawn - value)[:, some] / spread[some]).max(1), 0.95))
     return int(1 + np.flatnonzero(some & (value > q * spread)).max(initial=-1))
+
+
+def _aligned(labels: Sequence[str], masks: Sequence[Mask], drawn: Array, least: float) -> tuple[str, ...]:
+    """Return the aligned ones of classes that are sorted from few credited rewards to many, full planning last."""
+    low = _quantiles(np.nan_to_num(drawn, nan=-1.0), 0.025)  # where no direction is seen, none is shown
+    passed = {len(labels) - 1}
+    for c in reversed(range(len(labels) - 1)):
+        wider = {d for d in range(len(labels)) if d != c and (masks[d] >= masks[c]).all()}
+        if low[c] >= least and wider <= passed:
+            passed.add(c)
+    return tuple(labels[c] for c in sorted(passed))
 
 
 def _verdict(

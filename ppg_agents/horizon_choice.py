@@ -1,6 +1,6 @@
 """Policy classes to choose from, and the choice of one during training.
 
-`horizon` compares masks; here they get names, and a rule says when to leave the class in use. May read a policy, and
+`horizon` compares masks; here they get names, and a rule says which of them to use. May read a policy, and
 may not change it.
 """
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppg_agents.credit import Mask, policy_class
-from ppg_agents.horizon import FULL, Baseline, Horizon, advise
+from ppg_agents.horizon import ALIGNED, FULL, Horizon, advise
+from ppg_agents.moments import Baseline
 
 if TYPE_CHECKING:
     from ppg_agents.policy import Policy
@@ -102,12 +103,11 @@ class Choice:
 
     def metrics(self) -> Mapping[str, Any]:
         """Return what a run logs of it, plain JSON."""
-        progress = {c.label: c.progress.value for c in self.report.classes}
+        cosines = {c.label: (c.cosine.value, c.cosine.low) for c in self.report.classes}
         return {
             "horizon_class": self.candidate.label,
             "horizon_switched": self.switched,
-            "horizon_undecided": list(self.report.verdict.undecided),
-            "horizon_progress": {k: v if np.isfinite(v) else None for k, v in progress.items()},
+            "horizon_cosine": {k: [v if np.isfinite(v) else None for v in pair] for k, pair in cosines.items()},
         }
 
 
@@ -115,27 +115,26 @@ def choose(
     trajectories: Sequence[Trajectory],
     policy: Policy,
     classes: Sequence[Candidate],
-    previous: Candidate | None,
+    previous: Candidate,
     rng: np.random.Generator,
     *,
-    batch: int | None = None,
+    cosine: float = ALIGNED,
     discount: float = 1.0,
     temperature: float = 1.0,
     baseline: Baseline = "leave-one-out",
 ) -> Choice:
-    """Choose the policy class for the next steps, with hysteresis.
+    """Choose the policy class for the next steps: the shortest whose direction is shown to be full planning's.
 
-    The class in use is kept until another one makes more progress by more than the comparison's error: it is left only
-    when it is outside the verdict's confidence set. Noise alone therefore switches in at most about 5% of the calls.
-    Without a class in use the recommended one is taken.
+    Shorter classes have less variance; an aligned one (see `horizon.advise`) loses at most 1 − ``cosine`` of the
+    value's slope. What the conversations do not show is not taken for granted: few of them give full planning.
 
     Args:
         trajectories: Conversations of this policy, of one or several batches.
         policy: Who learns; its weights and gradients are left as they are.
-        classes: What may be chosen; empty for `default_candidates`.
-        previous: The class in use, None for none.
+        classes: What may be chosen beside full planning; empty for `default_candidates`.
+        previous: The class in use.
         rng: Of the projection and the bootstrap.
-        batch: Conversations per gradient step; default as many as are given.
+        cosine: That a class has to keep with full planning's gradient.
         discount: γ, per turn.
         temperature: That the replies were sampled at.
         baseline: ``leave-one-out`` or ``none``.
@@ -147,33 +146,12 @@ def choose(
 
     found = sketch(policy, trajectories, seed=int(rng.integers(2**31)), temperature=temperature)
     n = found.valid.shape[1]
-    allowed = tuple(classes) or default_candidates(n)
-    compared = (*allowed, previous) if previous is not None else allowed
-    kept = distinct(compared, n)
-    report = advise(found, masks(kept, n), batch=batch, discount=discount, baseline=baseline, rng=rng)
-    return decide(report, kept, None if previous is None else _named(previous, kept, n))
-
-
-def decide(report: Horizon, candidates: Mapping[str, Candidate], previous: str | None) -> Choice:
-    """Apply the hysteresis of `choose` to a report.
-
-    Args:
-        report: Of the candidates.
-        candidates: By label.
-        previous: Label of the class in use, None for none.
-    """
-    verdict = report.verdict
-    if previous is not None and previous in verdict.undecided:
-        if previous == verdict.recommended:
-            return Choice(candidates[previous], False, f"keeping {previous}, which makes the most progress", report)
-        reason = f"keeping {previous}: {verdict.recommended} makes no more progress beyond the error"
-        return Choice(candidates[previous], False, reason, report)
-    new = verdict.recommended
-    reason = f"taking {new}" if previous is None else f"switching from {previous} to {new}"
-    return Choice(candidates[new], previous is not None, f"{reason}: {verdict.words()}", report)
-
-
-def _named(candidate: Candidate, among: Mapping[str, Candidate], n: int) -> str:
-    """Return the label under which `distinct` keeps a candidate."""
-    mask = candidate.mask(n)
-    return next(label for label, one in among.items() if np.array_equal(one.mask(n), mask))
+    kept = distinct(tuple(classes) or default_candidates(n), n)
+    report = advise(found, masks(kept, n), cosine=cosine, discount=discount, baseline=baseline, rng=rng)
+    new = kept[report.aligned[0]]
+    switched = not np.array_equal(new.mask(n), previous.mask(n))
+    reason = f"switching from {previous.label} to {new.label}" if switched else f"keeping {new.label}"
+    why = "no shorter class is shown to point where full planning points"
+    if new.label != FULL:
+        why = f"the shortest class that is shown to point where full planning points (cosine at least {cosine:g})"
+    return Choice(new, switched, f"{reason}, {why}", report)

@@ -212,7 +212,10 @@ def table(report: Horizon) -> str:
     )
     far = {0: "no reward", 1: "a reply's own reward, none later"}
     reach = f"shown to matter: {far.get(report.reach, f'rewards up to {report.reach - 1} turns later')}"
-    return "\n".join([head, "", *lines, "", f"progress from rewards d turns later: {lags}", reach, "", *verdicts])
+    same = "points where full planning points: no shorter class is shown to"
+    if len(report.aligned) > 1:
+        same = f"points where full planning points: {report.aligned[0]} is the shortest class that is shown to"
+    return "\n".join([head, "", *lines, "", f"progress from rewards d turns later: {lags}", reach, same, "", *verdicts])
 
 
 def _shown(v: Value) -> str:

@@ -23,9 +23,8 @@ from ppg_agents.trajectory import Trajectory
 class Planner:
     """The policy class of a run.
 
-    With the policy class ``auto`` a run begins with full planning, whose gradient is the value's own, and leaves a
-    class only when another's next step is better by more than the error (see `horizon_choice.choose`). The batch that
-    decides is learned from as well: that one step leans towards the class whose noise looked best.
+    With the policy class ``auto`` a run takes, from time to time, the shortest class whose direction one batch shows
+    to be full planning's (see `horizon_choice.choose`). The batch that decides is learned from as well.
 
     Attributes:
         current: The class in use; with a class that the settings name, it is that one.
@@ -90,7 +89,7 @@ class Planner:
                 self._candidates,
                 self.current,
                 np.random.default_rng([self._config.seed, iteration]),
-                batch=self._config.batch,
+                cosine=self._config.auto.cosine,
                 discount=self._config.discount,
                 temperature=self._config.sampling.temperature,
             )

@@ -317,7 +317,7 @@ def given(page: str) -> dict[str, Any]:
         played, _ = evaluate.play(policy, sampler, config, personas="train", conversations=4, seed=0)
         classes = horizon_choice.default_candidates(2)
         known = {"horizon_choice": horizon_choice, "trajectories": played, "policy": policy, "classes": classes}
-        return {**known, "previous": None, "rng": np.random.default_rng(0)}
+        return {**known, "previous": classes[-1], "rng": np.random.default_rng(0)}
     return {}
 
 

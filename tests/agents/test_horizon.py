@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from ppg_agents import credit
-from ppg_agents.horizon import ClassReport, Horizon, Value, Verdict, advise, estimate, own_mean_removed, products
-from ppg_agents.horizon_choice import decide, default_candidates, distinct, masks, parse
+from ppg_agents.horizon import Verdict, _aligned, advise, own_mean_removed
+from ppg_agents.horizon_choice import choose, default_candidates, distinct, masks, parse
 from ppg_agents.horizon_commands import horizon, picture, table
+from ppg_agents.moments import estimate, products
 from ppg_agents.sketch import Sketches
 
 Array = NDArray[np.float64]
@@ -211,6 +213,8 @@ def test_errors_say_what_is_expected() -> None:
         advise(one, ALL_OF_4)
     with pytest.raises(ValueError, match="expected full planning"):
         advise(synthetic("own", 4), {"greedy": credit.greedy(4)})
+    with pytest.raises(ValueError, match=r"cosine in \(0, 1\], got 0"):
+        advise(synthetic("own", 4), ALL_OF_4, cosine=0)
     with pytest.raises(ValueError, match="expected a baseline"):
         products(synthetic("own", 4), [credit.full(4)], baseline="batch-mean")  # type: ignore[arg-type]
     for text in ("", "5step", "full:3", "segment", "0", "gredy"):
@@ -229,29 +233,53 @@ def test_candidates() -> None:
     np.testing.assert_array_equal(parse("3").mask(5), credit.k_step(5, 3))
 
 
-def report_of(recommended: str, undecided: tuple[str, ...]) -> Horizon:
-    value = Value(1.0, 0.5, float("nan"))
-    classes = tuple(ClassReport(label, 1, value, value, value, value, value, value) for label in ALL_OF_4)
-    return Horizon(4, 4, 4, 4, "none", 4, classes, (value,), 1, (Verdict(4, recommended, undecided),))
+@pytest.mark.parametrize(("kind", "aligned"), [("own", ("greedy", "2-step", "3-step", "full")), ("delayed", ("full",))])
+def test_the_shortest_class_that_points_the_same_way(kind: str, aligned: tuple[str, ...]) -> None:
+    assert advise(synthetic(kind, 600), ALL_OF_4, resamples=500).aligned == aligned
 
 
-@pytest.mark.parametrize(
-    ("previous", "undecided", "taken", "switched"),
-    [
-        (None, ("greedy", "2-step"), "2-step", False),
-        ("greedy", ("greedy", "2-step"), "greedy", False),
-        ("full", ("greedy", "2-step"), "2-step", True),
-        ("2-step", ("2-step",), "2-step", False),
-    ],
-)
-def test_a_class_is_left_only_for_one_that_is_told_from_it(
-    previous: str | None, undecided: tuple[str, ...], taken: str, switched: bool
-) -> None:
-    candidates = distinct(default_candidates(4), 4)
-    choice = decide(report_of("2-step", undecided), candidates, previous)
-    assert (choice.candidate, choice.switched) == (candidates[taken], switched)
-    logged = json.loads(json.dumps(dict(choice.metrics()), allow_nan=False))
-    assert logged["horizon_class"] == taken
+def test_a_class_whose_cosine_is_too_low_is_hardly_ever_called_aligned() -> None:
+    """The value's gradient is (3, 1, 1, 1), one entry per turn; what does not see the end has (1, 1, 1, 1): .866."""
+    wrong, few = 0, 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        base = synthetic("own", 80, seed)
+        signs = base.vectors.sum(2).astype(np.float64)
+        rewards = signs + 0.3 * rng.normal(size=signs.shape)
+        rewards[:, -1] += 2 * signs[:, 0]  # the first reply's effect at the end is twice its own reward
+        found = advise(replace(base, rewards=rewards), ALL_OF_4, resamples=200, cosine=0.9).aligned
+        wrong += found[0] != "full"
+        few += advise(replace(base, rewards=rewards), ALL_OF_4, resamples=200, cosine=0.4).aligned[0] == "greedy"
+    assert wrong <= 3
+    assert few >= 30
+
+
+def test_a_short_class_is_not_tested_past_a_longer_one_that_fails() -> None:
+    """The last reward undoes what the one before it said: 2-step looks right, 3-step does not."""
+    rows = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])  # cosines of greedy, 2-step, 3-step, full
+    drawn = np.broadcast_to((rows @ np.array([1.0, 0.0]))[None], (200, 4))
+    assert _aligned(list(ALL_OF_4), list(ALL_OF_4.values()), drawn, 0.9) == ("3-step", "full")
+    unseen = np.full((200, 4), np.nan)
+    assert _aligned(list(ALL_OF_4), list(ALL_OF_4.values()), unseen, 0.9) == ("full",)
+
+
+def test_a_choice_says_what_it_was_made_by() -> None:
+    policy = cast(Any, None)
+    said = []
+    for kind, previous in (("own", "full"), ("own", "greedy"), ("delayed", "greedy"), ("delayed", "full")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ppg_agents.sketch.sketch", lambda *_, kind=kind, **__: synthetic(kind, 300))
+            choice = choose([], policy, (), parse(previous), np.random.default_rng(0))
+        logged = json.loads(json.dumps(dict(choice.metrics()), allow_nan=False))
+        assert logged["horizon_class"] == choice.candidate.label
+        assert list(logged["horizon_cosine"]) == list(ALL_OF_4)
+        said.append((choice.candidate.label, choice.switched, choice.reason.partition(",")[0]))
+    assert said == [
+        ("greedy", True, "switching from full to greedy"),
+        ("greedy", False, "keeping greedy"),
+        ("full", True, "switching from greedy to full"),
+        ("full", False, "keeping full"),
+    ]
 
 
 def test_the_report_is_plain_json_a_table_and_a_picture(tmp_path: Path) -> None:
@@ -261,6 +289,7 @@ def test_the_report_is_plain_json_a_table_and_a_picture(tmp_path: Path) -> None:
     text = table(report)
     assert f"{report.verdict.recommended} *" in text
     assert "8 conversations per step:" in text
+    assert "points where full planning points" in text
     picture(report, "toy").savefig(tmp_path / "h.png")
     assert (tmp_path / "h.png").stat().st_size > 10_000
 

@@ -52,6 +52,7 @@ def test_auto_begins_with_full_planning_and_remembers_what_a_run_had_come_to() -
         ({"classes": ["grady"]}, "auto.classes: expected classes such as greedy"),
         ({"classes": ["segment:5,5"]}, r"auto.classes: .*sum to"),
         ({"every": 0}, "auto.every: expected at least 1"),
+        ({"cosine": 1.2}, r"auto.cosine: expected a number in \(0, 1\], got 1.2"),
     ],
 )
 def test_candidates_that_do_not_fit_are_named_before_a_model_is_loaded(auto: dict[str, Any], message: str) -> None:
@@ -95,6 +96,6 @@ def test_the_real_choice_is_logged_and_leaves_the_policy_alone(tmp_path: Path) -
     train(from_dict(plain), tmp_path / "full")
     auto, fixed = lines(tmp_path / "auto")[0], lines(tmp_path / "full")[0]
     assert auto["horizon_class"] in ("full", "greedy", "2-step")
-    assert set(auto["horizon_progress"]) == {"full", "greedy", "2-step"}
+    assert set(auto["horizon_cosine"]) == {"full", "greedy", "2-step"}
     if auto["horizon_class"] == "full":
         assert auto["grad_norm"] == fixed["grad_norm"]
