@@ -9,6 +9,7 @@
 - **advisor, N**: what ``ppg-agent horizon`` recommends for B conversations per step from N conversations of the
   untrained embedded model in language; in brackets how many of the classes can not be told from it, it included.
 - **reach, N**: the lookahead that holds every reward that those conversations show to matter (0: none).
+- **aligned, N**: the shortest class that those conversations show to point where full planning points.
 
     python scripts/horizon_table.py --domain all --conversations 64 256 --batch 8 32 128
 
@@ -171,10 +172,11 @@ def rows(name: str, arguments: argparse.Namespace) -> list[str]:
     sketches = language(name, max(arguments.conversations), arguments.seed)
     verdicts: dict[tuple[int, int], Verdict] = {}
     reach: dict[int, int] = {}
+    aligned: dict[int, str] = {}
     for count in arguments.conversations:
         report = advise(first(sketches, count), every, batch=arguments.batch[0], other_batches=arguments.batch[1:])
         verdicts |= {(count, verdict.batch): verdict for verdict in report.verdicts}
-        reach[count] = report.reach
+        reach[count], aligned[count] = report.reach, report.aligned[0]
         say(f"\n## {name}, {count} conversations\n\n{table(report)}\n")
         if arguments.out is not None:
             arguments.out.mkdir(parents=True, exist_ok=True)
@@ -184,6 +186,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[str]:
         sampled = least(finite(name, every, batch, arguments.steps, arguments.seeds))
         cells = [shown(verdicts[count, batch], len(every)) for count in arguments.conversations]
         far = [str(reach[count]) for count in arguments.conversations]
+        far += [aligned[count] for count in arguments.conversations]
         twins = [least(reached), sampled, next_step(name, every, batch)]
         lines.append(f"| {' | '.join([name, str(batch), *twins, *cells, *far])} |")
     return lines
@@ -213,6 +216,7 @@ def rows_by_size(name: str, arguments: argparse.Namespace) -> list[str]:
         report = advise(first(sketches, size), every, batch=batch)
         sampled = finite(name, every, batch, size // batch, arguments.seeds)
         cells = [least(reached), least(sampled), words, shown(report.verdict, len(every)), str(report.reach)]
+        cells.append(report.aligned[0])
         lines.append(f"| {' | '.join([name, str(size), *cells])} |")
     return lines
 
@@ -234,9 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(given.seed)
     columns = ["domain", "B", "twin, infinite data", "twin, B per step", "twin, next step"]
     columns += [f"advisor, N = {count}" for count in given.conversations]
-    columns += [f"reach, N = {count}" for count in given.conversations]
+    columns += [f"{what}, N = {count}" for what in ("reach", "aligned") for count in given.conversations]
     if given.results:
-        kinds = ["twin, infinite data", f"twin, {given.batch[0]} per step", "language", "advisor", "reach"]
+        kinds = ["twin, infinite data", f"twin, {given.batch[0]} per step", "language", "advisor", "reach", "aligned"]
         columns = ["domain", "conversations", *kinds]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in DOMAINS if given.domain == "all" else (given.domain,):
