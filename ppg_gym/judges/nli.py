@@ -30,6 +30,8 @@ _OFFSET = frozenset(("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "x
 
 _GIVE = "give a classifier that is trained on natural language inference"
 
+_PROBE_SECONDS = 10.0
+
 Pair = tuple[str, str]
 
 
@@ -192,6 +194,8 @@ def _load(name: str, device: str | None) -> _Classifier:
             found = "no config.json in it" if folder.is_dir() else "no such folder"
             raise ValueError(f"{where}: expected a folder with a Hugging Face model, got {found}; check the path")
         name = str(folder)
+    else:
+        name = _on_hub(name, where)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         contradiction = _contradiction(config.id2label or {}, where)
@@ -215,6 +219,27 @@ def _load(name: str, device: str | None) -> _Classifier:
     positions -= 2 if config.model_type in _OFFSET else 0
     limit = min(positions, int(tokenizer.model_max_length))
     return _Classifier(model.eval().to(place), tokenizer, contradiction, limit, place)
+
+
+def _on_hub(name: str, where: str) -> str:
+    """Return the hub's name, or the cached folder when the hub does not answer.
+
+    The hub is asked once, with a short timeout; transformers itself would try each file for most of a minute.
+    """
+    hub = need("huggingface_hub", "nli")
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=_PROBE_SECONDS)
+    except Exception as error:  # what a failed connection raises differs between versions of the hub's client
+        malformed = isinstance(error, hub.errors.HFValidationError)
+        cached = None if malformed else hub.try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return str(Path(cached).parent)
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{where}: expected a folder, or a name on the hub that can be reached, got {type(error).__name__}:"
+            f" {first}; give the folder of a downloaded NLI classifier"
+        ) from error
+    return name
 
 
 def _contradiction(id2label: Mapping[Any, str], where: str) -> int:

@@ -110,6 +110,26 @@ def cases(domain: str) -> list[tuple[Conversation, bool]]:
     ]
 
 
+def test_the_hub_is_asked_once_and_a_cached_model_is_read_without_it(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub as hub
+
+    asked: list[str] = []
+
+    def silent(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", silent)
+    for name, found in (("some-one/nli", "ConnectionError: no route"), ("a b/c", "HFValidationError")):
+        with pytest.raises(ValueError, match=f"name on the hub that can be reached, got {found}.*give the folder"):
+            NLIJudge("chatting", {"model": name})
+    assert len(asked) == 1
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: str(trained / file))
+    assert NLIJudge("chatting", {"model": "some-one/cached"})
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_contradicted_persona_sentence_costs_the_score(trained: Path, domain: str) -> None:
     judge = NLIJudge(domain, {"model": str(trained), "device": "cpu"})
