@@ -19,6 +19,12 @@ conversations instead, learned from in steps of the first B:
     python scripts/horizon_table.py --results runs/compare/results.csv --batch 16
 
 - **language**: the policy class with the highest mean of the comparison, and those that can not be told from it.
+
+How many conversations it takes to see it: of the largest N all smaller ones are drawn, without replacement, 50 times:
+
+    python scripts/horizon_table.py --conversations 16 64 256 640 --subsets 50 --keep sketches/
+
+- **shortest aligned class**: how often each class was it; **wrong**: how often its cosine over all N is below 0.9.
 """
 
 from __future__ import annotations
@@ -39,7 +45,7 @@ from ppg_agents.building import load_policy
 from ppg_agents.config import from_dict
 from ppg_agents.evaluate import play
 from ppg_agents.generation.hf import HFSampler
-from ppg_agents.horizon import Verdict, advise
+from ppg_agents.horizon import ALIGNED, Verdict, advise
 from ppg_agents.horizon_choice import default_candidates, distinct, masks
 from ppg_agents.horizon_commands import picture, table
 from ppg_agents.progress import Progress, say
@@ -138,25 +144,48 @@ def next_step(name: str, classes: Mapping[str, credit.Mask], batch: int, convers
     return max(progress, key=lambda label: progress[label])
 
 
-def language(name: str, conversations: int, seed: int) -> Sketches:
-    """Play and differentiate conversations of the untrained embedded model, as ``ppg-agent horizon tiny`` does."""
+def language(name: str, conversations: int, seed: int, keep: Path | None = None) -> Sketches:
+    """Play and differentiate conversations of the untrained embedded model, as ``ppg-agent horizon tiny`` does.
+
+    With a folder the sketches are kept there, and read from there the next time.
+    """
+    path = keep / f"{name}-{conversations}-{seed}.npz" if keep else None
+    if path is not None and path.is_file():
+        with np.load(path) as kept:
+            return Sketches(
+                kept["vectors"],
+                kept["rewards"],
+                kept["valid"],
+                tuple(kept["personas"].tolist()),
+                int(kept["parameters"]),
+                int(kept["seed"]),
+            )
     config = from_dict({"domain": name, "seed": seed})
     policy = load_policy(config)
     sampler = HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
     trajectories, _ = play(policy, sampler, config, personas="train", conversations=conversations, seed=seed)
     with Progress(f"{name}, differentiating", conversations) as progress:
-        return sketch(policy, trajectories, seed=seed, done=progress.advance)
+        found = sketch(policy, trajectories, seed=seed, done=progress.advance)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{**vars(found), "personas": np.array(found.personas)})
+    return found
+
+
+def some(sketches: Sketches, rows: npt.NDArray[np.intp]) -> Sketches:
+    """Return these conversations."""
+    return replace(
+        sketches,
+        vectors=sketches.vectors[rows],
+        rewards=sketches.rewards[rows],
+        valid=sketches.valid[rows],
+        personas=tuple(np.array(sketches.personas)[rows].tolist()),
+    )
 
 
 def first(sketches: Sketches, count: int) -> Sketches:
     """Return the first conversations."""
-    return replace(
-        sketches,
-        vectors=sketches.vectors[:count],
-        rewards=sketches.rewards[:count],
-        valid=sketches.valid[:count],
-        personas=sketches.personas[:count],
-    )
+    return some(sketches, np.arange(min(count, len(sketches.personas))))
 
 
 def shown(verdict: Verdict, classes: int) -> str:
@@ -169,7 +198,7 @@ def rows(name: str, arguments: argparse.Namespace) -> list[str]:
     n = load(name).turns
     every = masks(distinct(default_candidates(n), n), n)
     reached = infinite(name, every)
-    sketches = language(name, max(arguments.conversations), arguments.seed)
+    sketches = language(name, max(arguments.conversations), arguments.seed, arguments.keep)
     verdicts: dict[tuple[int, int], Verdict] = {}
     reach: dict[int, int] = {}
     aligned: dict[int, str] = {}
@@ -210,7 +239,7 @@ def rows_by_size(name: str, arguments: argparse.Namespace) -> list[str]:
     n, batch = load(name).turns, arguments.batch[0]
     every = masks(distinct(default_candidates(n), n), n)
     reached, best = infinite(name, every), learned(arguments.results, name)
-    sketches = language(name, max(best), arguments.seed)
+    sketches = language(name, max(best), arguments.seed, arguments.keep)
     lines = []
     for size, words in best.items():
         report = advise(first(sketches, size), every, batch=batch)
@@ -219,6 +248,24 @@ def rows_by_size(name: str, arguments: argparse.Namespace) -> list[str]:
         cells.append(report.aligned[0])
         lines.append(f"| {' | '.join([name, str(size), *cells])} |")
     return lines
+
+
+def rows_of_subsets(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Return a domain's rows, one for each number of conversations: what so many show, over many draws."""
+    n, (*sizes, most) = load(name).turns, sorted(arguments.conversations)
+    every = masks(distinct(default_candidates(n), n), n)
+    sketches = language(name, most, arguments.seed, arguments.keep)
+    whole = advise(sketches, every)
+    exact = {c.label: c.cosine.value for c in whole.classes}
+    rng, lines = np.random.default_rng(arguments.seed), []
+    for size in sizes:
+        drawn = [rng.choice(most, size, replace=False) for _ in range(arguments.subsets)]
+        found = [advise(some(sketches, rows), every, resamples=500, rng=rng).aligned[0] for rows in drawn]
+        shares = [f"{label} {found.count(label) / len(found):.0%}" for label in every if label in found]
+        wrong = sum(exact[label] < ALIGNED for label in found) / len(found)
+        lines.append(f"| {name} | {size} | {', '.join(shares)} | {wrong:.0%} |")
+    cosines = ", ".join(f"{label} {cosine:.3f}" for label, cosine in exact.items())
+    return [*lines, f"| {name} | {most} | {whole.aligned[0]} (cosines {cosines}) | |"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=10, help="of learning on the twin (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations in language")
     parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument("--subsets", type=int, help="draws of every smaller N out of the largest")
+    parser.add_argument("--keep", type=Path, help="folder for the sketches, which are then made once")
     parser.add_argument("--results", type=Path, help="results.csv of ppg-agent compare: a row per size of its runs")
     given = parser.parse_args(arguments)
     if min(*given.conversations, *given.batch, given.seeds) < 2 or given.steps < 1:
@@ -242,9 +291,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.results:
         kinds = ["twin, infinite data", f"twin, {given.batch[0]} per step", "language", "advisor", "reach", "aligned"]
         columns = ["domain", "conversations", *kinds]
+    if given.subsets:
+        columns = ["domain", "conversations", "shortest aligned class", "wrong"]
+    make = rows_of_subsets if given.subsets else rows_by_size if given.results else rows
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in DOMAINS if given.domain == "all" else (given.domain,):
-        lines += rows_by_size(name, given) if given.results else rows(name, given)
+        lines += make(name, given)
     print("\n".join(lines))
 
 
