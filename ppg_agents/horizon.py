@@ -75,7 +75,7 @@ class ClassReport:
         mean_square: ‖μ‖², unbiased.
         variance: tr Σ of one conversation's contribution.
         snr: B ‖μ‖² / tr Σ.
-        cosine: Of μ with full planning's.
+        cosine: Of μ with full planning's; the interval is that of all directions where none is seen.
         progress: See the module; classes are ranked by it.
         behind: progress of the best class less this one's; its interval holds simultaneously for all pairs.
     """
@@ -217,7 +217,7 @@ def advise(
         "mean_square": _values(point.mean_square, drawn.mean_square),
         "variance": _values(point.variance, drawn.variance),
         "snr": _values(point.snr(size), drawn.snr(size)),
-        "cosine": _values(point.cosine(), drawn.cosine()),
+        "cosine": _cosines(point.cosine(), drawn.cosine()),
         "progress": _values(point.progress(size), drawn.progress(size)),
     }
     of = {name: values[part] for name, values in of.items()} | {"behind": behind}
@@ -236,13 +236,19 @@ def advise(
         classes=tuple(reports),
         lags=tuple(_values(ahead, ahead_drawn)),
         reach=_reach(ahead, ahead_drawn),
-        aligned=_aligned(labels, masks, drawn.cosine()[:, part], cosine),
+        aligned=_aligned(labels, masks, np.array([c.cosine.low for c in reports]), cosine),
         verdicts=tuple(verdicts),
     )
 
 
 def _values(point: Array, drawn: Array) -> list[Value]:
     low, high = (_quantiles(drawn, q) for q in (0.025, 0.975))
+    return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
+
+
+def _cosines(point: Array, drawn: Array) -> list[Value]:
+    """Return cosines with intervals; a resample that shows no direction allows every cosine."""
+    low, high = (_quantiles(np.nan_to_num(drawn, nan=end), q) for end, q in ((-1.0, 0.025), (1.0, 0.975)))
     return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
 
 
@@ -263,9 +269,15 @@ def _reach(value: Array, drawn: Array) -> int:
     return int(1 + np.flatnonzero(some & (value > q * spread)).max(initial=-1))
 
 
-def _aligned(labels: Sequence[str], masks: Sequence[Mask], drawn: Array, least: float) -> tuple[str, ...]:
-    """Return the aligned ones of classes that are sorted from few credited rewards to many, full planning last."""
-    low = _quantiles(np.nan_to_num(drawn, nan=-1.0), 0.025)  # where no direction is seen, none is shown
+def _aligned(labels: Sequence[str], masks: Sequence[Mask], low: Array, least: float) -> tuple[str, ...]:
+    """Return the aligned ones of classes that are sorted from few credited rewards to many, full planning last.
+
+    Args:
+        labels: C classes.
+        masks: Theirs.
+        low: [C], lower ends of the cosines' intervals.
+        least: The cosine that is asked for.
+    """
     passed = {len(labels) - 1}
     for c in reversed(range(len(labels) - 1)):
         wider = {d for d in range(len(labels)) if d != c and (masks[d] >= masks[c]).all()}

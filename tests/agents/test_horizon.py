@@ -256,11 +256,14 @@ def test_a_class_whose_cosine_is_too_low_is_hardly_ever_called_aligned() -> None
 
 def test_a_short_class_is_not_tested_past_a_longer_one_that_fails() -> None:
     """The last reward undoes what the one before it said: 2-step looks right, 3-step does not."""
-    rows = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])  # cosines of greedy, 2-step, 3-step, full
-    drawn = np.broadcast_to((rows @ np.array([1.0, 0.0]))[None], (200, 4))
-    assert _aligned(list(ALL_OF_4), list(ALL_OF_4.values()), drawn, 0.9) == ("3-step", "full")
-    unseen = np.full((200, 4), np.nan)
-    assert _aligned(list(ALL_OF_4), list(ALL_OF_4.values()), unseen, 0.9) == ("full",)
+    low = np.array([1.0, 0.0, 1.0, 1.0])  # greedy, 2-step, 3-step, full
+    assert _aligned(list(ALL_OF_4), list(ALL_OF_4.values()), low, 0.9) == ("3-step", "full")
+
+
+def test_where_no_direction_is_seen_every_cosine_is_possible() -> None:
+    report = advise(synthetic("noise", 30, 4), ALL_OF_4, resamples=200)
+    assert report.aligned == ("full",)
+    assert all((c.cosine.low, c.cosine.high) == (-1.0, 1.0) for c in report.classes)
 
 
 def test_a_choice_says_what_it_was_made_by() -> None:
