@@ -224,23 +224,32 @@ def _shown(v: Value) -> str:
 
 
 def picture(report: Horizon, title: str) -> Figure:
-    """Draw progress and variance against the class, and where full planning's progress comes from."""
+    """Draw direction, variance and progress against the class, and where full planning's progress comes from."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    from ppg_agents.horizon import ALIGNED
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     verdict = report.verdict
     left_over = "" if verdict.decided else f", undecided among {len(verdict.undecided)} classes"
-    figure.suptitle(f"{title}: most progress by {verdict.recommended}{left_over}", fontweight="bold", fontsize=11)
-    left, middle, right = figure.subplots(1, 3)
+    said = f"shortest class that points where full planning points: {report.aligned[0]}"
+    said += f"\nbest next step: {verdict.recommended}{left_over}"
+    figure.suptitle(f"{title}\n{said}", fontweight="bold", fontsize=11)
+    (cosine, middle), (left, right) = figure.subplots(2, 2)
     at = range(len(report.classes))
     for x, c in zip(at, report.classes, strict=True):
         color = BEST if c.label == verdict.recommended else CLASS
         _point(left, x, c.progress, color, filled=c.label in verdict.undecided)
         _point(middle, x, c.variance, VARIANCE)
+        same = c.label in report.aligned
+        _point(cosine, x, c.cosine, BEST if c.label == report.aligned[0] else CLASS, filled=same)
     for x, value in enumerate(report.lags):
         _point(right, x, value, LAG)
+    cosine.axhline(ALIGNED, color="#888888", linewidth=0.8, linestyle="--")
+    cosine.set_title("Does a class point where full planning points?", fontsize=11)
+    cosine.set_ylabel("cosine of the mean gradients (95% CI)")
     left.set_title(f"Progress of a step, {report.batch} conversations", fontsize=11)
     left.set_ylabel("slope of the value along the step (95% CI)")
     middle.set_title("Variance of one conversation's gradient", fontsize=11)
@@ -248,11 +257,11 @@ def picture(report: Horizon, title: str) -> Figure:
     middle.set_ylim(bottom=0)
     right.set_title("Full planning's progress by distance", fontsize=11)
     right.set(xlabel="turns from the reply to the reward", ylabel="part of the progress (95% CI)")
-    for ax in (left, middle):
+    for ax in (cosine, left, middle):
         turned = {"rotation": 45, "ha": "right"} if max(len(c.label) for c in report.classes) > 4 else {}
         ax.set_xticks(list(at), [c.label for c in report.classes], **turned)
         ax.set_xlabel("policy class")
-    for ax in (left, middle, right):
+    for ax in (cosine, left, middle, right):
         ax.axhline(0, color="#888888", linewidth=0.8)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="#dddddd", linewidth=0.6)
