@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,23 +178,23 @@ def bench_learner(settings: argparse.Namespace) -> Result:
     from ppg_agents.trajectory import batch
 
     ours = OurSide(settings.model)
-    played = ours.sample()
-    data = batch(played, ours.policy.pad_id)
-    ids = data.ids.to(ours.policy.device)
 
-    def bare() -> None:
+    def bare(ids: Any) -> None:
         ours.policy.model.zero_grad(set_to_none=True)
         ours.policy.model(input_ids=ids, use_cache=False).logits.mean().backward()
 
-    bare()
-    ours.agent.learn(played)
-    pairs = [(seconds(bare), seconds(lambda: ours.agent.learn(played))) for _ in range(settings.repeats)]
-    tokens = int(data.attention.sum())
+    rounds = []
+    for _ in range(settings.repeats + 1):
+        played = ours.sample()  # anew: what an older policy has said is not learned from
+        data = batch(played, ours.policy.pad_id)
+        theirs = seconds(partial(bare, data.ids.to(ours.policy.device)))
+        rounds.append((theirs, seconds(partial(ours.agent.learn, played)), int(data.attention.sum())))
+    del rounds[0]  # warm-up
     return {
-        "ratio": spread([theirs / own for theirs, own in pairs]),
-        "tokens": tokens,
-        "our_tokens_per_second": spread([tokens / own for _, own in pairs]),
-        "bare_tokens_per_second": spread([tokens / theirs for theirs, _ in pairs]),
+        "ratio": spread([theirs / own for theirs, own, _ in rounds]),
+        "tokens": statistics.mean(tokens for *_, tokens in rounds),
+        "our_tokens_per_second": spread([tokens / own for _, own, tokens in rounds]),
+        "bare_tokens_per_second": spread([tokens / theirs for theirs, _, tokens in rounds]),
     }
 
 
