@@ -1,25 +1,23 @@
-"""The folder of one training run: settings, metrics, trajectories, checkpoints.
+"""The folder of one training run: settings, metrics, conversations, checkpoints.
 
     runs/<name>/
       config.toml            the resolved settings
       metrics.jsonl          one line per iteration, flushed
       trajectories.jsonl     every conversation that was learned from
       evaluation.json        held-out results before and after
-      checkpoints/<step>/    adapter, tokenizer, optimizer, state.json, config.toml
+      held_out/<step>.jsonl  the conversations of each evaluation, the same seeds in all of them
+      checkpoints/<step>/    adapter, tokenizer, optimizer, state.json, config.toml (see `checkpoints`)
 
-Knows files, not learning: what a checkpoint contains is the agent's affair. A checkpoint is written beside its place,
-forced onto the disk and renamed, so that it is there whole or not at all; ``state.json`` lists its files and their
-sizes, so that one that was damaged later is noticed. Resuming cuts the two JSONL files back to the length they had
-when the checkpoint was written. Whoever trains holds `lock`; reading a run needs none.
+Knows files, not learning: what a checkpoint contains is the agent's affair. Resuming cuts the two JSONL files that grow
+back to the length they had when the checkpoint was written, and drops evaluations that came after it. Whoever trains
+holds `lock`; reading a run needs none.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,9 +25,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppg_agents import checkpoints
 from ppg_agents import config as configs
 from ppg_agents.config import TrainConfig
-from ppg_agents.durable import LOCK, RunError, finite, json_object, lock, read_jsonl, replace, size, sync, writing
+from ppg_agents.durable import LOCK, RunError, finite, json_object, lock, read_jsonl, replace, size, writing
 from ppg_agents.progress import say
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ __all__ = [
     "Run",
     "RunError",
     "check_new",
-    "damage",
     "default_folder",
     "finite",
     "is_run",
@@ -49,7 +47,7 @@ __all__ = [
 ]
 
 LINES = ("metrics.jsonl", "trajectories.jsonl")
-_LEFTOVER = re.compile(r"\.(\d+)\.(tmp|replaced|removed)")
+HELD_OUT = "held_out"
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,23 @@ class Run:
         with self._writing("trajectories.jsonl"):
             append(self.trajectories_file, trajectories)
 
+    def write_held_out(self, iteration: int, conversations: Iterable[Trajectory]) -> None:
+        """Store the conversations of the evaluation after so many iterations, whole or not at all.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        from ppg_agents.trajectory import to_json
+
+        path = self.folder / HELD_OUT / f"{iteration}.jsonl"
+        with self._writing(f"{HELD_OUT}/{path.name}"):
+            path.parent.mkdir(exist_ok=True)
+            replace(path, "".join(f"{to_json(one)}\n" for one in conversations))
+
+    def held_out(self) -> dict[int, Path]:
+        """Return the files that `write_held_out` stored, iterations done -> file, in this order."""
+        return dict(sorted((int(p.stem), p) for p in (self.folder / HELD_OUT).glob("*.jsonl") if p.stem.isdigit()))
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines so far; a torn last line is left out.
 
@@ -174,11 +189,7 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, folder) of every whole checkpoint, oldest first."""
-        return [(step, path) for step, path in self._numbered() if damage(path) is None]
-
-    def damaged_checkpoints(self) -> list[tuple[int, Path]]:
-        """Return (step, folder) of every checkpoint that is not whole, oldest first; see `damage`."""
-        return [(step, path) for step, path in self._numbered() if damage(path) is not None]
+        return checkpoints.whole(self.folder / "checkpoints")
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Return the newest whole checkpoint as (step, folder), None before the first one.
@@ -186,9 +197,9 @@ class Run:
         A newer one that is damaged is named on stderr.
         """
         whole = self.checkpoints()
-        for step, path in self.damaged_checkpoints():
+        for step, path, why in checkpoints.damaged(self.folder / "checkpoints"):
             if whole and step > whole[-1][0]:
-                say(f"{path}: {damage(path)}; taking the checkpoint before it, {whole[-1][0]}")
+                say(f"{path}: {why}; taking the checkpoint before it, {whole[-1][0]}")
         return whole[-1] if whole else None
 
     def save_checkpoint(self, step: int, save: Callable[[Path], None]) -> Path:
@@ -201,54 +212,18 @@ class Run:
         Raises:
             RunError: It cannot be written; the checkpoints before it are as they were.
         """
-        folder = self.folder / "checkpoints"
-        target, temporary, replaced = folder / str(step), folder / f".{step}.tmp", folder / f".{step}.replaced"
+
+        def fill(folder: Path) -> None:
+            save(folder)
+            (folder / "config.toml").write_text(_toml(self.config), encoding="utf-8")
+
+        folder, lines = self.folder / "checkpoints", [self.folder / name for name in LINES]
         with self._writing(f"checkpoints/{step}"):
-            try:
-                if temporary.exists():
-                    shutil.rmtree(temporary)
-                temporary.mkdir()
-                save(temporary)
-                (temporary / "config.toml").write_text(_toml(self.config), encoding="utf-8")
-                lines = [self.folder / name for name in LINES]
-                lengths = {path.name: size(path) for path in lines}
-                state = {"iteration": step, "bytes": lengths, "files": _sizes(temporary)}
-                (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-                for path in (*(line for line in lines if line.exists()), *temporary.rglob("*"), temporary):
-                    sync(path)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            if target.exists():
-                os.rename(target, replaced)
-            os.rename(temporary, target)
-            sync(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            for old, path in self.checkpoints()[: -self.config.keep_checkpoints]:
-                removed = folder / f".{old}.removed"  # out of the way in one go: half a folder is no checkpoint
-                os.rename(path, removed)
-                shutil.rmtree(removed)
-        return target
+            return checkpoints.write(folder, step, fill, lines, keep=self.config.keep_checkpoints)
 
     def load_checkpoint(self, folder: Path, load: Callable[[Path], None]) -> None:
-        """Read a checkpoint back.
-
-        Args:
-            folder: Of the checkpoint.
-            load: Reads the agent out of the folder it is given.
-
-        Raises:
-            RunError: A file of it cannot be read, or is of something else.
-        """
-        from safetensors import SafetensorError
-
-        try:
-            load(folder)
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-            raise RunError(
-                f"expected a checkpoint that can be read in {folder}, got {type(error).__name__}: {error}; put its "
-                f"files back, or move it away to go on from the one before"
-            ) from error
+        """Read a checkpoint back; see `checkpoints.read`."""
+        checkpoints.read(folder, load)
 
     def rewind(self) -> tuple[int, Path | None]:
         """Go back to the newest whole checkpoint: for whoever holds `lock`.
@@ -262,14 +237,17 @@ class Run:
         Raises:
             RunError: All checkpoints are damaged, or a file lacks lines that the checkpoint was written after.
         """
+        root = self.folder / "checkpoints"
         with self._writing("checkpoints"):
-            self._tidy()
-        whole, damaged = self.checkpoints(), self.damaged_checkpoints()
+            checkpoints.tidy(root)
+            for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(f"{HELD_OUT}/.*.tmp")):
+                path.unlink()
+        whole, damaged = self.checkpoints(), checkpoints.damaged(root)
         if damaged and not whole:
-            why = "; ".join(f"{path}: {damage(path)}" for _, path in damaged)
+            why = "; ".join(f"{path}: {why}" for _, path, why in damaged)
             raise RunError(f"expected a whole checkpoint, got {why}; put the files back, or move it away to begin anew")
         step, folder = whole[-1] if whole else (0, None)
-        lengths = json_object(folder / "state.json")["bytes"] if folder else {}
+        lengths = checkpoints.lengths(folder) if folder else {}
         for name in LINES:
             expected, got = lengths.get(name, 0), size(self.folder / name)
             if got < expected:
@@ -278,10 +256,9 @@ class Run:
                     f"got {got}; put the file back, or move {folder} away to go on from the checkpoint before it"
                 )
         with self._writing("checkpoints"):
-            for _, path in damaged:
-                aside = _free(path.with_name(f"{path.name}.damaged"))
-                say(f"{path}: {damage(path)}; set aside as {aside.name}, going on from checkpoint {step}")
-                os.rename(path, aside)
+            for _, path, why in damaged:
+                aside = checkpoints.set_aside(path)
+                say(f"{path}: {why}; set aside as {aside.name}, going on from checkpoint {step}")
             for name in LINES:
                 if (self.folder / name).exists():
                     os.truncate(self.folder / name, lengths.get(name, 0))
@@ -289,10 +266,10 @@ class Run:
             kept = {when: found for when, found in stored.items() if found.get("iteration", 0) <= step}
             if kept != stored:
                 self.write_json("evaluation.json", kept)
+            for iteration, path in self.held_out().items():
+                if iteration > step:
+                    path.unlink()
         return step, folder
-
-    def _numbered(self) -> list[tuple[int, Path]]:
-        return sorted((int(p.name), p) for p in (self.folder / "checkpoints").iterdir() if p.name.isdigit())
 
     def _write_config(self) -> None:
         (self.folder / "checkpoints").mkdir(exist_ok=True)
@@ -300,36 +277,6 @@ class Run:
 
     def _writing(self, name: str) -> AbstractContextManager[None]:
         return writing(self.folder / name, f"{{todo}}, then go on with: ppg-agent train --resume {self.folder}")
-
-    def _tidy(self) -> None:
-        """Undo or finish what a killed process left half-done."""
-        for path in list((self.folder / "checkpoints").iterdir()):
-            match = _LEFTOVER.fullmatch(path.name)
-            if match is None:
-                continue
-            if match[2] == "replaced" and not path.with_name(match[1]).exists():
-                os.rename(path, path.with_name(match[1]))  # killed between the two renames
-            else:
-                shutil.rmtree(path)
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink()
-
-
-def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder: a file that is missing or of another size; None when whole."""
-    try:
-        state = json_object(checkpoint / "state.json")
-    except (OSError, RunError) as error:
-        return f"state.json: {getattr(error, 'strerror', None) or error}"
-    files = state.get("files", {})
-    if not isinstance(state.get("bytes"), dict) or not isinstance(files, dict):
-        return "state.json: expected the tables 'bytes' and 'files'"
-    for name, expected in files.items():
-        if not (checkpoint / name).is_file():
-            return f"{name}: missing"
-        if size(checkpoint / name) != expected:
-            return f"{name}: expected {expected} bytes, got {size(checkpoint / name)}"
-    return None
 
 
 def is_run(folder: Path) -> bool:
@@ -371,17 +318,11 @@ def _near(folder: Path) -> str:
     return f"; did you mean {known[near[0]]}?" if near else ""
 
 
-def _free(path: Path) -> Path:
-    """Return the path, with a number when it is taken."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
-
-
 def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
     """Return a folder under ``root`` that does not exist yet, named by what is trained."""
     what = "offline" if config.offline.files else config.domain
     name = re.sub(r"[^a-zA-Z0-9]+", "-", f"{what} {config.label} seed {config.seed}")
-    return _free(root / name)
+    return checkpoints.free(root / name)
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -394,10 +335,6 @@ def newest_run(root: Path = Path("runs")) -> Path:
     if not found:
         raise RunError(f"expected a run under {root}/ to resume, got none; give its folder: --resume FOLDER")
     return max(found, key=lambda path: max(f.stat().st_mtime for f in (path, *path.glob("*.jsonl"))))
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): size(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _unused(folder: Path) -> bool:

@@ -31,8 +31,8 @@ from ppg_agents.building import build_agent, integer_seed, load_policy, split, s
 from ppg_agents.config import ConfigError, TrainConfig, differences
 from ppg_agents.credit import Mask, policy_class
 from ppg_agents.distributed import Workers, finish, workers
-from ppg_agents.environment import ConversationError, check_segments, make_env, make_envs, planned_turns
-from ppg_agents.evaluate import evaluate
+from ppg_agents.environment import HELD_OUT, ConversationError, check_segments, make_env, make_envs, planned_turns
+from ppg_agents.evaluate import play, summarise
 from ppg_agents.figures import curve
 from ppg_agents.generation import GenerationError, Sampler, make_sampler, speaking
 from ppg_agents.interrupt import Interrupt, Interrupted, Stop, saved
@@ -176,8 +176,8 @@ class Task(Protocol):
     def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
         """Do one iteration and return its metrics."""
 
-    def evaluate(self, agent: Agent) -> dict[str, Any] | None:
-        """Return held-out results; None when evaluation is off."""
+    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+        """Return held-out results, and the conversations that were played for them; None when evaluation is off."""
 
     def close(self) -> None:
         """Let go of the environments."""
@@ -225,8 +225,8 @@ class Online:
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
             if getattr(agent, "branch", False):
                 rng = np.random.default_rng([config.seed, iteration, self.team.rank])
-                play = partial(self._play, generator=generator)
-                trajectories = play_pairs(play, self.sampler, seeds, rng, self.policy.end_of_turn_id)
+                one_half = partial(self._play, generator=generator)
+                trajectories = play_pairs(one_half, self.sampler, seeds, rng, self.policy.end_of_turn_id)
             else:
                 trajectories = self._play(self.sampler, seeds, generator)
         everything = self.team.gather(trajectories)
@@ -249,13 +249,22 @@ class Online:
             self.envs = make_envs(self.config, len(seeds), self.config.personas)
         return collect(self.envs, self.policy, sampler, seeds, generator, self.config.domain)
 
-    def evaluate(self, agent: Agent) -> dict[str, Any] | None:
+    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Play held-out personas; the agent speaks through the policy it learns."""
-        if not self.config.evaluation.conversations:
+        settings = self.config.evaluation
+        if not settings.conversations:
             return None
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
-            best_of = getattr(agent, "best_of", 1)
-            return evaluate(self.policy, self.sampler, self.config, best_of=best_of).to_dict()
+            played, reachable = play(
+                self.policy,
+                self.sampler,
+                self.config,
+                personas=HELD_OUT,
+                conversations=settings.conversations,
+                seed=settings.seed,
+                best_of=getattr(agent, "best_of", 1),
+            )
+        return summarise(played, reachable).to_dict(), played
 
     def close(self) -> None:
         """Close the environments."""
@@ -315,10 +324,11 @@ class Offline:
             metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
-    def evaluate(self, agent: Any) -> dict[str, Any] | None:
-        """Score the dialogues of held-out personas."""
+    def evaluate(self, agent: Any) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+        """Score the dialogues of held-out personas; nothing is played."""
+        mask = self.mask(self.turns or 1)
         with self.interrupt.abandonable():
-            return held_out_likelihood(agent, self.data.held_out, self.mask(self.turns or 1), self.config.discount)
+            return held_out_likelihood(agent, self.data.held_out, mask, self.config.discount), ()
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -334,9 +344,12 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trac
     if same:
         run.write_evaluation(when, same[-1])
         return
-    result = task.evaluate(agent)
-    if result is None:
+    evaluated = task.evaluate(agent)
+    if evaluated is None:
         return
+    result, conversations = evaluated
+    if conversations:
+        run.write_held_out(iteration, conversations)
     run.write_evaluation(when, {"iteration": iteration, **result})
     trackers.log({"held_out": {key: value for key, value in result.items() if key != "personas"}}, iteration)
     if "persona_consistency" in result:

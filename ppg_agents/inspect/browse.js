@@ -26,7 +26,7 @@ function drawList() {
         "span",
         { class: "line" },
         el("b", {}, `#${c.number}`),
-        c.iteration === null ? "" : ` iteration ${c.iteration}`,
+        ` ${whenOf(c)}`,
         el("span", { class: "mean" }, el("span", { class: "sr" }, ", mean reward "), score(state.shown[i].mean)),
       ),
       el(
@@ -109,7 +109,7 @@ function drawConversation() {
     el(
       "h3",
       { id: "heading", tabindex: "-1" },
-      `Conversation ${c.number}`,
+      nameOf(c).replace(/^./, (first) => first.toUpperCase()),
       el("span", { class: "muted" }, ` ${state.chosen + 1} of ${state.shown.length}`),
     ),
     state.active
@@ -123,7 +123,8 @@ function drawConversation() {
       "p",
       { class: "about" },
       c.domain ? [said(c.domain), " · "] : "",
-      c.iteration === null ? "" : `iteration ${c.iteration} · `,
+      whenOf(c) && `${whenOf(c)} · `,
+      c.held && "not learned from · ",
       "persona ",
       said(c.persona || "not named"),
       ` · ${count(c.turns.length, "turn")} · `,

@@ -52,9 +52,15 @@ function options() {
       (_, t) => option(String(t + 1), String(t + 1)),
     ),
   );
-  const iterations = [...new Set(conversations.map((c) => c.iteration).filter((i) => i !== null))].sort(
-    (a, b) => a - b,
+  const sources = tally(conversations.map((c) => c.held));
+  fill(
+    byId("from"),
+    option("", "all"),
+    sources.map(([held, n]) => option(`=${held}`, `${held ? `held out, ${held}` : "learned from"} (${n})`)),
   );
+  byId("from").parentElement.hidden = sources.length < 2;
+  const trained = conversations.filter((c) => !c.held && c.iteration !== null);
+  const iterations = [...new Set(trained.map((c) => c.iteration))].sort((a, b) => a - b);
   fill(
     byId("iteration"),
     option("", "all"),
@@ -67,11 +73,12 @@ const haystack = (turn) =>
   (turn.search ??= `${turn.message}\n${turn.reply}\n${turn.why}\n${turn.kind}\n${turn.status}`.toLowerCase());
 
 function filter() {
-  const [query, verdict, domain, turn, iteration, order] = [
+  const [query, verdict, domain, turn, from, iteration, order] = [
     "query",
     "verdict",
     "domain",
     "turn",
+    "from",
     "iteration",
     "order",
   ].map((id) => byId(id).value);
@@ -87,7 +94,8 @@ function filter() {
   state.shown = [];
   let turns = 0;
   for (const [index, c] of conversations.entries()) {
-    if (iteration && String(c.iteration) !== iteration) continue;
+    if (from && c.held !== from.slice(1)) continue;
+    if (iteration && (c.held || String(c.iteration) !== iteration)) continue;
     if (domain && c.domain !== domain.slice(1)) continue;
     if (ending && !ending(c)) continue;
     const role = text && `${c.persona}\n${c.instruction}`.toLowerCase().includes(text);

@@ -33,6 +33,8 @@ function overview() {
     after = data.evaluations.find((e) => e.when === "after");
   const c = data.counts,
     lost = c.statuses.filter(([name]) => name !== "scored").reduce((sum, [, n]) => sum + n, 0);
+  const learned = conversations.filter((one) => !one.held),
+    played = conversations.length - learned.length;
   const card = (name, value, more) =>
     el("div", {}, el("dt", {}, name), el("dd", {}, el("b", {}, value), el("span", {}, more)));
   const key = data.offline ? "weighted_token_log_prob" : "persona_consistency";
@@ -59,13 +61,13 @@ function overview() {
       ),
     card(
       "Conversations shown",
-      conversations.length === c.conversations
+      learned.length === c.conversations
         ? `all ${whole.format(c.conversations)}`
-        : `${whole.format(conversations.length)} of ${whole.format(c.conversations)}`,
+        : `${whole.format(learned.length)} of ${whole.format(c.conversations)}`,
       `${count(
-        conversations.reduce((sum, one) => sum + one.turns.length, 0),
+        learned.reduce((sum, one) => sum + one.turns.length, 0),
         "turn",
-      )} of ${whole.format(c.turns)}`,
+      )} of ${whole.format(c.turns)}${played ? `; and ${played} held out` : ""}`,
     ),
     card(
       "Replies without a score",

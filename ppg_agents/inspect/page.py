@@ -21,7 +21,8 @@ from ppg_agents.config import TrainConfig
 from ppg_agents.durable import replace, writing
 from ppg_agents.horizon_choice import Candidate, default_candidates, parse
 from ppg_agents.inspect import learned, tokens
-from ppg_agents.inspect.source import Conversation, Source, pairs, read, status
+from ppg_agents.inspect.sample import pairs
+from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import right_to_left, script_json
 from ppg_agents.inspect.tokens import Vocabulary
 
@@ -86,7 +87,8 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
     """
     config, notes = source.config, list(source.notes)
     vocabulary = _vocabulary(source, tokenizer, notes)
-    own = own_classes(config, source.metrics, [c.iteration for c in source.shown])
+    shown, held_out = source.all, source.held_out
+    own = own_classes(config, source.metrics, [c.iteration for c in shown])
     n = max(source.turns, *(sum(c.segments or ()) for c in own), 1)
     kept = classes(own, n)
     labels = list(kept)
@@ -120,9 +122,28 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         "evaluations": evaluations(source.evaluations),
         "conversations": [
             {**_conversation(c, vocabulary), "own": at[counted(mine, n)] if read_by_agent else None}
-            for c, mine in zip(source.shown, own, strict=False)
+            for c, mine in zip(shown, own, strict=False)
         ],
-        "pairs": early_and_late(source.shown)[:MOST_PAIRS],
+        "pairs": held_out_pairs(source) or early_and_late(source.shown)[:MOST_PAIRS],
+        "changes": changes(held_out) if held_out else None,
+    }
+
+
+def held_out_pairs(source: Source) -> list[tuple[int, int]]:
+    """Return where the held-out pairs stand among all conversations."""
+    first = len(source.shown)
+    return [(first + 2 * k, first + 2 * k + 1) for k in range(len(source.held_out.pairs if source.held_out else ()))]
+
+
+def changes(held_out: HeldOut) -> dict[str, Any]:
+    """Return what became of all held-out pairs: how many, mean change, and how many went up, down or stayed."""
+    change = np.round(held_out.changes, 9)
+    return {
+        "pairs": len(change),
+        "mean": float(change.mean()) if len(change) else None,
+        "up": int((change > 0).sum()),
+        "same": int((change == 0).sum()),
+        "down": int((change < 0).sum()),
     }
 
 
@@ -214,7 +235,7 @@ def _settings(config: TrainConfig | None) -> dict[str, Any]:
 
 
 def _vocabulary(source: Source, named: str | None, notes: list[str]) -> Vocabulary | None:
-    ids = {i for c in source.shown for i in c.trajectory.token_ids()}
+    ids = {i for c in source.all for i in c.trajectory.token_ids()}
     place = tokens.folder(source, named)
     if not ids:
         return None
@@ -242,6 +263,7 @@ def _conversation(conversation: Conversation, vocabulary: Vocabulary | None) -> 
     trajectory = conversation.trajectory
     return {
         "number": conversation.number,
+        "held": conversation.held_out,
         "iteration": conversation.iteration,
         "persona": trajectory.persona,
         "instruction": trajectory.instruction,

@@ -1,8 +1,11 @@
-// One persona early and late, side by side.
+// One persona before and after, side by side: a held-out one in two evaluations, or, where a run keeps none, one that was
+// met early and late in training.
 
 function comparison() {
   const host = byId("pair"),
-    list = data.pairs;
+    list = data.pairs,
+    held = data.changes !== null;
+  const [former, latter] = held ? ["Before", "After"] : ["Early", "Late"];
   if (!list.length) {
     const why = data.offline
       ? "Logged dialogues were learned from: the model itself has said none of these lines."
@@ -15,12 +18,14 @@ function comparison() {
     class: "beside",
     tabindex: "0",
     role: "region",
-    "aria-label": "An early and a late conversation, side by side",
+    "aria-label": `The same persona, ${former.toLowerCase()} and ${latter.toLowerCase()}, side by side`,
   });
   const pick = el(
     "select",
     { onchange: () => draw(pick.selectedIndex) },
-    list.map(([early]) => el("option", {}, conversations[early].persona)),
+    list.map(([a, b]) =>
+      el("option", {}, `${conversations[a].persona} (${[a, b].map((i) => score(meanOf(conversations[i]))).join(" → ")})`),
+    ),
   );
   const step = (by) => draw((at + by + list.length) % list.length);
   function draw(i) {
@@ -34,7 +39,7 @@ function comparison() {
         el(
           "div",
           { class: `head ${k ? "after" : "before"}` },
-          el("h3", {}, k ? "Late" : "Early", `: ${when(c)}`),
+          el("h3", {}, k ? latter : former, `: ${when(c)}`),
           el(
             "p",
             {},
@@ -43,7 +48,7 @@ function comparison() {
               "button",
               { type: "button", onclick: () => open(list[i][k]) },
               "Open",
-              el("span", { class: "sr" }, ` conversation ${c.number}`),
+              el("span", { class: "sr" }, ` ${nameOf(c)}${held ? `, ${c.held}` : ""}`),
             ),
           ),
         ),
@@ -68,7 +73,7 @@ function comparison() {
       }
       fill(
         by,
-        `${count(list.length, "persona")}, those met farthest apart first. `,
+        held ? heldWords() : `${count(list.length, "persona")}, those met farthest apart first. `,
         state.policy === "own" ? "Credit by the class chosen then." : `Credit by ${classOf(both[0]).label}.`,
       );
     }
@@ -83,7 +88,7 @@ function comparison() {
     return el(
       "div",
       { class: `cell ${k ? "after" : "before"}` },
-      el("span", { class: "number" }, el("span", { class: "sr" }, k ? "Late, turn " : "Early, turn "), String(t + 1)),
+      el("span", { class: "number" }, el("span", { class: "sr" }, `${k ? latter : former}, turn `), String(t + 1)),
       el(
         "div",
         {},
@@ -110,7 +115,7 @@ function comparison() {
     el(
       "div",
       { class: "filters" },
-      el("label", {}, "The same persona, early and late ", pick),
+      el("label", {}, `The same persona, ${former.toLowerCase()} and ${latter.toLowerCase()} `, pick),
       el("button", { type: "button", onclick: () => step(-1) }, "Previous"),
       el("button", { type: "button", onclick: () => step(1) }, "Next"),
       by,
@@ -119,4 +124,12 @@ function comparison() {
     body,
   );
   draw(0);
+}
+
+// What became of all held-out pairs, shown or not.
+function heldWords() {
+  const { pairs, mean, up, same, down } = data.changes;
+  if (!pairs) return "No held-out conversation was judged both times. ";
+  const change = `${mean > 0 ? "+" : ""}${score(mean)}`;
+  return `Of ${count(pairs, "held-out conversation")}: ${up} better, ${same} equal, ${down} worse, mean change ${change}. `;
 }

@@ -17,8 +17,8 @@ from ppg_agents.credit import Mask, credit
 from ppg_agents.durable import replace, writing
 from ppg_agents.horizon_choice import Candidate
 from ppg_agents.inspect import learned
-from ppg_agents.inspect.page import counted, early_and_late, evaluations, facts, own_classes
-from ppg_agents.inspect.source import Conversation, Source, read, status
+from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
+from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
 from ppg_agents.progress import number
 
@@ -65,12 +65,18 @@ def write_report(path: Path, out: Path | None = None) -> Path:
 
 
 def chosen(source: Source) -> list[tuple[str, Conversation]]:
-    """Return two or three conversations, each with what it is: one persona early and late, and one that failed."""
-    shown = source.shown
-    if not shown:
+    """Return two or three conversations, each with what it is: one persona before and after, and one that failed.
+
+    The pair is the held-out one whose change is the median; without any, a persona that was met early and late.
+    """
+    shown, held_out = source.shown, source.held_out
+    typical = held_out.typical() if held_out else None
+    if not shown and not typical:
         return []
     both = early_and_late(shown)
-    if both:
+    if typical:
+        found = [("Held out, before", typical.before), ("Held out, the same persona after", typical.after)]
+    elif both:
         found = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
     elif len(shown) > 1:
         found = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
@@ -114,7 +120,10 @@ def lines(
     yield from _failures(source)
     if printed:
         yield "\n## Conversations\n"
-        yield f"{len(printed)} of {source.counts.conversations:,}. {_credit_words(source)}"
+        if source.held_out and printed[-1][1].held_out:
+            yield _held_out_words(source.held_out)
+        trained = sum(not c.held_out for _, c in printed)
+        yield f"{trained} of the {source.counts.conversations:,} that were learned from. {_credit_words(source)}"
         own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
         for (what, conversation), mine in zip(printed, own, strict=False):
             reads = source.config is not None and learned.reads_credit(source.config)
@@ -174,6 +183,16 @@ def _failures(source: Source) -> Iterator[str]:
     rows += [(f"partner: {name}", f"{n:,} {whole}") for name, n in counts.partners.most_common()]
     rows += [("cut short", f"{counts.truncated:,} {whole}"), ("without a turn", f"{counts.empty:,} {whole}")]
     yield from table(("what", "how many"), rows)
+
+
+def _held_out_words(held_out: HeldOut) -> str:
+    found = changes(held_out)
+    return (
+        f"Of {found['pairs']} held-out conversations, played before and after with the same personas and seeds, "
+        f"{found['up']} have a higher mean reward after, {found['same']} the same, {found['down']} a lower one; mean "
+        f"change {found['mean']:+.3f}. Printed is the one whose change is the median of the first "
+        f"{len(held_out.pairs)}.\n"
+    )
 
 
 def _credit_words(source: Source) -> str:

@@ -12,28 +12,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ppg_agents.config import TrainConfig
 from ppg_agents.durable import RunError
+from ppg_agents.inspect.sample import Row, sample
 from ppg_agents.runs import Run, is_run
 
 if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory, Turn
 
-FAILED_SHARE, PAIRED_SHARE = 0.25, 0.25
-"""Of the conversations shown, the most that are taken for a failed verdict, and for a persona met early and late."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A conversation's place in its file, and what the choice of a sample goes by."""
-
-    offset: int
-    number: int
-    order: int
-    persona: str
-    failed: bool
+HELD_OUT_SHARE = 0.25
+"""Pairs of held-out conversations that are shown, for every conversation that may be."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +32,52 @@ class Conversation:
 
     Attributes:
         number: Its line in the file, from 1.
-        iteration: In which it was learned from; None where nobody knows.
+        iteration: In which it was learned from, or after which it was played to evaluate; None where nobody knows.
         trajectory: What was said, sampled and judged.
+        held_out: The evaluation that it was played for, by name; empty for one to learn from.
     """
 
     number: int
     iteration: int | None
     trajectory: Trajectory
+    held_out: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean reward of the judged turns; None without any."""
+        judged = self.trajectory.judged()
+        return sum(judged) / len(judged) if judged else None
+
+
+class Pair(NamedTuple):
+    """A held-out conversation in two evaluations: the same seed, hence the same persona and the same opening line."""
+
+    before: Conversation
+    after: Conversation
+
+    @property
+    def change(self) -> float | None:
+        """Mean reward after minus before; None where one of them was not judged."""
+        before, after = self.before.mean, self.after.mean
+        return None if before is None or after is None else after - before
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Two evaluations, conversation by conversation.
+
+    Attributes:
+        pairs: A sample, in the order of the evaluation, which knows nothing of the outcome.
+        changes: Of every pair that was judged at both times, shown or not; see `Pair.change`.
+    """
+
+    pairs: Sequence[Pair]
+    changes: Sequence[float]
+
+    def typical(self) -> Pair | None:
+        """Return the pair shown whose change is the median one, so that nobody has picked it; None without any."""
+        judged = [(change, k) for k, pair in enumerate(self.pairs) if (change := pair.change) is not None]
+        return self.pairs[sorted(judged)[(len(judged) - 1) // 2][1]] if judged else None
 
 
 @dataclass
@@ -82,9 +111,10 @@ class Source:
         config: The run's settings; None for a file.
         metrics: One object per iteration.
         evaluations: Held-out results: when -> result.
-        shown: The sample, in the order of the file.
-        counts: Of everything there is.
+        shown: The sample of what was learned from, in the order of the file.
+        counts: Of everything there is to learn from.
         notes: What is not as usual, in whole sentences.
+        held_out: The first and the newest evaluation; None where a run has not kept two.
     """
 
     path: Path
@@ -95,6 +125,12 @@ class Source:
     shown: Sequence[Conversation]
     counts: Counts
     notes: Sequence[str]
+    held_out: HeldOut | None = None
+
+    @property
+    def all(self) -> list[Conversation]:
+        """Return everything to show: what was learned from, then the held-out pairs."""
+        return [*self.shown, *(one for pair in (self.held_out.pairs if self.held_out else ()) for one in pair)]
 
     @property
     def offline(self) -> bool:
@@ -104,7 +140,7 @@ class Source:
     @property
     def turns(self) -> int:
         """Turns in the longest conversation shown, at least 1."""
-        return max((len(c.trajectory.turns) for c in self.shown), default=1) or 1
+        return max((len(c.trajectory.turns) for c in self.all), default=1) or 1
 
 
 def status(turn: Turn) -> str:
@@ -137,7 +173,9 @@ def read(path: Path, most: int) -> Source:
         if not counts.conversations and not run.config.offline.files:
             notes.append("The run has written no conversation yet.")
         name = path.resolve().name
-        return Source(path, name, run.config, run.metrics(), run.evaluations(), shown, counts, notes)
+        evaluations = run.evaluations()
+        held_out = _held_out(run, evaluations, max(1, int(most * HELD_OUT_SHARE)), notes)
+        return Source(path, name, run.config, run.metrics(), evaluations, shown, counts, notes, held_out)
     if path.is_file():
         notes = []
         shown, counts = conversations(path, most, notes)
@@ -201,6 +239,32 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, int, Trajectory]
             offset += len(line)
 
 
+def _held_out(run: Run, evaluations: Mapping[str, Any], most: int, notes: list[str]) -> HeldOut | None:
+    """Return the first and the newest evaluation's conversations, of which the first pairs are kept."""
+    names = {int(found.get("iteration", 0)): when for when, found in evaluations.items()}
+    files = {iteration: path for iteration, path in run.held_out().items() if iteration in names}
+    if len(files) < 2:
+        return None
+    first, last = min(files), max(files)
+    later = {c.trajectory.seed: c for c in _played(files[last], last, names[last], notes)}
+    pairs: list[Pair] = []
+    changes: list[float] = []
+    for one in _played(files[first], first, names[first], notes):
+        other = later.get(one.trajectory.seed)
+        if other is None or other.trajectory.persona != one.trajectory.persona:
+            continue
+        pair = Pair(one, other)
+        pairs += [pair] if len(pairs) < most else []
+        changes += [pair.change] if pair.change is not None else []
+    return HeldOut(pairs, changes) if pairs else None
+
+
+def _played(path: Path, iteration: int, when: str, notes: list[str]) -> Iterator[Conversation]:
+    """Yield an evaluation's conversations."""
+    for _, number, trajectory in _lines(path, notes):
+        yield Conversation(number, iteration, trajectory, when)
+
+
 def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conversation], Counts]:
     """Return a sample of the logged dialogues that a run learned from; without tokens, which a run does not keep."""
     from ppg_agents.offline import read_files
@@ -235,46 +299,3 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
         rows.append(Row(0, number, 0, who.id, any(status(turn) != "scored" for turn in turns)))
         counts.add(trajectory)
     return [found[i] for i in sample(rows, most)], counts
-
-
-def sample(rows: Sequence[Row], most: int) -> list[int]:
-    """Return which conversations to show, in order: all of them when there are at most so many.
-
-    Otherwise: conversations with a failed verdict, evenly spread, up to a quarter; the first and the last conversation
-    of personas that were met early and late, up to a quarter; then the first ones and the last ones in equal parts.
-    """
-    if len(rows) <= most:
-        return list(range(len(rows)))
-    failed = [i for i, row in enumerate(rows) if row.failed]
-    chosen = set(_spread(failed, int(most * FAILED_SHARE)))
-    for early, late in pairs([(row.persona, row.order) for row in rows])[: int(most * PAIRED_SHARE / 2)]:
-        chosen |= {early, late}
-    for i in range(len(rows)):
-        for j in (i, len(rows) - 1 - i):
-            if len(chosen) < most:
-                chosen.add(j)
-    return sorted(chosen)
-
-
-def pairs(met: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
-    """Return for every persona that was met at different times its first and its last conversation, farthest first.
-
-    Args:
-        met: (persona, order) of every conversation.
-    """
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for i, (persona, order) in enumerate(met):
-        if persona and (persona not in first or order < met[first[persona]][1]):
-            first[persona] = i
-        if persona and (persona not in last or order >= met[last[persona]][1]):
-            last[persona] = i
-    apart = {p: met[last[p]][1] - met[first[p]][1] for p in first}
-    return [(first[p], last[p]) for p in sorted(first, key=lambda p: -apart[p]) if apart[p] > 0]
-
-
-def _spread(indices: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of the indices, evenly spread."""
-    if len(indices) <= most:
-        return list(indices)
-    return [indices[i * len(indices) // most] for i in range(most)]

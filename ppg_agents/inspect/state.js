@@ -13,4 +13,7 @@ const state = {
   rewardScale: conversations.reduce((most, c) => rewardsOf(c).reduce((a, b) => Math.max(a, b ?? 0), most), 1),
 };
 
+// When a conversation was held: learned from in an iteration, or played to evaluate.
+const whenOf = (c) => (c.held ? `held out, ${c.held}` : c.iteration === null ? "" : `iteration ${c.iteration}`);
+const nameOf = (c) => `${c.held ? "held-out conversation" : "conversation"} ${c.number}`;
 const classOf = (conversation) => data.classes[state.policy === "own" ? conversation.own : state.policy];

@@ -22,8 +22,9 @@ from markdown_it import MarkdownIt
 
 from ppg_agents import cli, commands, inspect_commands
 from ppg_agents.config import OfflineSettings, TrainConfig
+from ppg_agents.evaluate import summarise
 from ppg_agents.horizon_choice import Candidate, default_candidates
-from ppg_agents.inspect import learned, page, source, text
+from ppg_agents.inspect import learned, page, sample, source, text
 from ppg_agents.inspect.report import write_report
 from ppg_agents.runs import Run, RunError
 from ppg_agents.trajectory import Trajectory, Turn, to_json
@@ -51,8 +52,15 @@ def turn(reward: float = 0.5, status: str = "scored", version: int = 0, **fields
     return Turn(**(whole | fields))
 
 
-def conversation(*turns: Turn, persona: str = "p", truncated: bool = False) -> Trajectory:
-    return Trajectory("Be P.", persona, "chatting", 0, turns, terminated=not truncated, truncated=truncated)
+def conversation(*turns: Turn, persona: str = "p", truncated: bool = False, seed: int = 0) -> Trajectory:
+    return Trajectory("Be P.", persona, "chatting", seed, turns, terminated=not truncated, truncated=truncated)
+
+
+def evaluate(run: Run, when: str, iteration: int, *rewards: float) -> None:
+    """Store an evaluation of conversations of one turn, with the seeds 0, 1 and so on."""
+    played = [conversation(turn(r), persona=f"h{i}", seed=i) for i, r in enumerate(rewards)]
+    run.write_held_out(iteration, played)
+    run.write_evaluation(when, {"iteration": iteration, **summarise(played).to_dict()})
 
 
 @pytest.fixture
@@ -179,12 +187,12 @@ def test_the_own_class_of_an_automatic_run_is_the_one_chosen_then() -> None:
 def test_a_sample_is_as_large_as_asked_and_holds_failures_and_both_ends(
     rows: list[tuple[int, bool]], most: int
 ) -> None:
-    all_rows = [source.Row(0, i + 1, i, f"p{persona}", failed) for i, (persona, failed) in enumerate(rows)]
-    chosen = source.sample(all_rows, most)
+    all_rows = [sample.Row(0, i + 1, i, f"p{persona}", failed) for i, (persona, failed) in enumerate(rows)]
+    chosen = sample.sample(all_rows, most)
     assert len(chosen) == min(most, len(rows))
     assert chosen == sorted(set(chosen))
     failed = sum(row.failed for row in all_rows)
-    assert sum(all_rows[i].failed for i in chosen) >= min(failed, int(most * source.FAILED_SHARE))
+    assert sum(all_rows[i].failed for i in chosen) >= min(failed, int(most * sample.FAILED_SHARE))
     if len(rows) > most >= 8:
         assert chosen[0] == 0
         assert chosen[-1] == len(rows) - 1
@@ -192,7 +200,7 @@ def test_a_sample_is_as_large_as_asked_and_holds_failures_and_both_ends(
 
 def test_pairs_are_of_one_persona_at_different_times_farthest_first() -> None:
     met = [("a", 0), ("b", 0), ("", 0), ("b", 1), ("a", 5), ("c", 5), ("c", 5), ("", 9)]
-    assert source.pairs(met) == [(0, 4), (1, 3)]
+    assert sample.pairs(met) == [(0, 4), (1, 3)]
 
 
 # ---- files
@@ -208,6 +216,32 @@ def test_a_run_s_page_holds_the_run(run: Run) -> None:
     lost = data["conversations"][2]["turns"][1]
     assert (lost["reward"], lost["status"], lost["logs"]) == (None, "timeout", [100, None])
     assert "no checkpoint" in " ".join(data["notes"])
+
+
+def test_held_out_conversations_stand_beside_themselves_before_training(run: Run) -> None:
+    evaluate(run, "before", 0, 0.2, 0.4, 0.6, math.nan)
+    assert source.read(run.folder, 200).held_out is None  # there is nothing to put beside it yet
+    evaluate(run, "iteration 2", 2, 0.9, 0.9, 0.9, 0.9)
+    evaluate(run, "after", 3, 0.3, 0.8, 0.6, 0.5)
+    run.write_held_out(7, [])  # of no evaluation: a run that was killed while it was written
+    data = contents(run.folder)
+    learned_from = data["counts"]["conversations"]
+    assert data["pairs"] == [[learned_from + 2 * k, learned_from + 2 * k + 1] for k in range(4)]
+    both = [[data["conversations"][i] for i in pair] for pair in data["pairs"]]
+    assert [[c["held"] for c in pair] for pair in both] == [["before", "after"]] * 4
+    rewards = [[c["turns"][0]["reward"] for c in pair] for pair in both]
+    assert rewards == [[0.2, 0.3], [0.4, 0.8], [0.6, 0.6], [None, 0.5]]
+    assert data["changes"] == {"pairs": 3, "mean": pytest.approx(0.5 / 3), "up": 2, "same": 1, "down": 0}
+    held_out = source.read(run.folder, 8).held_out
+    assert held_out is not None
+    assert (len(held_out.pairs), len(held_out.changes)) == (2, 3)
+    typical = source.read(run.folder, 200).held_out.typical()  # type: ignore[union-attr]
+    assert typical is not None
+    assert (typical.before.number, typical.change) == (1, pytest.approx(0.1))
+    report = write_report(run.folder).read_text(encoding="utf-8")
+    assert "Of 3 held-out conversations" in report
+    assert "2 have a higher mean reward after, 1 the same, 0 a lower one; mean change +0.167." in report
+    assert "### Held out, the same persona after: conversation 1, iteration 3" in report
 
 
 def test_what_is_said_of_every_agent_is_what_it_does() -> None:

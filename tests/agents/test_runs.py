@@ -82,9 +82,16 @@ def test_rewinding_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         run.append_metrics({"iteration": iteration})
         with run.trajectories_file.open("a") as file:
             file.write(f"{iteration}\n{iteration}\n")
+        if iteration in (3, 5):
+            run.write_evaluation(f"iteration {iteration}", {"iteration": iteration})
+            run.write_held_out(iteration, [])
         if iteration == 3:
             run.save_checkpoint(iteration, save)
+    (run.folder / "held_out" / ".5.jsonl.tmp").write_text("{")
     assert run.rewind()[0] == 3
+    assert set(run.evaluations()) == {"iteration 3"}
+    assert run.held_out() == {3: run.folder / "held_out" / "3.jsonl"}
+    assert listing(run.folder / "held_out") == {"3.jsonl"}
     assert [m["iteration"] for m in run.metrics()] == [1, 2, 3]
     assert run.trajectories_file.read_text().split() == ["1", "1", "2", "2", "3", "3"]
 

@@ -19,6 +19,7 @@ from ppg_agents import config as configs
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.environment import ConversationError
+from ppg_agents.evaluate import summarise
 from ppg_agents.interrupt import Interrupted
 from ppg_agents.policy import Policy
 from ppg_agents.runs import Run
@@ -121,6 +122,7 @@ def test_a_run_leaves_its_folder_and_masks_unjudged_turns(whole: Run) -> None:
         "metrics.jsonl",
         "trajectories.jsonl",
         "evaluation.json",
+        "held_out",
         "checkpoints",
         "curve.png",
     }
@@ -135,6 +137,12 @@ def test_a_run_leaves_its_folder_and_masks_unjudged_turns(whole: Run) -> None:
     assert first[2] == first[3]  # a group shares its persona
     after = whole.evaluations()["after"]
     assert (after["reachable"], after["judge_failures"], after["per_turn"][1]) == (1.0, 6, None)
+    early, late = (read_jsonl(path) for path in whole.held_out().values())
+    assert [(t.seed, t.persona, t.turns[0].message) for t in early] == [
+        (t.seed, t.persona, t.turns[0].message) for t in late
+    ]
+    assert {turn.policy_version for t in late for turn in t.turns} == {4}
+    assert summarise(late).persona_consistency == after["persona_consistency"]
 
 
 def test_the_same_seed_gives_the_same_run(whole: Run, config: TrainConfig, tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_the_same_seed_gives_the_same_run(whole: Run, config: TrainConfig, tmp_p
 
 @pytest.mark.parametrize(
     ("function", "call", "saved"),
-    [("collect", 3, 2), ("batch_metrics", 3, 3), ("evaluate", 1, 0), ("evaluate", 2, 4)],
+    [("collect", 3, 2), ("batch_metrics", 3, 3), ("play", 1, 0), ("play", 2, 4)],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     whole: Run,

@@ -250,6 +250,30 @@ def test_open_shows_a_conversation_that_a_filter_hides_and_stays_there(shown: Ca
     expect(page.locator("#count")).to_have_text("6 of 6 conversations, 16 turns")
 
 
+def test_held_out_personas_stand_side_by_side_before_and_after(tmp_path: Path, watched: Watched) -> None:
+    from playwright.sync_api import expect
+
+    run = make_run(tmp_path / "run", *ordinary())
+    for iteration, rewards in ((0, (0.25, 0.5, 1.0)), (3, (1.0, 0.5, 0.75))):
+        run.write_held_out(iteration, [conversation(turn(r), persona=f"h{i}", seed=i) for i, r in enumerate(rewards)])
+    page = watched.open(write_page(run.folder, conversations=50))
+    pair = page.locator("#pair")
+    assert pair.locator("h3").all_inner_texts() == ["Before: iteration 0", "After: iteration 3"]
+    assert pair.locator("option").all_inner_texts() == ["h0 (0.25 → 1.00)", "h1 (0.50 → 0.50)", "h2 (1.00 → 0.75)"]
+    assert "Of 3 held-out conversations: 1 better, 1 equal, 1 worse, mean change +0.17." in pair.inner_text()
+    pair.get_by_role("button", name="Next").click()
+    pair.get_by_role("button", name="Open held-out conversation 2, after").click()
+    expect(page.locator("#heading")).to_contain_text("Held-out conversation 2")
+    assert "held out, after · not learned from" in page.locator(".about").inner_text()
+    assert "all 6" in page.locator("#cards").inner_text()
+    expect(page.locator("#count")).to_have_text("12 of 12 conversations, 22 turns")
+    page.locator("#from").select_option(value="=after")
+    expect(page.locator("#count")).to_have_text("3 of 12 conversations, 3 turns")
+    page.locator("#from").select_option(value="=")
+    page.locator("#iteration").select_option(value="3")
+    expect(page.locator("#count")).to_have_text("2 of 12 conversations, 3 turns")
+
+
 @pytest.mark.parametrize(
     ("agent", "said"),
     [
