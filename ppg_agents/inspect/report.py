@@ -123,7 +123,8 @@ def lines(
         if source.held_out and printed[-1][1].held_out:
             yield _held_out_words(source.held_out)
         trained = sum(not c.held_out for _, c in printed)
-        yield f"{trained} of the {source.counts.conversations:,} that were learned from. {_credit_words(source)}"
+        of = f"{trained} of the {source.counts.conversations:,} that were learned from. " if trained else ""
+        yield f"{of}{_credit_words(source)}"
         own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
         for (what, conversation), mine in zip(printed, own, strict=False):
             reads = source.config is not None and learned.reads_credit(source.config)
