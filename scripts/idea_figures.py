@@ -25,8 +25,8 @@ from ppg_gym.twin import Twin
 TURNS, SHOWN = 8, 5  # of the plans; the lookaheads of the middle panel
 PATIENT = ["tentative", "tentative", *["disclose"] * (TURNS - 2)]
 HASTY = ["disclose"] * TURNS
-# Okabe-Ito, as in the pictures of a run
-BLUE, ORANGE, GREEN, QUIET = "#0072B2", "#E69F00", "#009E73", "#666666"
+# Okabe-Ito, as in the pictures of a run; the plans have colours that no domain has
+BLUE, ORANGE, GREEN, PURPLE, BLACK, QUIET = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#000000", "#666666"
 COUNTED, UNCOUNTED = BLUE, "#f0f0f0"
 MARKS = {"chatting": ("o", GREEN), "therapy": ("s", BLUE), "education": ("D", ORANGE)}
 
@@ -51,7 +51,7 @@ def classes() -> Figure:
         "segment 3,3,2": credit.segment(TURNS, (3, 3, 2)),
         "full planning": credit.full(TURNS),
     }
-    figure = Figure(figsize=(12.4, 3.7), layout="constrained", dpi=110)
+    figure = Figure(figsize=(10.4, 3.2), layout="constrained", dpi=140)
     panels = figure.subplots(1, len(shown))
     for panel, (name, mask) in zip(panels, shown.items(), strict=True):
         given = credit.credit(earned[None], mask, np.ones((1, TURNS), dtype=np.bool_))[0]
@@ -60,8 +60,8 @@ def classes() -> Figure:
                 color = COUNTED if mask[t, ell] else UNCOUNTED
                 panel.add_patch(Rectangle((ell + 0.54, t + 0.54), 0.92, 0.92, facecolor=color, edgecolor="none"))
             panel.text(TURNS + 0.75, t + 1, f"{given[t]:.1f}", va="center", fontsize=9.5, family="monospace")
-            panel.text(t + 1, 0.25, f"{earned[t]:.1f}", ha="center", va="bottom", fontsize=8, family="monospace")
-        panel.text(TURNS + 0.75, 0.25, "credit", va="bottom", fontsize=8.5, color=QUIET)
+            panel.text(t + 1, 0.25, f"{earned[t]:.1f}", ha="center", va="bottom", fontsize=7.5, family="monospace")
+        panel.text(TURNS + 0.65, 0.25, "credit", va="bottom", fontsize=8.5, color=QUIET)
         panel.set(xlim=(0.4, TURNS + 2.1), ylim=(TURNS + 0.6, -0.4), aspect="equal")
         panel.set_xticks(range(1, TURNS + 1))
         panel.set_yticks(range(1, TURNS + 1))
@@ -70,16 +70,16 @@ def classes() -> Figure:
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0, labelsize=8.5)
     panels[0].set_ylabel("reply t")
-    panels[0].text(0.3, 0.25, "r", ha="right", va="bottom", fontsize=8.5, color=QUIET)
+    panels[0].text(0.4, 0.25, "r", ha="right", va="bottom", fontsize=8.5, color=QUIET)
     return figure
 
 
 def horizon(steps: int) -> Figure:
     """Return the two plans in therapy, the credit of their first reply, and what every lookahead can reach."""
-    figure = Figure(figsize=(12.4, 3.9), layout="constrained", dpi=110)
+    figure = Figure(figsize=(10.4, 3.6), layout="constrained", dpi=140)
     left, middle, right = figure.subplots(1, 3)
     table, turn = load("therapy").table, np.arange(1, TURNS + 1)
-    plans = {"tell all at once": (HASTY, ORANGE, "o"), "two half-steps, then tell": (PATIENT, BLUE, "s")}
+    plans = {"tell all at once": (HASTY, PURPLE, "o"), "two half-steps, then tell": (PATIENT, BLACK, "s")}
     for name, (kinds, color, mark) in plans.items():
         earned = rewards(table, kinds)
         left.plot(turn, earned, color=color, marker=mark, linewidth=1.8, label=name)
@@ -87,13 +87,15 @@ def horizon(steps: int) -> Figure:
         first = [credit.credit(earned[None], credit.k_step(TURNS, k), played)[0, 0] for k in turn[:SHOWN]]
         middle.plot(turn[:SHOWN], first, color=color, marker=mark, linewidth=1.8, label=name)
     left.set(xlabel="turn", ylabel="reward", ylim=(0, 1.3), title="Two plans for a guarded patient")
-    middle.set(xlabel="lookahead K", ylabel="credit of the first reply", title="Which first reply earns more credit")
+    middle.set(xlabel="lookahead K", ylabel="credit of the first reply", title="Credit of the first reply")
     middle.set(ylim=(0, 5))
     for axes in (left, middle):
         axes.legend(loc="upper left", frameon=False, fontsize=9)
     for name in DOMAINS:
         _reach(right, name, steps)
-    right.set(xlabel="lookahead K", ylabel="mean reward per turn", ylim=(0.4, 1.12), title="What each K can reach")
+    right.set(
+        xlabel="lookahead K", ylabel="mean reward per turn", ylim=(0.4, 1.12), title="What each K can reach, by domain"
+    )
     right.legend(loc="lower right", frameon=False, fontsize=9)
     for axes in (left, middle, right):
         axes.title.set_fontsize(11)
