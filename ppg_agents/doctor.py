@@ -26,11 +26,11 @@ from ppg_agents.doctor_servers import Asked, Server, ask_all
 
 Status = Literal["ok", "note", "fault"]
 
-DOMAINS = ("chatting", "education", "therapy")
 IMPORT_SECONDS = 60.0
 """How long importing torch and starting its devices may take."""
 SCARCE = 2 * 2**30
 """Bytes of free disk below which a note is due: a few checkpoints of a small model."""
+PURPOSE = "Say what is installed, what would be used, and whether the named servers answer."
 KEYS = ("OPENAI_API_KEY", "VLLM_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 SHOWN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
@@ -256,7 +256,7 @@ def used(facts: Mapping[str, Any], asked: Asked) -> Iterable[Finding]:
     else:
         yield Finding("would use", "embedded model", "ok", "there")
     works, broken = [], []
-    for domain in DOMAINS:
+    for domain in embedded_domains():
         try:
             play(domain)
             works.append(domain)
@@ -264,6 +264,15 @@ def used(facts: Mapping[str, Any], asked: Asked) -> Iterable[Finding]:
             broken.append(f"{domain}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     value = "; ".join([*([", ".join(works)] if works else []), *broken])
     yield Finding("would use", "domains", "fault" if broken else "ok", value, todo if broken else "", {"works": works})
+
+
+def embedded_domains() -> tuple[str, ...]:
+    """Return the names of the embedded domains; the default one's alone where the package can not be imported."""
+    try:
+        import ppg_gym
+    except ImportError:
+        return ("chatting",)  # which says what is wrong when it is played
+    return ppg_gym.DOMAINS
 
 
 def play(domain: str) -> None:
@@ -373,7 +382,7 @@ def main(arguments: Sequence[str] | None = None, echo: Callable[[str], object] =
     Returns:
         0 when all that was asked for works, else 1.
     """
-    parser = argparse.ArgumentParser(prog="ppg-agent doctor", description=str(examine.__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ppg-agent doctor", description=PURPOSE)
     for part in ("judge", "partner"):
         parser.add_argument(f"--{part}-url", action="append", default=[], metavar="URL")
         parser.add_argument(f"--{part}-model", metavar="NAME")
@@ -391,6 +400,8 @@ def main(arguments: Sequence[str] | None = None, echo: Callable[[str], object] =
         given.partner_model,
         tuple(given.rollout_endpoints),
     )
+    if wrong := asked.lacking():
+        parser.error(wrong)
     report = examine(asked)
     if given.json:
         echo(json.dumps(report.to_dict(), allow_nan=False))

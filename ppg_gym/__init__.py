@@ -13,8 +13,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 (who runs this from a source tree 
 from gymnasium.envs.registration import register
 
 from ppg_gym.conversation import Conversation, Line, Persona, Verdict
+from ppg_gym.domain import DOMAINS
 
-__all__ = ["Conversation", "Line", "Persona", "Verdict"]
+__all__ = ["DOMAINS", "Conversation", "Line", "Persona", "Verdict"]
 
 register(
     id="PersonaChat-v0",

@@ -1,7 +1,8 @@
-"""A domain: its personas' facts, its rule table and its lines, read from the data under ``envs/``.
+"""A domain: its personas' facts, its rule table and its lines, read from data.
 
-One rule table drives the scripted partner, the facts judge and the exact twin. This module reads and
-validates data; it does not talk, judge or draw anything.
+The embedded domains are the folders under ``envs/``; anybody's own is a TOML file, given by its path. One rule table
+drives the scripted partner, the facts judge and the exact twin. This module knows what a domain is and where it is
+found; :mod:`ppg_gym.domain_files` reads and checks the files. Nothing here talks, judges or draws.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
-import tomllib
-from collections.abc import Iterator, Mapping
+import os
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
+from ppg_gym import domain_files
 from ppg_gym.conversation import Persona
 
-DOMAINS = ("chatting", "education", "therapy")
+_EMBEDDED = importlib.resources.files("ppg_gym.domains")
+DOMAINS = tuple(sorted(entry.name for entry in _EMBEDDED.iterdir() if (entry / "domain.toml").is_file()))
+"""Names of the embedded domains: the folders that hold a ``domain.toml``."""
 SPLITS = ("train", "held-out")
 TRICKS = (
     "silence",
@@ -75,13 +81,12 @@ class RuleTable:
             for kind in kinds:
                 if kind not in entries and kind not in tricks:
                     raise ValueError(f"{where}: state {name!r} has no entry for kind {kind!r}")
-                value, after = entries.get(kind, (tricks.get(kind), stay))
-                if not 0.0 <= value <= 1.0 or after not in states:
-                    raise ValueError(
-                        f"{where}: states.{name}.{kind}: expected [score in [0, 1], one of {sorted(states)}],"
-                        f" got [{value}, {after!r}]"
-                    )
-                score[name, kind], follow[name, kind] = float(value), after
+                entry = entries.get(kind, [tricks.get(kind), stay])
+                scored = isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in (int, float)
+                if not scored or not 0.0 <= entry[0] <= 1.0 or entry[1] not in states:
+                    form = f"[score in [0, 1], one of {sorted(states)}]"
+                    raise ValueError(f"{where}: states.{name}.{kind}: expected {form}, got {entry}")
+                score[name, kind], follow[name, kind] = float(entry[0]), entry[1]
         return cls(tuple(states), kinds, score, follow)
 
 
@@ -99,7 +104,9 @@ class Domain:
     """Everything that is known of one domain.
 
     Attributes:
-        name: ``chatting``, ``education`` or ``therapy``.
+        name: Of the embedded domain's folder, or of one's own file.
+        source: What `load` takes in any process: the name, or the absolute path of one's own.
+        file: What holds it, for messages.
         turns: Default length of a conversation, in turns of the policy.
         scenario: One sentence for people and for a model that plays the partner.
         instruction: Template of the role-play instruction.
@@ -114,10 +121,15 @@ class Domain:
         statements: slot -> sentence of the instruction.
         lines: The partner's lines.
         replies: kind -> templates (or slot -> templates): ways in which a reply of that kind is said.
+        why: kind -> what the facts judge says of a reply of that kind; ``{slot}`` and ``{fact}`` are filled in.
+        partner: The other speaker, when a language model plays it; see `ppg_gym.partners.scenes`. None if unsaid.
+        persona_seed: Of the domain's own personas.
         options: Everything else in ``domain.toml``'s ``[options]``.
     """
 
     name: str
+    source: str
+    file: str
     turns: int
     scenario: str
     instruction: str
@@ -132,6 +144,9 @@ class Domain:
     statements: Mapping[str, str]
     lines: Mapping[str, Any]
     replies: Mapping[str, Any]
+    why: Mapping[str, str]
+    partner: Any
+    persona_seed: int
     options: Mapping[str, Any]
 
     def mix_in(self, state: str) -> dict[str, float]:
@@ -178,54 +193,108 @@ def folder(name: str) -> Traversable:
     if name not in DOMAINS:
         near = get_close_matches(str(name), DOMAINS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {name!r}{hint}")
-    return importlib.resources.files("ppg_gym.domains") / name
+        if isinstance(name, str) and Path(name).is_dir():
+            hint = f"; for the folder write {f'./{name}'!r}"
+        own = "or the path of your own (FILE.toml)"
+        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, {own}, got {name!r}{hint}")
+    return _EMBEDDED / name
 
 
-def _toml(name: str, file: str) -> dict[str, Any]:
-    return tomllib.loads((folder(name) / file).read_text(encoding="utf-8"))
+def is_path(name: object) -> bool:
+    """Return whether a domain's name is the path of one's own: it ends in ``.toml``, or holds a slash."""
+    return isinstance(name, str) and (name.endswith(".toml") or "/" in name or os.sep in name)
+
+
+def load(name: str) -> Domain:
+    """Return a domain; read once per process.
+
+    Args:
+        name: Of an embedded domain; or the path of one's own, a TOML file or a folder with ``domain.toml`` in it. A
+            path is anything that ends in ``.toml`` or holds a slash, and relative to the working directory.
+
+    Raises:
+        ValueError: There is no such domain, or its files are not what they should be: every fault is a line with file
+            and key.
+    """
+    return _load(str(Path(name).resolve()) if is_path(name) else name)
 
 
 @functools.cache
-def load(name: str) -> Domain:
-    """Return an embedded domain; read once per process.
-
-    Raises:
-        ValueError: There is no such domain, or its files contradict one another.
-    """
-    data, facts = _toml(name, "domain.toml"), _toml(name, "facts.toml")
-    common_path = importlib.resources.files("ppg_gym.domains") / "common.toml"
-    common = tomllib.loads(common_path.read_text(encoding="utf-8"))
-    table = RuleTable.parse(data, f"{name}/domain.toml")
-    rules = tuple(
-        ReadRule(rule["kind"], frozenset(rule["needs"]), frozenset(rule.get("without", ()))) for rule in data["read"]
-    )
-    tilted = {kind for factors in data.get("tilt", {}).values() for kind in factors}
-    unknown = ({rule.kind for rule in rules} | set(data["mix"]) | tilted) - set(table.kinds)
-    if unknown:
-        raise ValueError(f"{name}/domain.toml: kinds that no state has an entry for: {sorted(unknown)}")
+def _load(source: str) -> Domain:
+    own = is_path(source)
+    name = Path(source).name.removesuffix(".toml") if own else source
+    data, where = domain_files.read(Path(source) if own else folder(source), "" if own else name)
+    common = domain_files.toml(_EMBEDDED / "common.toml", "common.toml")
+    domain_files.check_shape(data, where)
+    data["tricks"] = common["tricks"] | data.get("tricks", {})
+    data["replies"] |= {kind: said for kind, said in common["replies"].items() if kind not in data["replies"]}
+    table = RuleTable.parse(data, where["domain"])
+    data.setdefault("mix", _even_mix(table.kinds, data["tricks"]))
+    markers = common["markers"] | data.get("markers", {})
+    domain_files.check(data, where, table.kinds, markers)
+    slots = data["slots"]
     return Domain(
         name=name,
+        source=source,
+        file=where["domain"],
         turns=data["turns"],
         scenario=data["scenario"],
         instruction=data["instruction"],
         table=table,
         mix=data["mix"],
         tilt=data.get("tilt", {}),
-        rules=rules,
-        slots={s: {v: tuple(p) for v, p in entry["values"].items()} for s, entry in facts["slots"].items()},
-        cues={s: tuple(entry["cues"]) for s, entry in facts["slots"].items()},
-        asked_only=frozenset(s for s, entry in facts["slots"].items() if entry.get("asked_only", False)),
-        markers={k: tuple(v) for k, v in (common["markers"] | data.get("markers", {})).items()},
-        statements={s: entry["statement"] for s, entry in facts["slots"].items()},
-        lines=_toml(name, "lines.toml"),
-        replies=_toml(name, "replies.toml"),
+        rules=tuple(
+            ReadRule(rule["kind"], frozenset(rule["needs"]), frozenset(rule.get("without", ())))
+            for rule in data["read"]
+        ),
+        slots={s: {v: tuple(p) for v, p in entry["values"].items()} for s, entry in slots.items()},
+        cues={s: tuple(entry["cues"]) for s, entry in slots.items()},
+        asked_only=frozenset(s for s, entry in slots.items() if entry.get("asked_only", False)),
+        markers={k: tuple(v) for k, v in markers.items()},
+        statements={s: entry["statement"] for s, entry in slots.items()},
+        lines=data["lines"],
+        replies=data["replies"],
+        why=data.get("why", {}),
+        partner=data.get("partner"),
+        persona_seed=data.get("persona_seed", zlib.crc32(name.encode())),
         options=data.get("options", {}) | {"common_words": tuple(common["words"].split())},
     )
 
 
-@functools.cache
+def _even_mix(kinds: Sequence[str], tricks: Collection[str]) -> dict[str, float]:
+    """Return the mixture of a domain that states none: four fifths for its own kinds, evenly, the rest for tricks."""
+    own = [kind for kind in kinds if kind not in tricks]
+    shares = {kind: 0.8 / len(own) if kind in own else (0.2 if own else 1.0) / len(tricks) for kind in kinds}
+    return {kind: shares[kind] for kind in (*own, *tricks)}
+
+
 def personas(name: str, split: str) -> tuple[Persona, ...]:
-    """Return the embedded personas of a domain's split, ``train`` or ``held-out``."""
-    text = (folder(name) / f"personas-{split}.jsonl").read_text(encoding="utf-8")
-    return tuple(Persona(**json.loads(line)) for line in text.splitlines())
+    """Return the personas that come with a domain, of the split ``train`` or ``held-out``.
+
+    They are read from ``personas-SPLIT.jsonl`` in its folder; where one's own domain has none, they are made from its
+    facts: 384 of them, two thirds for training, or as many as there are sets of facts.
+
+    Raises:
+        ValueError: No such domain, an embedded one without its files, or too few values for two splits.
+    """
+    return _personas(load(name).source, split)
+
+
+@functools.cache
+def _personas(source: str, split: str) -> tuple[Persona, ...]:
+    if not is_path(source):
+        try:
+            text = (folder(source) / f"personas-{split}.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            todo = "scripts/make_personas.py makes it"
+            raise ValueError(f"{error.filename}: expected a file of personas, got none; {todo}") from error
+        return tuple(Persona(**json.loads(line)) for line in text.splitlines())
+    own = load(source)
+    files = {name: Path(source) / f"personas-{name}.jsonl" for name in SPLITS}
+    if any(file.is_file() for file in files.values()):
+        from ppg_gym.personas import read_personas
+
+        return tuple(read_personas(files[split], own.name))
+    from ppg_gym.data.persona_maker import own_personas
+
+    return tuple(own_personas(own)[split])

@@ -55,7 +55,7 @@ class Game:
     """A domain with its personas, partner and judge, made from plain options.
 
     Args:
-        domain: ``chatting``, ``education`` or ``therapy``.
+        domain: ``chatting``, ``education`` or ``therapy``, or the path of one's own (see `ppg_gym.domain.load`).
         personas: ``train``, ``held-out``, or a path to a persona file.
         partner: Name of a partner.
         partner_options: Its options.
@@ -93,7 +93,7 @@ class Game:
         self.max_turns = max_turns or self.domain.turns
         self.partner = partners.make(partner, domain, partner_options or {})
         self.judge = judges.make(judge, domain, judge_options or {})
-        self.personas = _personas(domain, personas)
+        self.personas = _personas(self.domain, personas)
         embedded = partner == "scripted" and judge == "facts"
         self.reachable = Twin.of(self.domain.table).best(self.max_turns) if embedded else math.nan
 
@@ -115,7 +115,7 @@ class Game:
         elif isinstance(wanted, str):
             found = [persona for persona in self.personas if persona.id == wanted]
             if not found:
-                raise ValueError(_no_such_persona(self.domain.name, self.personas, wanted))
+                raise ValueError(_no_such_persona(self.domain.source, self.personas, wanted))
             chosen = found[0]
         elif isinstance(wanted, Mapping) and isinstance(wanted.get("instruction"), str):
             refuse_unknown('fields of options["persona"]', wanted, [field.name for field in fields(Persona)])
@@ -221,9 +221,9 @@ class Game:
                 close()
 
 
-def _personas(domain: str, source: str) -> tuple[Persona, ...]:
+def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:
     if source in domains.SPLITS:
-        return domains.personas(domain, source)
+        return domains.personas(domain.source, source)
     if not isinstance(source, str) or not Path(source).exists() or Path(source).is_dir():
         what = "a folder" if isinstance(source, str) and Path(source).is_dir() else "no such file"
         raise ValueError(
@@ -232,7 +232,7 @@ def _personas(domain: str, source: str) -> tuple[Persona, ...]:
         )
     from ppg_gym.personas import read_personas
 
-    return tuple(read_personas(Path(source), domain))
+    return tuple(read_personas(Path(source), domain.name))
 
 
 def _no_such_persona(domain: str, personas: Sequence[Persona], wanted: str) -> str:

@@ -6,9 +6,12 @@ A name is a string, so that an environment's spec serialises. Makes objects and 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
+
+_METHODS = {"judge": ("check", "judge"), "partner": ("speak",)}
 
 
 def make(what: str, name: object, known: Mapping[str, str], domain: str, options: Mapping[str, Any]) -> Any:
@@ -18,11 +21,12 @@ def make(what: str, name: object, known: Mapping[str, str], domain: str, options
         what: ``judge`` or ``partner``, for messages.
         name: One of ``known``, or ``package.module:Class``.
         known: name -> ``package.module:Class``.
-        domain: Name of the domain.
+        domain: What `ppg_gym.domain.load` takes.
         options: Plain options; the class checks them.
 
     Raises:
-        ValueError: An unknown name (the nearest one is offered), or no such class.
+        ValueError: An unknown name (the nearest one is offered), no such class, one that is made of something else, or
+            one that lacks a method.
     """
     target = known.get(name) if isinstance(name, str) else None
     if target is None and isinstance(name, str) and ":" in name:
@@ -37,7 +41,15 @@ def make(what: str, name: object, known: Mapping[str, str], domain: str, options
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"expected a {what} at {name!r}, got {type(error).__name__}: {error}") from error
-    return cls(domain, options)
+    try:
+        inspect.signature(cls).bind(domain, options)
+    except TypeError as error:
+        raise ValueError(f"expected a {what} that is made as {attribute}(domain, options), got: {error}") from error
+    made = cls(domain, options)
+    if missing := [method for method in _METHODS[what] if not callable(getattr(made, method, None))]:
+        needs = " and ".join(_METHODS[what])
+        raise ValueError(f"expected a {what} with {needs}, got {name!r} without {' and '.join(missing)}; add it")
+    return made
 
 
 def refuse_options(whose: str, options: Mapping[str, Any] | None) -> None:

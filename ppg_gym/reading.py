@@ -12,7 +12,7 @@ import re
 from typing import NamedTuple
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import Domain
+from ppg_gym.domain import Domain, load
 from ppg_gym.parsing import Claim, Parsed, Parser, spoken
 
 REPEAT_WINDOW = 6  # own lines; the same words within so many turns are a repetition, unless they answer
@@ -68,17 +68,17 @@ class Reader:
         self.parse = functools.lru_cache(maxsize=16384)(Parser(domain).parse)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        return reader, (self.domain.name,)
+        return reader, (self.domain.source,)
 
     def track(self, conversation: Conversation) -> Track:
         """Read whatever of a conversation has not been read yet and return where it stands."""
-        known: Track | None = conversation.memo.get(self.domain.name)
+        known: Track | None = conversation.memo.get(self.domain.source)
         track = known or Track(0, self.domain.table.states[0])
         lines = conversation.lines
         while len(lines) - track.read >= 2:
             message, reply = lines[track.read].text, lines[track.read + 1].text
             track = self._advance(track, conversation.persona, message, reply)
-        conversation.memo[self.domain.name] = track
+        conversation.memo[self.domain.source] = track
         return track
 
     def _advance(self, track: Track, persona: Persona, message: str, reply: str) -> Track:
@@ -171,9 +171,11 @@ def instruction_sentences(instruction: str) -> tuple[str, ...]:
     return tuple(" ".join(sentence) for sentence in addressed)
 
 
-@functools.cache
 def reader(name: str) -> Reader:
-    """Return the reader of an embedded domain; one per process."""
-    from ppg_gym.domain import load
+    """Return the reader of a domain, by what `ppg_gym.domain.load` takes; one per process."""
+    return _reader(load(name).source)
 
-    return Reader(load(name))
+
+@functools.cache
+def _reader(source: str) -> Reader:
+    return Reader(load(source))

@@ -230,7 +230,7 @@ def _domain_offer(env: gym.Env[Any, Any], candidates: int) -> Propose:
             f"expected PersonaChat-v0 for the domain's bank, got {type(base).__name__}; "
             "pass bank= with a function that proposes replies"
         )
-    bank = DomainBank(base.game.domain.name, candidates)
+    bank = DomainBank(base.game.domain.source, candidates)
 
     def propose(instruction: str, message: str, history: History, rng: np.random.Generator) -> tuple[str, ...]:
         conversation = base._conversation

@@ -32,7 +32,7 @@ from ppg_gym.replies import say
 from ppg_gym.twin import Twin, influence
 
 Array = npt.NDArray[np.float64]
-LINE, POINT, QUIET = "#7a7a7a", "#1f5fa8", "#666666"
+LINE, POINT, QUIET = "#7a7a7a", "#1f5fa8", "#444444"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sample(name: str, turn: int, forced: Sequence[str], conversations: int, seed
 
 def draw(found: Sequence[Influence], conversations: int) -> Figure:
     """Return the picture: a panel per domain, each with its own scale; what happens at t itself is in the caption."""
-    figure = Figure(figsize=(4.2 * len(found) + 0.6, 4.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3.1 * len(found) + 0.5, 4.4), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for panel, one in zip(panels, found, strict=True):
         at = np.arange(1, len(one.exact))
@@ -120,9 +120,9 @@ def draw(found: Sequence[Influence], conversations: int) -> Figure:
         panel.set_title(one.domain, fontsize=11, loc="left", fontweight="bold")
         panel.set_xticks(at, [f"t+{i}" for i in at])
         panel.set_xlabel(f"turn (t = {one.turn})")
-        panel.set_ylim(top=1.75 * max((one.mean + one.half)[1:].max(), one.exact[1:].max()))
+        panel.set_ylim(top=2.1 * max((one.mean + one.half)[1:].max(), one.exact[1:].max()))
         panel.text(
-            0.98, 0.98, captions(one), transform=panel.transAxes, ha="right", va="top", fontsize=7.5, color=QUIET,
+            0.98, 0.98, captions(one), transform=panel.transAxes, ha="right", va="top", fontsize=8, color=QUIET,
             linespacing=1.5,
         )  # fmt: skip
         panel.spines[["top", "right"]].set_visible(False)
@@ -140,14 +140,14 @@ def captions(one: Influence) -> str:
         for state, best, worst, chance in zip(states, one.best, one.worst, one.likely, strict=True)
         if chance > 0
     ]
-    at_once = f"at t itself: twin {one.exact[0]:+.3f}, language {one.mean[0]:+.3f} ± {one.half[0]:.3f}"
-    return "\n".join([at_once, "best / worst reply at t, by state:", *rows])
+    at_once = [f"at t itself: twin {one.exact[0]:+.3f},", f"language {one.mean[0]:+.3f} ± {one.half[0]:.3f}"]
+    return "\n".join([*at_once, "best / worst reply at t, by state:", *rows])
 
 
 def main() -> None:
     """Measure, print a table and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domain", choices=(*DOMAINS, "all"), default="all")
+    parser.add_argument("--domain", default="all", help="a name, or the path of your own (default: all embedded ones)")
     parser.add_argument("--conversations", type=int, default=2000, help="pairs of conversations (default: 2000)")
     parser.add_argument("--turn", type=int, default=3, help="t, from 1 (default: 3)")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
-"""Make the embedded personas of every domain from the value lists in ``envs/<domain>/facts.toml``.
+"""Make the persona files of every embedded domain from the value lists of its slots.
 
-Run after changing those lists: ``python scripts/make_personas.py``. Seeded; writes
+Run after changing those lists: ``python scripts/make_personas.py``. Seeded by the domain; writes
 ``envs/<domain>/personas-{train,held-out}.jsonl``. No set of facts occurs twice, in either file.
 """
 
@@ -8,28 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from ppg_gym.conversation import Persona
-from ppg_gym.data.persona_maker import Facts, draw, save_personas
-from ppg_gym.domain import DOMAINS, SPLITS, load
-
-COUNTS = {"train": 256, "held-out": 128}
-SEED = 20260306
+from ppg_gym.data.persona_maker import own_personas, save_personas
+from ppg_gym.domain import DOMAINS, load
 
 
 def main() -> None:
     """Write the persona files."""
     root = Path(__file__).resolve().parent.parent / "envs"
-    for number, name in enumerate(DOMAINS):
-        rng = np.random.default_rng([SEED, number])
-        domain = load(name)
-        seen: set[Facts] = set()
-        for split in SPLITS:
-            personas = [
-                Persona(f"{name}-{split}-{i:03d}", domain.instruct(called, facts), facts, name, called)
-                for i, (called, facts) in enumerate(draw(domain, COUNTS[split], rng, seen))
-            ]
+    for name in DOMAINS:
+        for split, personas in own_personas(load(name)).items():
             save_personas(root / name / f"personas-{split}.jsonl", personas)
 
 

@@ -1,8 +1,8 @@
 """Print a domain's rules and what every policy class reaches on its exact twin, as Markdown tables.
 
-``python scripts/twin.py`` for all domains, ``--domain therapy`` for one; ``--write`` puts the tables into
-``envs/<domain>/README.md``. Each class follows its own exact gradient from the replies of the untrained embedded model
-(``[mix]`` and ``[tilt]`` in ``domain.toml``) until nothing moves; no language, no sampling.
+``python scripts/twin.py`` for all domains, ``--domain therapy`` for one, also your own by its path; ``--write`` puts
+the tables into ``envs/<domain>/README.md``. Each class follows its own exact gradient from the replies of the untrained
+embedded model (``[mix]`` and ``[tilt]`` in ``domain.toml``) until nothing moves; no language, no sampling.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, TRICKS, RuleTable, load
+from ppg_gym.domain import DOMAINS, TRICKS, RuleTable, is_path, load
 from ppg_gym.twin import Twin
 
 ENVS = Path(__file__).resolve().parent.parent / "envs"
@@ -68,10 +68,16 @@ def write(name: str, *tables: str) -> None:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--domain", choices=(*DOMAINS, "all"), default="all")
+    parser.add_argument("--domain", default="all", help="a name, or the path of your own (default: all embedded ones)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of exact gradient ascent (default: 1000)")
     parser.add_argument("--write", action="store_true", help="put the tables into the domains' READMEs")
     arguments = parser.parse_args()
+    if arguments.write and is_path(arguments.domain):
+        parser.error("expected --write with an embedded domain, whose README it fills in; leave it out")
+    try:
+        load(DOMAINS[0] if arguments.domain == "all" else arguments.domain)
+    except ValueError as error:
+        parser.exit(1, f"{error}\n")
     for name in DOMAINS if arguments.domain == "all" else (arguments.domain,):
         tables = rules(name), classes(name, arguments.steps)
         print(f"## {name}, {load(name).turns} turns\n\n" + "\n\n".join(tables) + "\n")

@@ -17,20 +17,24 @@ if TYPE_CHECKING:
 
 GROUP = "ppg_agents.agents"
 
+AGENTS = {
+    "ppg": "ppg_agents.agents.ppg:PPGAgent",
+}
+"""The agents with a class of their own."""
 ALTERNATIVES = (
     *("base", "best-of-n", "sft", "reinforce", "rloo", "grpo", "dr-grpo", "dapo", "reinforce++", "cispo", "rpg"),
     *("rpg-forward", "rpg-forward-u", "rpg-reverse", "rpg-reverse-u"),
     *("rpg-forward-reinforce", "rpg-forward-u-reinforce", "rpg-reverse-reinforce", "rpg-reverse-u-reinforce"),
     *("sapo", "dispo", "empg", "rebn", "ppo", "bi-level-gae", "a-lol", "p3o", "copg", "refuel"),
 )
-"""Other learners than ``ppg`` that come with the package; ``methods.METHODS`` says what they are."""
+"""The names of ``methods.METHODS``, which says what they are: here once more, so that no name needs torch."""
 
 _OWN = {
-    "ppg": EntryPoint("ppg", "ppg_agents.agents.ppg:PPGAgent", GROUP),
-    **{
-        name: EntryPoint(name, f"ppg_agents.agents.named:{name.replace('++', '_plus_plus').replace('-', '_')}", GROUP)
-        for name in ALTERNATIVES
-    },
+    name: EntryPoint(name, target, GROUP)
+    for name, target in (
+        *AGENTS.items(),
+        *((n, f"ppg_agents.agents.named:{n.replace('++', '_plus_plus').replace('-', '_')}") for n in ALTERNATIVES),
+    )
 }
 
 
@@ -84,4 +88,4 @@ def make_agent(name: str, *args: Any, **options: Any) -> Agent:
     return cast(Agent, known[name].load()(*args, **options))
 
 
-__all__ = ["ALTERNATIVES", "Agent", "agents", "make_agent"]
+__all__ = ["AGENTS", "ALTERNATIVES", "Agent", "agents", "make_agent"]

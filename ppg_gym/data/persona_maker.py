@@ -1,4 +1,4 @@
-"""More personas for an embedded domain, drawn from the value lists in ``facts.toml``; no set of facts twice.
+"""Personas for a domain, drawn from the value lists in ``facts.toml``; no set of facts twice.
 
 Seeded. Draws facts and names only; the domain's own template makes the instruction.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from ppg_gym.conversation import Persona
 from ppg_gym.data.files import replacing
 from ppg_gym.dialogues import persona_id
-from ppg_gym.domain import DOMAINS, SPLITS, Domain, load
+from ppg_gym.domain import SPLITS, Domain, load
 from ppg_gym.domain import personas as embedded
 from ppg_gym.personas import write_personas
 
@@ -46,20 +46,46 @@ NAMES = (
     "Yusuf",
 )
 
+SEED = 20260306
+COUNT = 384  # of the personas that come with a domain; two thirds are for training
+
 Facts = tuple[str, ...]
 """The values of a domain's slots, in the slots' order."""
+
+
+def own_personas(domain: Domain) -> dict[str, list[Persona]]:
+    """Return the personas that come with a domain, by split; no set of facts occurs twice.
+
+    The same domain gives the same personas. 256 are for training and 128 held out; where there are fewer than 384 sets
+    of facts, all are used, two thirds for training.
+
+    Raises:
+        ValueError: Too few sets of facts for two splits.
+    """
+    total = min(COUNT, _space(domain))
+    if total < 2:
+        raise ValueError(f"{domain.file}: expected slots with values for two personas or more, got {total}")
+    train = max(1, total * 2 // 3)
+    rng, seen = np.random.default_rng([SEED, domain.persona_seed]), set[Facts]()
+    return {
+        split: [
+            Persona(f"{domain.name}-{split}-{i:03d}", domain.instruct(called, facts), facts, domain.name, called)
+            for i, (called, facts) in enumerate(draw(domain, n, rng, seen))
+        ]
+        for split, n in zip(SPLITS, (train, total - train), strict=True)
+    }
 
 
 def make_personas(
     domain: str, n: int, seed: int = 0, exclude: Iterable[Persona] = (), allow_embedded: bool = False
 ) -> list[Persona]:
-    """Make personas for an embedded domain.
+    """Make more personas for a domain.
 
     The same arguments give the same personas, and the first of more are the same ones. Ids come from the words
     of the instruction, so that two files never use one id for two personas.
 
     Args:
-        domain: Name of an embedded domain.
+        domain: Name of an embedded domain, or the path of one's own.
         n: How many.
         seed: Which ones.
         exclude: Personas whose facts may not occur again, under whatever name. The facts of a persona without
@@ -74,17 +100,17 @@ def make_personas(
     if not allow_embedded:
         known += [persona for split in SPLITS for persona in embedded(domain, split)]
     taken = {facts for facts in (_facts(own, persona) for persona in known) if facts is not None}
-    space = math.prod(len(values) for values in own.slots.values())
+    space = _space(own)
     if not 0 < n <= space - len(taken):
         raise ValueError(
             f"expected at least 1 and at most {space - len(taken)} personas ({domain!r} has {space} sets of facts, "
             f"{len(taken)} are taken), got {n}; ask for fewer, or exclude fewer"
         )
-    rng = np.random.default_rng([seed, DOMAINS.index(domain)])
+    rng = np.random.default_rng([seed, own.persona_seed])
     made = []
     for name, facts in draw(own, n, rng, taken):
         instruction = own.instruct(name, facts)
-        made.append(Persona(persona_id(instruction, domain), instruction, facts, domain, name))
+        made.append(Persona(persona_id(instruction, own.name), instruction, facts, own.name, name))
     return made
 
 
@@ -108,6 +134,11 @@ def save_personas(path: str | os.PathLike[str], personas: Sequence[Persona]) -> 
     """Write a persona file; it is replaced in one step."""
     with replacing(path) as temporary:
         write_personas(temporary, personas)
+
+
+def _space(domain: Domain) -> int:
+    """Return how many sets of facts a domain has."""
+    return math.prod(len(values) for values in domain.slots.values())
 
 
 def _facts(domain: Domain, persona: Persona) -> Facts | None:

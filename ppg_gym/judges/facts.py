@@ -1,6 +1,6 @@
 """The facts judge: scores a reply by the persona's structured facts and the domain's rule table.
 
-Deterministic and offline. It knows the words of its domain only (``envs/<domain>/facts.toml``): a truthful
+Deterministic and offline. It knows the words of its domain only (its slots): a truthful
 reply in words from outside that vocabulary is not recognised.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.domain import load
 from ppg_gym.named import refuse_options
 from ppg_gym.reading import Reading, reader
 
@@ -25,20 +26,15 @@ _WHY = {
     "question_back": "The reply throws a question back instead of answering about {slot}.",
     "vague": "The reply stays vague: it does not name the {slot} ({fact}).",
     "off_topic": "The reply is not about {slot}.",
-    "truth": "The reply names the {slot} truly ({fact}).",
-    "disclose": "The reply says the {slot} plainly ({fact}).",
-    "tentative": "The reply hints at the {slot} ({fact}) and holds back.",
-    "parrot": "The reply gives the teacher's point back without the student's own {slot} ({fact}).",
-    "request": "The student asks to be taught with {fact}, the own {slot}.",
-    "apply": "The student shows understanding with {fact}, the own {slot}.",
 }
+_OTHERWISE = "The reply is of the kind {kind} on the {slot} ({fact})."  # a kind of the domain's own without [why]
 
 
 class FactsJudge:
     """Judges by reading: contradiction 0, every trick low, the rest by the state of the conversation.
 
     Args:
-        domain: Name of an embedded domain.
+        domain: Name of an embedded domain, or the path of one's own.
         options: None are taken.
     """
 
@@ -63,17 +59,19 @@ class FactsJudge:
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
         """Return a scored verdict for the newest reply of every conversation."""
-        name = self._reader.domain.name
-        return [_verdict(name, self._reader.track(c).readings[-1]) for c in conversations]
+        source = self._reader.domain.source
+        return [_verdict(source, self._reader.track(c).readings[-1]) for c in conversations]
 
 
 @functools.lru_cache(maxsize=16384)
-def _verdict(domain: str, reading: Reading) -> Verdict:
+def _verdict(source: str, reading: Reading) -> Verdict:
+    domain = load(source)
     slot, fact = reading.slot or "question", reading.fact or "unknown"
     if reading.kind == "slip":
         said = f"claims {reading.said}" if reading.said else "denies it"
         why = f"The persona's {slot} is {fact}; the reply {said}."
     else:
-        why = _WHY[reading.kind].format(slot=slot, fact=fact)
-    score = reader(domain).domain.table.score[reading.state, reading.kind]
+        why = domain.why.get(reading.kind) or _WHY.get(reading.kind) or _OTHERWISE.replace("{kind}", reading.kind)
+        why = why.format(slot=slot, fact=fact)
+    score = domain.table.score[reading.state, reading.kind]
     return Verdict("scored", score, f"{why[:-1]}, in state {reading.state}.", reading.kind)

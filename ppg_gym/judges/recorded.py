@@ -177,7 +177,7 @@ def _row_verdict(row: Mapping[str, Any], labelled: bool) -> Verdict:
 
 @functools.cache
 def _embedded(domain: str) -> Mapping[str, Persona]:
-    if domain not in domains.DOMAINS:
+    if domain not in domains.DOMAINS and not domains.is_path(domain):
         return {}
     return {persona.id: persona for split in domains.SPLITS for persona in domains.personas(domain, split)}
 
@@ -231,8 +231,9 @@ def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialo
     if None in row or None in row.values():
         raise ValueError("expected as many cells as the header, got more or fewer; quote cells that hold commas")
     named, who, reply = str(row.get("domain") or domain or "").strip(), str(row["persona"]).strip(), str(row["reply"])
-    if named not in domains.DOMAINS:
-        raise ValueError(f"domain: expected one of {', '.join(domains.DOMAINS)}, got {named!r}")
+    if named not in domains.DOMAINS and not domains.is_path(named):
+        own = "or the path of your own"
+        raise ValueError(f"domain: expected one of {', '.join(domains.DOMAINS)}, {own}, got {named!r}")
     if not who:
         raise ValueError("persona: expected an id or a description, got nothing")
     try:

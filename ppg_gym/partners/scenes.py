@@ -1,19 +1,17 @@
-"""Who a language model plays opposite the persona: the ``[partner]`` table of ``envs/<domain>/domain.toml``.
+"""Who a language model plays opposite the persona: the ``[partner]`` table of its domain.
 
 Reads and validates data. A scene holds nothing of a persona but what a stranger may know.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-import tomllib
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.conversation import Persona
-from ppg_gym.domain import folder, load
+from ppg_gym.domain import load
 from ppg_gym.partners.audit import Roles
 from ppg_gym.sanitise import plain
 
@@ -73,16 +71,14 @@ class Scene:
 _KEYS = tuple(field.name for field in fields(Scene) if field.default is MISSING)
 
 
-@functools.cache
 def scene(domain: str) -> Scene:
-    """Return the scene of an embedded domain; read once per process.
+    """Return the scene of a domain, by what `ppg_gym.domain.load` takes.
 
     Raises:
         ValueError: There is no such domain, or its table is not one of a scene; the nearest key is offered.
     """
-    where = f"{domain}/domain.toml"
-    data = tomllib.loads((folder(domain) / "domain.toml").read_text(encoding="utf-8"))
-    return parse(data.get("partner"), where, topic=str(load(domain).options.get("topic", "")))
+    own = load(domain)
+    return parse(own.partner, own.file, topic=str(own.options.get("topic", "")))
 
 
 def parse(table: Any, where: str, topic: str = "") -> Scene:

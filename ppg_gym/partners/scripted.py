@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from ppg_gym.conversation import Conversation, Line
+from ppg_gym.domain_files import FRESH
 from ppg_gym.named import refuse_options
 from ppg_gym.partners import Said
 from ppg_gym.reading import Track, reader
-
-FRESH = 4  # turns within which the partner does not use the same words again
 
 
 def pick(options: Sequence[str], rng: np.random.Generator) -> str:
@@ -27,7 +26,7 @@ class ScriptedPartner:
     """Asks about every fact (or makes every point of the lesson) in turn, in an order drawn anew each round.
 
     Args:
-        domain: Name of an embedded domain.
+        domain: Name of an embedded domain, or the path of one's own.
         options: None are taken.
     """
 
@@ -35,7 +34,10 @@ class ScriptedPartner:
         refuse_options("scripted partner", options)
         self._reader = reader(domain)
         self._domain = self._reader.domain
-        self._recall_chance = float(self._domain.options.get("recall_chance", 0.0))
+        options_of = self._domain.options
+        self._recall_chance = float(options_of.get("recall_chance", 0.0))
+        self._recalled = frozenset(options_of.get("recalled", ()))
+        self._disputes: Mapping[str, str] = options_of.get("disputes", {})
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Return the next line of every conversation."""
@@ -64,12 +66,11 @@ class ScriptedPartner:
         """Return a question and, when the last reply is disputed, the value that it claimed."""
         lines = self._domain.lines
         recall = lines.get("recall", {})
-        if track.state in ("doubt", "wary"):
+        if track.state in self._disputes:
             slip = next(reading for reading in reversed(track.readings) if reading.kind == "slip")
-            asked = recall if track.state == "wary" else lines["ask"]
-            question = pick(asked[slip.slot], rng)
+            question = pick(lines[self._disputes[track.state]][slip.slot], rng)
             return question.replace("{value}", "{" + slip.slot + "}"), slip.said or "otherwise"
-        told = [r.slot for r in track.readings[:-1] if r.kind == "truth"]
+        told = [r.slot for r in track.readings[:-1] if r.kind in self._recalled]
         if recall and len(told) >= 2 and rng.random() < self._recall_chance:
             slot = pick(told, rng)
             return pick(recall[slot], rng).replace("{value}", "{" + slot + "}"), ""

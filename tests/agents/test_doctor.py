@@ -110,7 +110,7 @@ def test_all_is_well_here_and_the_json_is_the_same_as_the_lines() -> None:
 
 
 def test_what_is_written_twice_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.DOMAINS == DOMAINS
+    assert doctor.embedded_domains() == DOMAINS
     assert doctor.cache_folder() == default_folder()
     monkeypatch.setattr("sys.stdout", shown := io.StringIO())
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""One persona written by hand for every domain, and a way to ask how a single reply to a line is read."""
+"""One persona by hand for every domain, and a way to ask how a single reply to a line is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import load
+from ppg_gym.domain import DOMAINS, load
 from ppg_gym.judges.facts import FactsJudge
 
 FACTS = {
@@ -25,10 +25,11 @@ FACTS = {
 
 @pytest.fixture(scope="session")
 def hand_made() -> dict[str, Persona]:
-    """Return one persona per domain."""
+    """Return one persona per domain; where none is written above, it has the first value of every fact."""
+    firsts = {name: {slot: next(iter(values)) for slot, values in load(name).slots.items()} for name in DOMAINS}
     return {
         name: Persona("hand-made", load(name).instruct("Anna", facts), facts, name, "Anna")
-        for name, facts in FACTS.items()
+        for name, facts in (firsts | FACTS).items()
     }
 
 

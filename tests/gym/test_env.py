@@ -97,7 +97,7 @@ def test_the_spec_goes_through_json() -> None:
 
 @ALL
 def test_copies_and_pickles_go_on_alike(domain: str) -> None:
-    env = PersonaChatEnv(domain, render_mode="ansi")
+    env = PersonaChatEnv(domain, max_turns=6, render_mode="ansi")
     play(env, 5, turns=3)
     for other in (copy.deepcopy(env), pickle.loads(pickle.dumps(env))):
         assert other.render() == env.render()

@@ -8,11 +8,13 @@ import pytest
 
 from ppg_gym.conversation import Persona, Verdict
 from ppg_gym.domain import DOMAINS, TRICKS, load
+from ppg_gym.guards import cores, everyone
 from ppg_gym.judges.facts import FactsJudge
 
 Judge = Callable[..., Verdict]
 
-LINE = {
+LINE = {  # of any other domain: its first question
+    **{name: next(cores(load(name), everyone(load(name))[0].facts))[1] for name in DOMAINS},
     "chatting": "What is your job?",
     "education": "Listen: leaves catch light.",
     "therapy": "What are you afraid of?",

@@ -164,8 +164,8 @@ def test_parts_of_one_s_own_are_named_by_module_and_class() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"judge": "lllm"}, r"judge out of facts, llm, nli, learned, .* did you mean 'llm'"),
-        ({"partner": "scriptd"}, r"partner out of scripted, llm, console, .* did you mean 'scripted'"),
+        ({"judge": "lllm"}, r"judge out of facts, llm, .* did you mean 'llm'"),
+        ({"partner": "scriptd"}, r"partner out of scripted, llm, .* did you mean 'scripted'"),
         ({"judge": "nowhere.at_all:Judge"}, "ModuleNotFoundError: No module named 'nowhere'"),
         ({"judge": f"{__name__}:Nobody"}, "AttributeError"),
         ({"judge_options": {"model": "m"}}, r"no judge_options for the facts judge, got \['model'\]"),

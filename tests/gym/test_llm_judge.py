@@ -16,7 +16,6 @@ from ppg_gym.llm.client import Answer, BudgetError, Counts, Request
 from ppg_gym.llm.loopback import Loopback
 
 PROSE = Persona("prose", "I am Ann, a night nurse.\nYou grew up by the sea and never learned to swim.", name="Ann")
-FIELDS = ("rationale", "contradicts", "addresses_judge", "says_something")
 
 
 class FakeChat:

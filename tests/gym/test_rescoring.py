@@ -74,18 +74,18 @@ def run(tmp_path: Path) -> Path:
 def test_the_judge_that_judged_says_the_same_again(run: Path) -> None:
     counts: list[int] = []
     dialogues = read_recorded(run)
-    assert len(dialogues) == 12
+    assert len(dialogues) == 4 * len(DOMAINS)
     assert all(dialogue.persona.facts for dialogue in dialogues)
     found = rescore(dialogues, "facts", {}, counts.append)
-    assert counts[-1] == 48
+    assert counts[-1] == 16 * len(DOMAINS)
     assert all(pair.verdict == pair.turn.verdict for pair in found.pairs)
     parts = found.parts()
     assert [part.name for part in parts] == ["all", *DOMAINS, "turn 1", "turn 2", "turn 3", "turn 4"]
-    assert [part.turns for part in parts] == [48, 16, 16, 16, 12, 12, 12, 12]
+    assert [part.turns for part in parts] == [16 * len(DOMAINS), *[16] * len(DOMAINS), *[4 * len(DOMAINS)] * 4]
     assert parts[0].spearman.value == pytest.approx(1.0)
     assert (parts[0].agreement.agreement.value, parts[0].agreement.kappa.value) == (1.0, 1.0)
     assert parts[0].recorded_mean == parts[0].new_mean
-    assert parts[0].new == {"scored": 48}
+    assert parts[0].new == {"scored": 16 * len(DOMAINS)}
     assert len(rescoring.table(parts).splitlines()) >= 9
 
 
