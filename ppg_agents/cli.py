@@ -70,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.name == "click" and given[:1] == ["doctor"]:
             from ppg_agents.doctor import main as doctor
 
-            return doctor(given[1:])
+            try:
+                code = doctor(given[1:])
+                sys.stdout.flush()
+            except BrokenPipeError:  # the reader has what it wants; click, where it is installed, does the same
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at the end fails no more
+                return 1
+            return code
         extra = missing_extra(error)
         if (error.name or "").partition(".")[0] in BASE:
             return fail(f"{error.name} is not installed; run: pip install ppg-gym, or in its sources: pip install -e .")

@@ -23,7 +23,7 @@ from ppg_agents.data_commands import data
 from ppg_agents.doctor_commands import doctor
 from ppg_agents.horizon_commands import horizon
 from ppg_agents.inspect_commands import inspect_, report
-from ppg_agents.judge_commands import judge
+from ppg_agents.judge_commands import LOCAL_JUDGES, judge
 from ppg_agents.reproduce_commands import reproduce
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             standalone_mode=False,
         )
     except click.Abort as abort:
-        raise KeyboardInterrupt from abort
+        raise KeyboardInterrupt(*getattr(abort.__cause__, "args", ())) from abort  # with its words: how to go on
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -54,14 +54,18 @@ def cli() -> None:
     """
 
 
-cli.add_command(data)
-cli.add_command(judge)
-cli.add_command(horizon)
-cli.add_command(compare)
-cli.add_command(inspect_)
-cli.add_command(report)
-cli.add_command(reproduce)
-cli.add_command(doctor)
+for command, words in (  # as the list of all commands shows them, uncut on a terminal of 80 columns
+    (data, "Read, check and write personas and dialogues."),
+    (judge, "Measure judges: labels, verdicts, tricks; fit one."),
+    (horizon, "Say how far ahead to plan, from one batch."),
+    (compare, "Compare agents and policy classes, with intervals."),
+    (inspect_, "Write one HTML page that shows a run."),
+    (report, "Write a run as Markdown with figures."),
+    (reproduce, "Run and draw what a figure of the paper needs."),
+    (doctor, "Say what is installed, would be used, and answers."),
+):
+    command.short_help = words
+    cli.add_command(command)
 
 
 def parse_segments(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -131,6 +135,7 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
     for part, embedded in (("judge", "facts"), ("partner", "scripted")):
         if f"env.{part}_options.model" in given and getattr(config.env, part) == embedded:
             raise click.UsageError(f"--{part}-model names a model that an endpoint serves; give --{part}-url too")
+    check_servers(config)
     for part in ("judge", "partner") if no_cache else ():
         if getattr(config.env, part) == "llm":
             uncached = {f"{part}_options": getattr(config.env, f"{part}_options") | {"cache": False}}
@@ -138,7 +143,26 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
     return config
 
 
-@cli.command()
+def check_servers(config: TrainConfig) -> None:
+    """Refuse a judge or partner that lacks what it can not do without, in the words of the command line.
+
+    Raises:
+        click.UsageError: An option is missing; the message names the flag.
+    """
+    if config.env.id != configs.PERSONA_CHAT:
+        return
+    for part in ("judge", "partner"):
+        name, options = getattr(config.env, part), getattr(config.env, f"{part}_options")
+        if name == "llm" and not (options.get("base_url") and options.get("model")):
+            flags = [flag for flag, key in (("url URL", "base_url"), ("model NAME", "model")) if not options.get(key)]
+            lacking = " and ".join(f"--{part}-{flag}" for flag in flags)
+            raise click.UsageError(f"the {part} llm asks an endpoint; give {lacking}")
+    if (lacks := LOCAL_JUDGES.get(config.env.judge)) and lacks not in config.env.judge_options:
+        what = f"--set env.judge_options.{lacks}=FOLDER"
+        raise click.UsageError(f"the judge {config.env.judge} is a model that runs here; give {what}")
+
+
+@cli.command(short_help="Train a policy; evaluate it before and after.")
 @shared("domain")
 @click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
 @click.option("--lookahead", type=int, metavar="K", help="Rewards that a reply is credited with (k-step).")
@@ -185,6 +209,8 @@ def train(
     flags["report_to"] = list(report_to) or None
     folder = None if resume is None else Path(resume or out or runs.newest_run())
     base = Path(file) if file else None
+    if resume and out and Path(resume).resolve() != Path(out).resolve():
+        raise click.UsageError(f"--resume {resume} goes on in that folder; leave out --out {out}")
     if folder is not None and base is None:
         base = runs.Run.open(folder).folder / "config.toml"
     config = settings(base, assignments, flags)
@@ -194,8 +220,12 @@ def train(
             runs.check_new(folder)
 
     from ppg_agents.interrupt import Interrupted
+    from ppg_agents.progress import say
     from ppg_agents.train import train as start
 
+    newest = runs.Run.open(folder).latest_checkpoint() if resume is not None and not config.offline.files else None
+    if newest and newest[0] >= config.iterations and os.environ.get("RANK", "0") == "0":
+        say(f"all {newest[0]} iterations are done; go further with --iterations and a larger number")
     try:
         finished = start(config, folder, resume=resume is not None)
     except Interrupted as stop:
@@ -245,7 +275,7 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
     click.echo(f"partner failed       {sum(result.partner_failures.values())} conversations{faults}")
 
 
-@cli.command()
+@cli.command(short_help="Write conversations as trajectories (JSONL).")
 @click.argument("target", metavar="RUN_OR_MODEL")
 @shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
 @click.option("--out", type=click.Path(), default="-", help="JSONL file; default: stdout.")
@@ -284,7 +314,7 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
             write_jsonl(out, trajectories)
 
 
-@cli.command()
+@cli.command(short_help="Talk to a persona, with the judge's verdicts.")
 @click.argument("target", metavar="RUN_OR_MODEL", default="tiny")
 @shared("domain", "personas", "judge", "judge_url", "judge_model", "no_cache")
 @click.option("--persona", help="Id of the persona; default: one is drawn.")
@@ -306,7 +336,7 @@ def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> No
     talk(policy, sampler, config, personas=personas, persona=persona, seed=seed)
 
 
-@cli.command()
+@cli.command(short_help="Write a run as one plain model, LoRA folded in.")
 @click.argument("target", metavar="RUN_OR_CHECKPOINT")
 @click.option("--out", required=True, type=click.Path(), metavar="DIR", help="A new or empty folder.")
 @shared("set")
@@ -330,7 +360,11 @@ def merge(target: str, out: str, assignments: tuple[str, ...]) -> None:
 LAUNCH = 'accelerate launch --config_file "$(ppg-agent accelerate-config ddp-2)" -m ppg_agents.cli train'
 
 
-@cli.command("accelerate-config", epilog=f"\b\nExample:\n  {LAUNCH}")
+@cli.command(
+    "accelerate-config",
+    short_help="Print the path of an accelerate config.",
+    epilog=f"\b\nExample:\n  {LAUNCH}",
+)
 @click.argument("name", required=False)
 def accelerate_config(name: str | None) -> None:
     """Print the path of a ready-made accelerate config, or the names of all."""

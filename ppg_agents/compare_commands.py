@@ -65,6 +65,8 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
                 run(missing, folder, jobs or os.cpu_count() or 1, done)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(f"stopped; go on with: ppg-agent compare {file} --out {folder}") from None
+    if only_table and (left := len(engines.missing(todo, folder))):
+        click.echo(f"{left} of {len(todo)} runs are not finished; leave out --table to go on with them", err=True)
     found = [result for job in todo for result in results(job, engines.folder_of(job, folder))]
     lost = {job.name: why for job in todo if (why := engines.failure(job, folder))}
     report.write(found, lost, folder)

@@ -49,7 +49,7 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     """
     from ppg_gym.data import collect, save_personas, table, write_dialogues
 
-    _different(out=out, personas=personas)
+    _different(files, out=out, personas=personas)
     found = collect(files, format, domain)
     click.echo(table(found.reports), err=True)
     if found.listed and found.dialogues and personas is None:
@@ -71,7 +71,7 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     click.echo("\n".join(notes), err=True)
 
 
-@data.command(epilog=_FORMATS)
+@data.command(epilog=_FORMATS, short_help="Name what can not be used, as FILE:LINE.")
 @files_argument
 @domain_option
 @format_option
@@ -94,7 +94,7 @@ def validate(context: click.Context, files: tuple[str, ...], domain: str | None,
         context.exit(1)
 
 
-@data.command(epilog=_FORMATS)
+@data.command(epilog=_FORMATS, short_help="Count dialogues, judged lines, scores, personas.")
 @files_argument
 @domain_option
 @format_option
@@ -115,7 +115,7 @@ def stats(files: tuple[str, ...], domain: str | None, format: str, as_json: bool
         click.echo(table(reports))
 
 
-@data.command(epilog=_FORMATS)
+@data.command(epilog=_FORMATS, short_help="Write dialogues as chat messages, for trainers.")
 @files_argument
 @click.option("--out", required=True, type=click.Path(), metavar="OUT.jsonl", help="Chat messages, one row a line.")
 @click.option("--min-score", type=click.FloatRange(0, 1), help="Keep dialogues whose mean score is at least this.")
@@ -152,7 +152,7 @@ def export(
 
     if (share is None) != (out_test is None):
         raise click.UsageError("--split-by-persona and --out-test go together")
-    _different(out=out, out_test=out_test)
+    _different(files, out=out, out_test=out_test)
     found = collect(files, format, domain, dialogues_only=True)
     click.echo(table(found.reports), err=True)
     notes = list(found.notes)
@@ -171,7 +171,7 @@ def export(
     click.echo("\n".join(notes), err=True)
 
 
-@data.command()
+@data.command(short_help="Make more personas for an embedded domain.")
 @click.option("--domain", required=True, help="chatting, education or therapy.")
 @click.option("-n", "--count", required=True, type=click.IntRange(1), help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same personas.")
@@ -199,15 +199,19 @@ def personas(
 
     from ppg_gym.data import collect, make_personas, save_personas
 
+    _different([*exclude, *more], out=out)
     found = collect([*exclude, *more])
     known = [*found.listed, *(dialogue.persona for dialogue in found.dialogues)]
     save_personas(out, make_personas(domain, count, seed, known, allow_embedded))
     click.echo(f"wrote {count} personas to {out}", err=True)
 
 
-def _different(**targets: str | None) -> None:
-    """Refuse two options that name one file."""
-    named = [Path(target).resolve() for target in targets.values() if target is not None]
-    if len(set(named)) < len(named):
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in targets)
-        raise click.UsageError(f"{options} name the same file")
+def _different(files: Sequence[str], **targets: str | None) -> None:
+    """Refuse two options that name one file, and one that names a file that is read: it would be lost."""
+    named = {f"--{name.replace('_', '-')}": Path(target) for name, target in targets.items() if target is not None}
+    if len({path.resolve() for path in named.values()}) < len(named):
+        raise click.UsageError(f"{' and '.join(named)} name the same file")
+    read = {Path(file).resolve() for file in files}
+    for option, path in named.items():
+        if path.resolve() in read:
+            raise click.UsageError(f"{option}: expected another file than those that are read, got {path}")

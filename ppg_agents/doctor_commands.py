@@ -37,7 +37,10 @@ def doctor(
     from ppg_agents.doctor import examine, rows
     from ppg_agents.doctor_servers import Asked
 
-    report = examine(Asked(judge_url, judge_model, partner_url, partner_model, rollout_endpoints))
+    asked = Asked(judge_url, judge_model, partner_url, partner_model, rollout_endpoints)
+    if wrong := asked.lacking():
+        raise click.UsageError(wrong)
+    report = examine(asked)
     if as_json:
         click.echo(json.dumps(report.to_dict(), allow_nan=False))
     else:

@@ -64,6 +64,16 @@ class Asked:
             *(Named("rollout", url) for url in self.rollout_urls),
         ]
 
+    def lacking(self) -> str:
+        """Return what is said of a model without a URL to ask for it; "" when there is none."""
+        for part, urls, model in (
+            ("judge", self.judge_urls, self.judge_model),
+            ("partner", self.partner_urls, self.partner_model),
+        ):
+            if model and not urls:
+                return f"--{part}-model names a model that an endpoint serves; give --{part}-url too"
+        return ""
+
     def extras(self) -> set[str]:
         """Return the extras that a run with them needs."""
         needed = {"agents", "llm"} if self.rollout_urls else set()

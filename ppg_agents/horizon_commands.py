@@ -103,6 +103,8 @@ def horizon(
     from ppg_agents.progress import Progress
     from ppg_agents.sketch import sketch
 
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)  # before the work that goes into it
     if files:
         policy, trajectories = read(target, config, files, conversations)
     else:
@@ -128,7 +130,6 @@ def horizon(
     record = {"target": target, "what": what, "centred": centre, "seed": config.seed, **report.to_dict()}
     if out is not None:
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / "horizon.json").write_text(text + "\n", encoding="utf-8")
         picture(report, f"{what}, {target}").savefig(folder / "horizon.png", dpi=150)

@@ -34,6 +34,19 @@ def saved(folder: Path, iteration: int) -> str:
     return f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}"
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM inside this block, in the main thread: so processes end as by Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 class Interrupt:
     """Turns SIGINT and SIGTERM into `Stop` at safe places, while it is entered in the main thread."""
 

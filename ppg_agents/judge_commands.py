@@ -21,6 +21,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 UNCACHED = ("facts", "nli", "learned")
 """Judges that keep no answers of a server."""
 
+LOCAL_JUDGES = {"nli": "model", "learned": "path"}
+"""Judges with a model of their own, and the option that names its folder."""
+
 
 def example(line: str) -> str:
     """Return a command's example, to stand at the end of its help as it is."""
@@ -80,11 +83,28 @@ def chosen(
     if model:
         found["model"] = model
     name = name or ("llm" if urls else "facts")
+    check_options(name, found)
     if no_cache:
         if name in UNCACHED:
             raise click.UsageError(f"--no-cache: expected a judge that asks an endpoint, got {name!r}")
         found["cache"] = False
     return name, found
+
+
+def check_options(name: str, options: dict[str, Any]) -> None:
+    """Refuse a judge without what it can not do without, in the words of the command line.
+
+    Raises:
+        click.UsageError: An option is missing, or names a model where no endpoint is asked; the message names the flag.
+    """
+    if name == "facts" and set(options) == {"model"}:
+        raise click.UsageError("--judge-model names a model that an endpoint serves; give --judge-url too")
+    needed = {"base_url": "--judge-url URL", "model": "--judge-model NAME"}
+    lacking = [flag for key, flag in needed.items() if not options.get(key)]
+    if name == "llm" and lacking:
+        raise click.UsageError(f"the judge llm asks an endpoint; give {' and '.join(lacking)}")
+    if (key := LOCAL_JUDGES.get(name)) and key not in options:
+        raise click.UsageError(f"the judge {name} is a model that runs here; give --judge-option {key}=FOLDER")
 
 
 labels_flags = (
@@ -170,10 +190,10 @@ def rescore(
 
     target = Path(out) if out else rescoring.default_file(source, name)
     rescoring.check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)  # before the work that goes into it
     dialogues = read_recorded(source, domain)[:limit]
     with Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
         found = rescoring.rescore(dialogues, name, options, progress.advance)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_lines(target, found.rows())
     parts = found.parts(seed)
     if as_json:
@@ -228,6 +248,9 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
         for family, tried, got, won in [*counted, ("total", n, scored, paid)]:
             rows.append((family, str(tried), str(tried - got), str(won), f"{won / got:.3f}" if got else "-", ""))
         click.echo("\n".join(align(rows)))
+        if scored < n:
+            where = f"the rate is of the other {scored}, which rules may have scored" if scored else "there is no rate"
+            click.echo(f"{n - scored} of {n} replies got no score: {where}; see to the judge", err=True)
         for row in found:
             for reply in row.fooled_by:
                 click.echo(f"{row.family}: scored at least {FOOLED_AT}: {shorten(reply, 80)}")

@@ -94,6 +94,8 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
             raise ValueError(
                 f"expected reset_mask to be bool of shape ({self.num_envs},), got {mask.dtype} {mask.shape}"
             )
+        if isinstance(seed, str):
+            raise ValueError(f"expected seed to be an integer or {self.num_envs} of them, got {seed!r}")
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
         seeds = [None] * self.num_envs if seeds is None else list(seeds)
         wanted = options.get("persona")
@@ -127,9 +129,10 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
             FailureRateError: The judge gave too many replies no score.
             RuntimeError: ``reset`` was never called.
         """
-        if isinstance(actions, str):
+        if isinstance(actions, str) or not hasattr(actions, "__len__"):
             raise ValueError(
-                f"expected {self.num_envs} replies, got one str; pass a list with one for each conversation"
+                f"expected {self.num_envs} replies, got one {type(actions).__name__}; pass a list with one for each "
+                "conversation"
             )
         if len(actions) != self.num_envs:
             raise ValueError(f"expected {self.num_envs} replies, got {len(actions)}")

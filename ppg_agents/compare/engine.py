@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from ppg_agents.compare import held
 from ppg_agents.compare.cell import FILES, STOPPED, finished, to_json
 from ppg_agents.compare.plan import Job
+from ppg_agents.interrupt import terminable
+from ppg_agents.progress import say
 
 CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
+OWN = re.compile(r"^ppg_(?:agents|gym)[\w.]*: ")
+"""How a traceback begins the words of an error of ours, which say enough."""
 Done = Callable[[Job, str | None], None]
 
 
@@ -68,21 +74,23 @@ def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
             return f"{type(error).__name__}: {error}"
 
     pool = ThreadPoolExecutor(workers)
-    waiting = {pool.submit(one, job): job for job in jobs}
-    try:
-        while waiting:
-            ended, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in ended:
-                done(waiting.pop(future), future.result())
-    except KeyboardInterrupt:
-        running.interrupt()
+    with terminable():
+        waiting = {pool.submit(one, job): job for job in jobs}
         try:
-            wait(waiting)
+            while waiting:
+                ended, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    done(waiting.pop(future), future.result())
         except KeyboardInterrupt:
-            running.interrupt()  # once more: at once
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            if count := running.interrupt():
+                say(f"stopping {count} run{'' if count == 1 else 's'}; once more to stop at once")
+            try:
+                wait(waiting)
+            except KeyboardInterrupt:
+                running.interrupt()  # once more: at once
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Running:
@@ -105,12 +113,13 @@ class Running:
         with self._lock:
             self._processes.discard(process)
 
-    def interrupt(self) -> None:
-        """Send SIGINT to all."""
+    def interrupt(self) -> int:
+        """Send SIGINT to all; return how many they are."""
         with self._lock:
             self.stopped = True
             for process in self._processes:
                 process.send_signal(signal.SIGINT)
+            return len(self._processes)
 
 
 def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
@@ -127,7 +136,7 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
     """
     import ray
 
-    with _cluster(workers):
+    with _cluster(workers), terminable():  # in this order: Ray takes the signal over when it starts
         task = ray.remote(num_cpus=1)(_away)
         queue = list(reversed(jobs))
         waiting: dict[Any, Job] = {}
@@ -179,22 +188,29 @@ def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as place:
         order = Path(place) / "job.json"
         order.write_text(to_json(job), encoding="utf-8")
-        command = [sys.executable, "-m", job.module, str(order), str(folder)]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={"OMP_NUM_THREADS": "1", **os.environ},
-            start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
-        )
-        running.add(process)
+        command = [sys.executable, "-m", held.__name__, job.module, str(order), str(folder)]
+        theirs, ours = os.pipe()  # ours is closed when this process ends in whatever way, and so they end too
         try:
-            _, said = process.communicate()
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    env={"OMP_NUM_THREADS": "1", **os.environ},
+                    start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
+                )
+            finally:
+                os.close(theirs)
+            running.add(process)
+            try:
+                _, said = process.communicate()
+            finally:
+                running.discard(process)
         finally:
-            running.discard(process)
+            os.close(ours)
     return process.returncode, said
 
 
@@ -209,7 +225,7 @@ def _note(job: Job, out: Path, code: int, said: str) -> str | None:
     if code in (STOPPED, -signal.SIGINT):
         return "stopped"
     lines = [line for line in said.splitlines() if line.strip()]
-    why = lines[-1].strip() if lines else "no word"
+    why = OWN.sub("", lines[-1].strip()) if lines else "no word"
     reason = f"exit code {code}: {why}"[:1000]
     path.write_text(reason + "\n", encoding="utf-8")
     return reason

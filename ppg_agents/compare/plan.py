@@ -8,6 +8,7 @@ by an evaluation on the way. With a falling rate every size is a run of its own.
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ppg_agents import config as configs
+from ppg_agents.agents import agents
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.horizon_choice import Candidate, parse
 from ppg_agents.tables import build, put
@@ -23,6 +25,7 @@ from ppg_agents.tables import build, put
 UNTRAINED = ("base", "best-of-n")
 CLASSLESS = (*UNTRAINED, "sft")
 SB3 = "sb3-"
+SB3_AGENTS = ("sb3-ppo", "sb3-a2c", "sb3-dqn")
 OURS = ("domain", "agent", "policy_class", "lookahead", "segments", "seed", "iterations", "out", "evaluation.at")
 
 
@@ -153,9 +156,14 @@ def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
         turns: Of a conversation, by domain.
 
     Raises:
-        ConfigError: A class that does not fit a domain's turns, a size that is no multiple of the batch, or a wrong
-            setting.
+        ConfigError: An agent that nobody knows, a class that does not fit a domain's turns, a size that is no multiple
+            of the batch, or a wrong setting.
     """
+    for agent in plan.agents:
+        try:
+            check_agent(agent)
+        except ValueError as error:
+            raise ConfigError(f"agents: {error}") from error
     return [
         job
         for seed in plan.seeds
@@ -164,6 +172,19 @@ def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
         for planning in _classes(plan, agent, turns[domain])
         for job in _runs(plan, agent, planning, domain, seed)
     ]
+
+
+def check_agent(name: str) -> None:
+    """Refuse a name that no run can make an agent of, before the first one is started.
+
+    Raises:
+        ValueError: No agent has it; the nearest one is offered.
+    """
+    known = [*agents(), *SB3_AGENTS]
+    if name not in known and (":" not in name or name.startswith(SB3)):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "docs/agents.md has their names"
+        raise ValueError(f"expected an agent, or your own as 'package.module:Class', got {name!r}; {hint}")
 
 
 def _classes(plan: Plan, agent: str, turns: int) -> Iterator[str]:

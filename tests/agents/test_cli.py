@@ -81,6 +81,14 @@ def test_a_missing_extra_is_one_line_with_the_install_command(module: str) -> No
     assert done.stderr == f'ppg-agent: {module} is not installed; run: pip install "ppg-gym[agents]"\n'
 
 
+def test_doctor_without_click_stops_in_silence_when_its_reader_has_gone() -> None:
+    code = "import sys; sys.modules['click'] = None; from ppg_agents.cli import main; sys.exit(main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert (process.communicate()[1], process.returncode) == ("", 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,7 +140,9 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
     assert cli.main(["train", "--iterations", "3", "--resume"]) == 0  # the newest run
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3]
-    capfd.readouterr()
+    assert "iterations are done" not in capfd.readouterr().err
+    assert cli.main(["train", "--resume", str(folder)]) == 0
+    assert "all 3 iterations are done; go further with --iterations" in capfd.readouterr().err
 
     results = []
     for target, extra in ((str(folder), []), ("model", [*("--set", "env.id=cli_toy:CliToy-v0")])):

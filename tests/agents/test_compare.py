@@ -63,6 +63,7 @@ def test_one_run_fills_the_cells_of_all_sizes_when_the_learning_rate_is_constant
         ('sizes = [10]\n[settings]\nbatch = 16', r"multiples of batch = 16 of agent ppg, got \[10\]"),
         ('seed = [1]', r"unknown setting 'seed'; did you mean seeds\?"),
         ('seeds = [1, 1]', "none twice"),
+        ('agents = ["pppo"]', "agents: expected an agent.* got 'pppo'; did you mean 'ppo'"),
         ('classes = ["segment:5,5"]\nsizes = [32]', r"classes: .*sum to.*"),
         ('[settings]\nseed = 3', r"settings.seed: the comparison sets it itself"),
         ('[agent_settings.pppo]\nbatch = 3', "expected settings of agents out of ppg, got 'pppo'"),

@@ -102,7 +102,8 @@ def test_personas_are_made_and_excluded(tmp_path: Path) -> None:
     assert run("personas", "--domain", "education", "-n", 92, "--out", second, "--exclude", first).exit_code == 0
     everyone = {json.dumps(row["facts"]) for row in rows(first) + rows(second)}
     assert len(everyone) == 192
-    result = run("personas", "--domain", "education", "-n", 1, "--out", first, "--exclude", first, second)
+    third = tmp_path / "3.jsonl"
+    result = run("personas", "--domain", "education", "-n", 1, "--out", third, "--exclude", first, second)
     assert "at most 0 personas" in str(result.exception)
     assert run("personas", "--domain", "education", "-n", 1, "--out", first, second).exit_code == 2
 

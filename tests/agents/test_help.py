@@ -69,6 +69,13 @@ def test_the_example_is_shown_whole(path: tuple[str, ...]) -> None:
     assert any(line.strip().endswith(example(command)) for line in command.get_help(context).splitlines())
 
 
+@pytest.mark.parametrize("path", [path for path, c in COMMANDS.items() if isinstance(c, click.Group)], ids=" ".join)
+def test_the_list_of_commands_is_shown_whole(path: tuple[str, ...]) -> None:
+    context = click.Context(COMMANDS[path], info_name=path[-1], max_content_width=100, terminal_width=78)
+    listed = COMMANDS[path].get_help(context).split("Commands:")[1]
+    assert "..." not in listed
+
+
 def test_a_wrong_flag_in_an_example_is_found() -> None:
     with pytest.raises(click.UsageError, match="--polcy-class"):
         parse(["ppg-agent", "train", "--polcy-class", "full"])
