@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ppg_agents.agents import Agent, make_agent
-from ppg_agents.config import ConfigError, TrainConfig
+from ppg_agents.config import ConfigError, LoraSettings, TrainConfig
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, shard_layers, whole_weights
 from ppg_agents.generation import Sampler
@@ -23,10 +24,23 @@ from ppg_agents.progress import quiet_libraries
 
 def load_policy(config: TrainConfig) -> Policy:
     """Return the policy that the run starts from: the model with a fresh adapter."""
+    policy = load_model(config, config.model, config.lora if config.lora.rank else None)
+    policy.gradient_checkpointing(config.load.gradient_checkpointing)
+    return policy
+
+
+def load_model(config: TrainConfig, place: str | Path, lora: LoraSettings | None) -> Policy:
+    """Load a policy as the run's settings say.
+
+    Args:
+        config: Its ``load`` and ``seed``.
+        place: A model's name or folder, or a checkpoint.
+        lora: Put on a model that comes without an adapter; None for none.
+    """
     quiet_libraries()
-    policy = Policy.load(
-        config.model,
-        lora=config.lora if config.lora.rank else None,
+    return Policy.load(
+        place,
+        lora=lora,
         seed=config.seed,
         dtype=None if config.load.dtype == "auto" else getattr(torch, config.load.dtype),
         chat_template=config.load.chat_template,
@@ -34,8 +48,6 @@ def load_policy(config: TrainConfig) -> Policy:
         quantisation=config.load.quantisation,
         kernels=config.load.kernels,
     )
-    policy.gradient_checkpointing(config.load.gradient_checkpointing)
-    return policy
 
 
 def split(config: TrainConfig, policy: Policy) -> None:

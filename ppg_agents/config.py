@@ -1,13 +1,12 @@
 """The settings of one training run: frozen dataclasses, one TOML file, ``--set a.b=c``.
 
-Reads, checks and writes settings and nothing else; it may not import torch, so that the command line
-can name a wrong key at once. A setting that is unknown, of the wrong type or out of range is an error
+Reads and writes settings and nothing else; it may not import torch, so that the command line can name a wrong key
+at once. A setting that is unknown, of the wrong type (see `tables`) or out of range (see `config_checks`) is an error
 that names it. Precedence: defaults < TOML file < ``--set`` < flags.
 """
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ppg_agents.config_checks import check
 from ppg_agents.tables import ConfigError, build, flatten, plain, put
 
 __all__ = [
@@ -238,100 +238,7 @@ class TrainConfig:
         Raises:
             ConfigError: A value out of range, or settings that contradict one another.
         """
-        at_least_one = {
-            "iterations": self.iterations,
-            "batch": self.batch,
-            "group": self.group,
-            "steps_per_batch": self.steps_per_batch,
-            "auto.every": self.auto.every,
-            "micro_batch_tokens": self.micro_batch_tokens,
-            "checkpoint_every": self.checkpoint_every,
-            "keep_checkpoints": self.keep_checkpoints,
-            "threads": self.threads,
-            "lookahead": self.lookahead,
-            "lora.alpha": self.lora.alpha,
-            "sampling.max_new_tokens": self.sampling.max_new_tokens,
-            "env.max_turns": self.env.max_turns,
-            "offline.epochs": self.offline.epochs,
-            "offline.max_tokens": self.offline.max_tokens,
-        }
-        for name, value in at_least_one.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}")
-        positive = {
-            "learning_rate": self.learning_rate,
-            "max_grad_norm": self.max_grad_norm,
-            "aggregation_constant": self.aggregation_constant,
-            "max_log_prob_gap": self.max_log_prob_gap,
-            "sampling.temperature": self.sampling.temperature,
-        }
-        for name, number in positive.items():
-            if number is not None and not (math.isfinite(number) and number > 0):
-                raise ConfigError(f"{name}: expected a finite number above 0, got {number}")
-        not_negative = {
-            "seed": self.seed,
-            "lora.rank": self.lora.rank,
-            "max_staleness": self.max_staleness,
-            "evaluation.seed": self.evaluation.seed,
-            "evaluation.conversations": self.evaluation.conversations,
-        }
-        for name, value in not_negative.items():
-            if value < 0:
-                raise ConfigError(f"{name}: expected at least 0, got {value}")
-        if not (math.isfinite(self.importance_cap) and self.importance_cap >= 1):
-            raise ConfigError(f"importance_cap: expected a finite number of at least 1, got {self.importance_cap}")
-        if not (math.isfinite(self.kl_coefficient) and self.kl_coefficient >= 0):
-            raise ConfigError(f"kl_coefficient: expected a finite number of at least 0, got {self.kl_coefficient}")
-        if self.lora.dora and self.sampling.backend == "vllm" and self.sampling.sync == "adapter":
-            raise ConfigError('lora.dora: vLLM takes no DoRA adapters; add --set sampling.sync=merged')
-        if self.load.quantisation == "4bit" and (self.lora.rank == 0 or self.sampling.sync == "merged"):
-            raise ConfigError("load.quantisation: 4-bit weights are neither trained nor merged; use LoRA adapters")
-        if self.sampling.endpoints and self.sampling.backend != "vllm":
-            raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
-        if not 0 <= self.discount <= 1:
-            raise ConfigError(f"discount: expected a number in [0, 1], got {self.discount}")
-        if not 0 < self.auto.cosine <= 1:
-            raise ConfigError(f"auto.cosine: expected a number in (0, 1], got {self.auto.cosine}")
-        if not 0 <= self.env.max_failure_rate <= 1:
-            raise ConfigError(f"env.max_failure_rate: expected a share in [0, 1], got {self.env.max_failure_rate}")
-        if not 0 <= self.lora.dropout < 1:
-            raise ConfigError(f"lora.dropout: expected a number in [0, 1), got {self.lora.dropout}")
-        if not 0 < self.offline.held_out < 1:
-            raise ConfigError(f"offline.held_out: expected a share in (0, 1), got {self.offline.held_out}")
-        if self.batch % self.group:
-            raise ConfigError(f"batch: expected a multiple of group = {self.group}, got {self.batch}")
-        if self.offline.files and self.steps_per_batch > 1:
-            raise ConfigError("steps_per_batch: of logged dialogues take more passes; set offline.epochs")
-        if self.baseline == "leave-one-out" and self.group < 2:
-            raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
-        self._check_policy_class()
-
-    def _check_policy_class(self) -> None:
-        if self.policy_class == "k-step" and self.lookahead is None:
-            raise ConfigError("policy class 'k-step' needs --lookahead K, rewards per action; give --lookahead 3")
-        if self.policy_class != "k-step" and self.lookahead is not None:
-            raise ConfigError(
-                f"lookahead belongs to the policy class 'k-step', got {self.policy_class!r}; "
-                "add --policy-class k-step or drop --lookahead"
-            )
-        if self.policy_class == "segment" and not self.segments:
-            raise ConfigError("policy class 'segment' needs --segments, its lengths; give --segments 3,3,2")
-        if self.policy_class != "segment" and self.segments is not None:
-            raise ConfigError(
-                f"segments belong to the policy class 'segment', got {self.policy_class!r}; "
-                "add --policy-class segment or drop --segments"
-            )
-        if self.segments and min(self.segments) < 1:
-            raise ConfigError(f"segments: expected lengths of at least 1, got {list(self.segments)}")
-        if self.policy_class == "auto" and self.baseline == "moving-average":
-            raise ConfigError("baseline 'moving-average' remembers one policy class; name it, not 'auto'")
-        if self.policy_class == "auto" and self.batch == self.group:
-            raise ConfigError("policy class 'auto' compares personas: expected a batch of several groups, got one")
-        if self.policy_class == "auto" and self.offline.files:
-            raise ConfigError(
-                "policy class 'auto' is chosen on conversations of the policy itself; choose one for logged dialogues "
-                "with: ppg-agent horizon MODEL --offline FILES"
-            )
+        check(self)
 
     @property
     def label(self) -> str:

@@ -31,7 +31,7 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
     """
     env = config.env
     given: dict[str, Any] = {}
-    if env.id.partition(":")[2] == PERSONA_CHAT.partition(":")[2] or env.id == PERSONA_CHAT.partition(":")[2]:
+    if env.id.rpartition(":")[2] == PERSONA_CHAT.rpartition(":")[2]:
         given = {
             "domain": config.domain,
             "personas": personas,
@@ -51,6 +51,15 @@ class ConversationError(RunError):
     """The environment can not go on: its judge fails too often, a server is gone, a budget is used up."""
 
 
+@contextmanager
+def _one_name() -> Iterator[None]:
+    """Give an environment's failures one name, whichever of its parts they come from."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConversationError(str(error)) from error
+
+
 class Conversations(gym.vector.VectorWrapper):
     """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
 
@@ -65,10 +74,8 @@ class Conversations(gym.vector.VectorWrapper):
             ConversationError: The environment raised a RuntimeError.
         """
         partial = "reset_mask" in (options or {})
-        try:
+        with _one_name():
             observations, info = self.env.reset(seed=seed, options=options)
-        except RuntimeError as error:
-            raise ConversationError(str(error)) from error
         self.reset_info = self.reset_info if partial else info
         return observations, info
 
@@ -78,10 +85,8 @@ class Conversations(gym.vector.VectorWrapper):
         Raises:
             ConversationError: The environment raised a RuntimeError.
         """
-        try:
+        with _one_name():
             return self.env.step(actions)
-        except RuntimeError as error:
-            raise ConversationError(str(error)) from error
 
     def reachable(self) -> NDArray[np.float64]:
         """Return the best mean reward per turn that each conversation can reach, NaN where unknown, [N]."""
@@ -96,17 +101,13 @@ class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; raises a ConversationError for a RuntimeError of the environment."""
-        try:
+        with _one_name():
             return self.env.reset(seed=seed, options=options)
-        except RuntimeError as error:
-            raise ConversationError(str(error)) from error
 
     def step(self, action: Any) -> Any:
         """Step; raises a ConversationError for a RuntimeError of the environment."""
-        try:
+        with _one_name():
             return self.env.step(action)
-        except RuntimeError as error:
-            raise ConversationError(str(error)) from error
 
 
 def make_env(config: TrainConfig, personas: str) -> OneConversation:

@@ -7,7 +7,6 @@ are the independent unit: the intervals resample personas, not turns. Nothing he
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from ppg_agents.config import TrainConfig
 from ppg_agents.environment import HELD_OUT, make_envs
+from ppg_agents.judged import partner_faults, reward_table
 
 if TYPE_CHECKING:
     from ppg_agents.generation import Sampler
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory
 
 Interval = tuple[float, float]
+RESAMPLES = 2000
 
 _APART = 2_654_435_761  # between the seeds of two attempts at a conversation; of seeds, torch reads 32 bits
 
@@ -161,7 +162,7 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     """
     if not trajectories:
         raise ValueError("expected at least one conversation to summarise, got none")
-    rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
+    rewards = reward_table(trajectories)
     names = sorted({t.persona for t in trajectories})
     row = np.array([names.index(t.persona) for t in trajectories])
     judged = np.isfinite(rewards)
@@ -188,21 +189,12 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     )
 
 
-def partner_faults(trajectories: Sequence[Trajectory]) -> dict[str, int]:
-    """Return how many conversations each fault of the partner ended; empty when there was none."""
-    return dict(Counter(t.partner_status for t in trajectories if t.partner_status != "ok"))
-
-
-def bootstrap_ci(
-    sums: NDArray[np.float64], counts: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas.
+def bootstrap_ci(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Interval:
+    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas; the same one each time.
 
     Args:
         sums: Judge's scores added up per persona, [P].
         counts: Judged turns per persona, [P]; personas without any are left out.
-        resamples: Bootstrap resamples.
-        seed: Of the resampling.
 
     Returns:
         (low, high), NaN with fewer than two personas, the value twice when all personas agree.
@@ -220,9 +212,9 @@ def bootstrap_ci(
         lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
         paired=True,
         vectorized=True,
-        n_resamples=resamples,
+        n_resamples=RESAMPLES,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return (float(result.confidence_interval.low), float(result.confidence_interval.high))
 
@@ -231,14 +223,6 @@ def _score(trajectory: Trajectory) -> float:
     """Return the mean score of a conversation, below all others when nothing of it was judged."""
     judged = trajectory.judged()
     return sum(judged) / len(judged) if judged else -math.inf
-
-
-def reward_table(rewards: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """Return per-turn rewards of conversations as [B, n], NaN after the end of shorter ones."""
-    table = np.full((len(rewards), max((len(row) for row in rewards), default=0)), np.nan)
-    for target, row in zip(table, rewards, strict=True):
-        target[: len(row)] = row
-    return table
 
 
 def _ratio(total: float, count: float) -> float:
@@ -255,27 +239,15 @@ def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
     Raises:
         RunError: A run without a checkpoint.
     """
-    import torch
-
+    from ppg_agents.building import load_model
     from ppg_agents.generation.hf import HFSampler
-    from ppg_agents.policy import Policy
-    from ppg_agents.progress import quiet_libraries
     from ppg_agents.runs import Run, RunError, is_run
 
-    quiet_libraries()
     place: str | Path = target
     if is_run(Path(target)):
         latest = Run.open(Path(target)).latest_checkpoint()
         if latest is None:
             raise RunError(f"expected a run with a checkpoint, got {target} without; resume it first")
         place = latest[1]
-    policy = Policy.load(
-        place,
-        lora=None,
-        dtype=None if config.load.dtype == "auto" else getattr(torch, config.load.dtype),
-        chat_template=config.load.chat_template,
-        template_options=config.load.template_options,
-        quantisation=config.load.quantisation,
-        kernels=config.load.kernels,
-    )
+    policy = load_model(config, place, lora=None)
     return policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)

@@ -59,8 +59,8 @@ def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations
     """Draw consistency against iterations, the held-out results, and the reachable value."""
     steps, values = _series(metrics, "consistency")
     if len(steps):
-        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1)
-        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training personas")
+        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
+        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
     last = max((int(m["iteration"]) for m in metrics), default=0)
     for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
         if when in evaluations and evaluations[when]["persona_consistency"] is not None:
@@ -124,8 +124,8 @@ def draw_likelihood(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations:
     """Draw the reward-weighted log-likelihood of every step, and of the held-out part before and after."""
     steps, values = _series(metrics, "weighted_token_log_prob")
     if len(steps):
-        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1)
-        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training personas")
+        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
+        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
     last = max((int(m["iteration"]) for m in metrics), default=0)
     for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
         if when in evaluations and evaluations[when]["weighted_token_log_prob"] is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppg_agents.environment import ConversationError
-from ppg_agents.evaluate import partner_faults, reward_table
-from ppg_agents.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from ppg_agents.trajectory import Trajectory
 
 FEW = 200  # turns: of fewer than these, as many failures are let pass as would be of these
 
@@ -36,9 +39,12 @@ def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
 def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return what the judge said about a batch; unjudged turns are counted and left out of the means.
 
-    ``partner_failures``: the partner's faults, fault -> conversations that it ended.
+    Returns:
+        ``consistency`` (mean over judged turns) and ``reward_per_turn`` (the same per turn), None where none was
+        judged; ``judged_turns``, ``judge_failures`` (turns played and not judged) and ``judge_failure_rate`` (their
+        share); ``partner_failures``, fault -> conversations that it ended; ``truncated``, conversations.
     """
-    rewards = reward_table([[turn.reward for turn in t.turns] for t in trajectories])
+    rewards = reward_table(trajectories)
     judged = np.isfinite(rewards)
     turns = sum(len(t.turns) for t in trajectories)
     lost = turns - int(judged.sum())
@@ -53,3 +59,16 @@ def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "partner_failures": partner_faults(trajectories),
         "truncated": sum(t.truncated for t in trajectories),
     }
+
+
+def reward_table(trajectories: Sequence[Trajectory]) -> NDArray[np.float64]:
+    """Return per-turn rewards as [B, n], NaN at unjudged turns and after the end of shorter conversations."""
+    table = np.full((len(trajectories), max((len(t.turns) for t in trajectories), default=0)), np.nan)
+    for row, trajectory in zip(table, trajectories, strict=True):
+        row[: len(trajectory.turns)] = [turn.reward for turn in trajectory.turns]
+    return table
+
+
+def partner_faults(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Return how many conversations each fault of the partner ended; empty when there was none."""
+    return dict(Counter(t.partner_status for t in trajectories if t.partner_status != "ok"))

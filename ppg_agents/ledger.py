@@ -6,7 +6,7 @@ measure; nothing here changes a batch, runs a model or knows a loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppg_agents.trajectory import Batch, Trajectory
+from ppg_agents.trajectory import Batch, Trajectory, Turn
 
 
 class LedgerError(ValueError):
@@ -248,7 +248,8 @@ def where(trajectories: Sequence[Trajectory], b: int, t: int | None = None) -> s
     return f"conversation {b + 1} of {len(trajectories)} (persona {own.persona!r}{seed}){turn}"
 
 
-def _turns(trajectories: Sequence[Trajectory]) -> Any:
+def _turns(trajectories: Sequence[Trajectory]) -> Iterator[tuple[int, int, Turn]]:
+    """Yield conversation, turn, both from 0, and what was said there."""
     return ((b, t, turn) for b, own in enumerate(trajectories) for t, turn in enumerate(own.turns))
 
 

@@ -1,7 +1,7 @@
-"""A causal language model with LoRA as a policy: prompts, log-probabilities, merging, saving.
+"""A causal language model with LoRA as a policy: its prompts and replies as tokens, and their log-probabilities.
 
 One conversation is one token sequence, scored in one forward pass. Replies come in as the token ids that
-were sampled; nothing here draws a token or takes an optimiser step.
+were sampled; nothing here draws a token or takes an optimiser step. Files are the business of `models`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppg_agents.config import LoraSettings
 from ppg_agents.lora import Originals, adapted_layers, add_lora, bypass, dropout, fuse, merge
+from ppg_agents.models import saving
 from ppg_agents.models.loading import TINY, Kernels, Quantisation, base_of, load_base
 from ppg_agents.prompts import trainable_format
 
@@ -32,6 +33,8 @@ class Policy:
         model: The transformers model, wrapped by PEFT when it has LoRA.
         tokenizer: Its tokenizer.
         name: What was loaded; saved as the adapter's base model.
+        format: The chat template around what is said (see `prompts`).
+        config: The language model's own configuration, as transformers has it.
         device: Where the weights are.
         end_of_turn_id: The token that closes a reply.
         pad_id: The token that fills a batch.
@@ -84,7 +87,6 @@ class Policy:
         name_or_path: str | Path = TINY,
         *,
         lora: LoraSettings | None = DEFAULT_LORA,
-        adapter: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -98,8 +100,7 @@ class Policy:
         Args:
             name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save`
                 wrote, whose base model is then loaded first.
-            lora: LoRA to create, or None to train all weights.
-            adapter: A folder with a PEFT adapter to go on from; `lora` is then ignored.
+            lora: LoRA to create, or None to train all weights; a folder that holds an adapter keeps its own.
             device: Default: CUDA when there, else CPU.
             dtype: Default: bfloat16 on CUDA, else float32. LoRA weights are float32 either way.
             seed: Seed of LoRA's random half.
@@ -115,8 +116,7 @@ class Policy:
             ModuleNotFoundError: An option needs a package that is not installed.
             ValueError: See `Policy`; or an option that cannot be had here.
         """
-        name, folder = base_of(name_or_path)
-        adapter = folder or (Path(adapter) if adapter is not None else None)
+        name, adapter = base_of(name_or_path)
         if quantisation != "none" and lora is None and adapter is None:
             raise ValueError(f"quantisation {quantisation!r}: expected LoRA, got training of all weights; give a rank")
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -294,7 +294,6 @@ class Policy:
         token_mask: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        chunk: int | None = None,
     ) -> Tensor:
         """Return what `log_probs` gives without LoRA: those of the reference model of a KL term, without gradients.
 
@@ -310,7 +309,7 @@ class Policy:
                 "and so on; use LoRA, or load the reference as a second policy"
             )
         with torch.no_grad(), bypass(self._lora, self._merged or []):
-            return self.log_probs(ids, attention, token_mask, temperature=temperature, chunk=chunk)
+            return self.log_probs(ids, attention, token_mask, temperature=temperature)
 
     @contextmanager
     def merged(self) -> Iterator[None]:
@@ -348,15 +347,7 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write the PEFT adapter (or, without LoRA, the model) and the tokenizer, as safetensors and JSON."""
-        folder = Path(folder)
-        if hasattr(self.model, "peft_config"):
-            for config in self.model.peft_config.values():
-                config.base_model_name_or_path = self.name
-            self.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the network
-        else:
-            self.model.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)
+        saving.save(self.model, self.tokenizer, self.name, Path(folder))
 
     def save_merged(self, folder: str | Path) -> None:
         """Write the model with LoRA folded into its weights, and the tokenizer, as a plain Hugging Face folder.
@@ -380,25 +371,7 @@ class Policy:
             FileNotFoundError: No weights in the folder.
             ValueError: They belong to another architecture or another LoRA.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        if hasattr(self.model, "peft_config"):
-            from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-            state = load_file(folder / "adapter_model.safetensors", device=str(self.device))
-            own = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-            if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
-                raise ValueError(f"expected this policy's adapter in {folder}, got other names or shapes")
-            set_peft_model_state_dict(self.model, state)
-            return
-        state = load_file(folder / "model.safetensors", device=str(self.device))
-        own = dict(self.model.named_parameters())
-        if set(own) - set(state):
-            raise ValueError(f"expected the weights of this policy in {folder}, got other names")
-        with torch.no_grad():
-            for key, parameter in own.items():
-                parameter.copy_(state[key])
+        saving.read_into(self.model, Path(folder), self.device)
 
     def _check_head(self) -> None:
         """Raise unless `transformer` and `logits` together are the model."""

@@ -132,7 +132,6 @@ def collect(
     mode = envs.metadata.get("autoreset_mode")
     observations, infos = envs.reset(seed=list(seeds))  # type: ignore[arg-type]
     instructions, messages = _texts(observations, n)
-    opening = instructions
     personas = [str(_info(infos, i).get("persona", "")) for i in range(n)]
     turns: list[list[Turn]] = [[] for _ in range(n)]
     active, terminated, truncated = [True] * n, [False] * n, [False] * n
@@ -140,7 +139,7 @@ def collect(
     speaker = Speaker(policy, sampler, n)
     with speaking(policy, sampler):
         while True:
-            replies = speaker.reply(opening, messages, active, generator)
+            replies = speaker.reply(instructions, messages, active, generator)
             for i in range(n):
                 if active[i] and replies[i] is None:
                     log.warning("conversation %d truncated: no room for another reply in the context", i)
@@ -166,16 +165,16 @@ def collect(
             _, messages = _texts(observations, n)
     return [
         Trajectory(
-            instruction=opening[i],
+            instruction=instructions[i],
             persona=personas[i],
             domain=domain,
-            seed=None if seeds[i] is None else int(seeds[i] or 0),
+            seed=None if seed is None else int(seed),
             turns=tuple(turns[i]),
             terminated=terminated[i],
             truncated=truncated[i],
             partner_status=partners[i],
         )
-        for i in range(n)
+        for i, seed in enumerate(seeds)
     ]
 
 

@@ -89,8 +89,6 @@ def collect_each(
     seeds: Sequence[int | None],
     generator: torch.Generator | None = None,
     domain: str = "",
-    *,
-    concurrency: int | None = None,
 ) -> list[Trajectory]:
     """Hold one conversation per seed, each in a single environment at its own pace, all of them to their end.
 
@@ -105,45 +103,34 @@ def collect_each(
         seeds: N seeds of the episodes; equal seeds share a persona.
         generator: Gives every reply its seed; None only for greedy sampling.
         domain: Written into the trajectories.
-        concurrency: Conversations under way at once; default all.
 
     Returns:
         N trajectories, in the order of `seeds`; see `rollout.collect`.
 
     Raises:
-        ValueError: A ``concurrency`` below 1, no generator, or observations of another form.
+        ValueError: No generator, or observations of another form.
     """
     n = len(seeds)
-    if concurrency is not None and concurrency < 1:
-        raise ValueError(f"expected concurrency >= 1, got {concurrency}")
     if generator is None and sampler.temperature > 0:
         raise ValueError("expected a generator for sampling, got None; pass one or use temperature 0")
     envs = make_env if isinstance(make_env, Envs) else Envs(make_env)
     reply_seeds = Seeds(generator if sampler.temperature > 0 else None, n)
     stop = threading.Event()
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Trajectory | BaseException]] = queue.SimpleQueue()
-    for i in range(n):
-        waiting.put(i)
 
-    def work() -> None:
-        while not stop.is_set():
+    def work(i: int) -> None:
+        try:
+            env = envs.take()
             try:
-                i = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                env = envs.take()
-                try:
-                    ended.put((i, _converse(env, policy, sampler, i, seeds[i], reply_seeds, domain, stop)))
-                finally:
-                    envs.give(env)
-            except BaseException as error:  # raised where the rollout is waited for
-                ended.put((i, error))
-                return
+                ended.put((i, _converse(env, policy, sampler, i, seeds[i], reply_seeds, domain, stop)))
+            finally:
+                envs.give(env)
+        except BaseException as error:  # raised where the rollout is waited for
+            ended.put((i, error))
 
-    count = min(n, concurrency or n)
-    threads = [threading.Thread(target=work, name=f"ppg-conversation-{k}", daemon=True) for k in range(count)]
+    threads = [
+        threading.Thread(target=work, args=(i,), name=f"ppg-conversation-{i}", daemon=True) for i in range(n)
+    ]
     done: dict[int, Trajectory] = {}
     sampler.start(n)
     try:

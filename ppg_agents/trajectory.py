@@ -232,17 +232,21 @@ def from_json(line: str) -> Trajectory:
     return trajectory
 
 
-def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], *, append: bool = False) -> None:
-    """Write one trajectory per line, flushed line by line."""
-    with Path(path).open("a" if append else "w", encoding="utf-8") as file:
-        for trajectory in trajectories:
-            file.write(to_json(trajectory) + "\n")
-            file.flush()
+def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Write one trajectory per line, flushed line by line, in place of what the file held."""
+    _write(path, "w", trajectories)
 
 
 def append(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Add trajectories at the end of a file."""
-    write_jsonl(path, trajectories, append=True)
+    """Add trajectories at the end of a file, flushed line by line."""
+    _write(path, "a", trajectories)
+
+
+def _write(path: str | Path, mode: str, trajectories: Iterable[Trajectory]) -> None:
+    with Path(path).open(mode, encoding="utf-8") as file:
+        for trajectory in trajectories:
+            file.write(to_json(trajectory) + "\n")
+            file.flush()
 
 
 def read_jsonl(path: str | Path) -> list[Trajectory]:

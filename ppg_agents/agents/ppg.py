@@ -1,12 +1,12 @@
 """The partial-policy-gradient agent: trajectories in, an optimiser step (or several) out.
 
 ledger checks -> credit -> baseline -> gradient -> clip -> AdamW. Formulas live in `credit`, `baselines`, `losses` and
-`importance`, micro-batches in `step`; nothing here knows an environment, or which policy class its mask stands for.
+`importance`, micro-batches in `step`, files in `state`; nothing here knows an environment, or which policy class its
+mask stands for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ppg_agents import baselines, ledger, losses
-from ppg_agents.agents.optimiser import moments_of, read_moments, schedule
+from ppg_agents.agents.state import load_state, save_state
 from ppg_agents.agents.step import (
     Array,
     Loss,
@@ -31,7 +31,7 @@ from ppg_agents.agents.step import (
     trained_tokens,
 )
 from ppg_agents.credit import credit
-from ppg_agents.distributed import Alone, Workers, clip, groups, whole_weights
+from ppg_agents.distributed import Alone, Workers, clip, groups
 from ppg_agents.generation import Sampler
 from ppg_agents.importance import Importance
 from ppg_agents.ledger import LedgerError
@@ -40,8 +40,6 @@ from ppg_agents.rollout import Speaker
 from ppg_agents.trajectory import Batch, Trajectory, batch
 
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
-
-SCHEMA = "ppg-agent/1"
 
 
 class PPGAgent:
@@ -72,11 +70,9 @@ class PPGAgent:
         aggregation: losses.Aggregation = "sum",
         constant: float | None = None,
         learning_rate: float | Callable[[int], float] = 1e-3,
-        total_steps: int | None = None,
         max_grad_norm: float = 1.0,
         weight_decay: float = 0.0,
         micro_batch_tokens: int = 8192,
-        gradient_checkpointing: bool = False,
         importance: Importance = "none",
         importance_cap: float = 2.0,
         kl_coefficient: float = 0.0,
@@ -99,11 +95,9 @@ class PPGAgent:
             aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
             constant: For the aggregation ``constant``.
             learning_rate: Of AdamW: a number, or a function of the steps taken.
-            total_steps: With a number as learning rate, it falls linearly to 0 over so many steps.
             max_grad_norm: The gradient is scaled down to this 2-norm.
             weight_decay: Of AdamW.
             micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
-            gradient_checkpointing: Compute the blocks again in the backward pass, for less memory.
             importance: Level of the weights for replies that another version or engine sampled, see `importance`.
             importance_cap: Largest weight.
             kl_coefficient: Weight of the divergence from the model without its adapter, per reply in nats.
@@ -130,8 +124,6 @@ class PPGAgent:
                 f"expected steps_per_batch = 1 with importance 'none', got {steps_per_batch}: a later step learns from "
                 "replies of an older policy; set importance to 'turn' or 'token'"
             )
-        if gradient_checkpointing:
-            policy.gradient_checkpointing()
         self.policy = policy
         self.steps = 0
         self.sampler = sampler
@@ -145,7 +137,7 @@ class PPGAgent:
         self._max_staleness = max_staleness
         self._steps_per_batch = steps_per_batch
         self._workers = workers or Alone()
-        self._rate = schedule(learning_rate, total_steps)
+        self._rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
         self._max_grad_norm = max_grad_norm
         self._budget = micro_batch_tokens
         self._average = baselines.MovingAverage(n_turns or 1)
@@ -255,23 +247,12 @@ class PPGAgent:
 
         All workers call it when the model's layers are split over them.
         """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        moments = moments_of(self.policy.model, self.optimizer)
-        with whole_weights(self.policy.model):
-            if not self._workers.main:
-                return
-            folder.mkdir(parents=True, exist_ok=True)
-            self.policy.save(folder)
-        save_file(moments, folder / "optimizer.safetensors")
-        state = {
-            "schema": SCHEMA,
+        own = {
             "steps": self.steps,
             "policy_version": self.policy.version,
             "moving_average": self._average.state_dict(),
         }
-        (folder / "agent.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        save_state(Path(folder), self.policy, self.optimizer, own, self._workers)
 
     def load(self, folder: str | Path) -> None:
         """Read back what `save` wrote, into an agent made with the same settings.
@@ -279,15 +260,7 @@ class PPGAgent:
         Raises:
             ValueError: Another schema, another model, or an optimiser state that does not fit.
         """
-        folder = Path(folder)
-        state = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        if state.get("schema") != SCHEMA:
-            raise ValueError(f"expected schema {SCHEMA!r} in {folder}, got {state.get('schema')!r}")
-        moments = read_moments(folder / "optimizer.safetensors", self.policy.model, self.policy.device)
-        with whole_weights(self.policy.model):
-            self.policy.load_weights(folder)
-        self.optimizer.state.clear()
-        self.optimizer.state.update(moments)
+        state = load_state(Path(folder), self.policy, self.optimizer)
         self._average.load_state_dict(state["moving_average"])
         self.steps = int(state["steps"])
         self.policy.version = int(state["policy_version"])
@@ -318,16 +291,17 @@ class PPGAgent:
         return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self._discount)
 
     def _whole(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
+        """Return the credit of all workers' conversations, for baselines over the whole batch."""
         units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
         labels = [t.instruction for t in trajectories]
         parts = self._workers.gather([(self._credit(data), data.rewards, data.valid, labels, units)])
-        credits, rewards, valid, groups, counts = zip(*parts, strict=True)
-        before = sum(len(group) for group in groups[: self._workers.rank])
+        credits, rewards, valid, personas, counts = zip(*parts, strict=True)
+        before = sum(len(own) for own in personas[: self._workers.rank])
         return Whole(
             credit=np.concatenate(credits),
             rewards=np.concatenate(rewards),
             valid=np.concatenate(valid),
-            groups=[label for group in groups for label in group],
+            groups=[label for own in personas for label in own],
             own=slice(before, before + len(labels)),
             units=sum(counts),
         )
@@ -338,6 +312,7 @@ class PPGAgent:
         return baselines.standardise(advantage, whole.valid) if self._standardise else advantage
 
     def _subtract(self, whole: Whole) -> Array:
+        """Return the baseline [B, n]; asking takes the batch into a moving average."""
         if self._baseline == "leave-one-out":
             return baselines.leave_one_out(whole.credit, whole.valid, whole.groups)
         if self._baseline == "batch-mean":

@@ -112,6 +112,31 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class WeightSums:
+    """Sums over the importance weights w of a batch; those of parts add up.
+
+    Attributes:
+        total: Σw.
+        squares: Σw².
+        count: How many.
+        truncated: Of these, those that the largest allowed weight cut down.
+    """
+
+    total: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+    truncated: int = 0
+
+    def __add__(self, other: WeightSums) -> WeightSums:
+        return WeightSums(
+            self.total + other.total,
+            self.squares + other.squares,
+            self.count + other.count,
+            self.truncated + other.truncated,
+        )
+
+
+@dataclass(frozen=True)
 class Ratios:
     """What a loss says of w = π / π°, the learner against the sampler, at its tokens; those of parts add up.
 
@@ -169,7 +194,7 @@ class Sums:
         read: Tokens in the micro-batches, padding included.
         turns: Trained turns, where the divergence is measured.
         kl: Estimated divergence from the reference, summed over them.
-        weights: Importance weights: Σw, Σw², how many, how many truncated.
+        weights: Importance weights, where there are any.
         gap: Of log-probs, over turns that the learner's own version sampled.
         ratios: Of the policy to the one that sampled, as the loss has them.
     """
@@ -180,12 +205,11 @@ class Sums:
     read: int = 0
     turns: int = 0
     kl: float = 0.0
-    weights: tuple[float, float, int, int] = (0.0, 0.0, 0, 0)
+    weights: WeightSums = field(default_factory=WeightSums)
     gap: Gap = field(default_factory=Gap)
     ratios: Ratios = field(default_factory=Ratios)
 
     def __add__(self, other: Sums) -> Sums:
-        weights = tuple(a + b for a, b in zip(self.weights, other.weights, strict=True))
         return Sums(
             self.loss + other.loss,
             self.tokens + other.tokens,
@@ -193,7 +217,7 @@ class Sums:
             self.read + other.read,
             self.turns + other.turns,
             self.kl + other.kl,
-            weights,  # type: ignore[arg-type]
+            self.weights + other.weights,
             self.gap + other.gap,
             self.ratios + other.ratios,
         )
@@ -210,9 +234,9 @@ class Sums:
         if objective.kl_coefficient or objective.reference:
             found["kl"] = self.kl / max(1, self.turns)
         if objective.importance != "none":
-            total, squares, count, truncated = self.weights
-            found["importance_ess"] = effective_share(total, squares, count)
-            found["importance_truncated"] = truncated / max(1, count)
+            given = self.weights
+            found["importance_ess"] = effective_share(given.total, given.squares, given.count)
+            found["importance_truncated"] = given.truncated / max(1, given.count)
         if self.ratios.count:
             found["ratio_max"] = self.ratios.largest
         if self.ratios.bounded:
@@ -345,8 +369,7 @@ def _weigh(part: Scored, settled: Tensor, objective: Objective, sums: Sums) -> T
         settled, part.sampling, part.token_mask, part.turn_index, level=objective.importance, cap=cap
     )
     w = raw.clamp(max=cap).double()
-    more = (float(w.sum()), float(w.square().sum()), len(w), int((raw > cap).sum()))
-    sums.weights = tuple(a + b for a, b in zip(sums.weights, more, strict=True))  # type: ignore[assignment]
+    sums.weights += WeightSums(float(w.sum()), float(w.square().sum()), len(w), int((raw > cap).sum()))
     return weights
 
 

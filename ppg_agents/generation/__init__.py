@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from ppg_agents.config import SamplingSettings
     from ppg_agents.policy import Policy
 
 
@@ -45,7 +46,8 @@ class Sampler(Protocol):
     """Speaks for n conversations in lockstep, and remembers their tokens from turn to turn.
 
     A sampler with weights of its own also has ``own_model = False``, ``sync(policy)``, which makes it speak as the
-    policy is now, and ``close()``. One whose conversations need not be in lockstep is a `SingleSampler`.
+    policy is now, ``close()``, and a ``context_length``, which may be shorter than the policy's. One whose
+    conversations need not be in lockstep is a `SingleSampler`.
     """
 
     @property
@@ -91,34 +93,11 @@ class SingleSampler(Protocol):
         """Make every `reply_one` under way raise a GenerationError."""
 
 
-class Settings(Protocol):
-    """What a run says about sampling; see `make_sampler`."""
-
-    @property
-    def max_new_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def temperature(self) -> float: ...  # noqa: D102
-    @property
-    def backend(self) -> str: ...  # noqa: D102
-    @property
-    def endpoints(self) -> Sequence[str]: ...  # noqa: D102
-    @property
-    def sync(self) -> str: ...  # noqa: D102
-    @property
-    def timeout(self) -> float: ...  # noqa: D102
-    @property
-    def patience(self) -> float: ...  # noqa: D102
-    @property
-    def api_key_env(self) -> str: ...  # noqa: D102
-    @property
-    def engine(self) -> Mapping[str, Any]: ...  # noqa: D102
-
-
 BACKENDS = ("hf", "vllm")
 
 
 def make_sampler(
-    policy: Policy, settings: Settings, folder: str | Path, *, run: str | None = None, write: bool = True
+    policy: Policy, settings: SamplingSettings, folder: str | Path, *, run: str | None = None, write: bool = True
 ) -> Sampler:
     """Return the sampler that the settings name.
 
@@ -141,11 +120,11 @@ def make_sampler(
         raise ValueError(f"expected the sampling backend to be one of {BACKENDS}, got {settings.backend!r}{hint}")
     if settings.endpoints and settings.backend != "vllm":
         raise ValueError(f"expected backend 'vllm' with endpoints, got {settings.backend!r}; set the backend")
+    length, temperature = settings.max_new_tokens, settings.temperature
     if settings.backend == "hf":
         from ppg_agents.generation.hf import HFSampler
 
-        return HFSampler(policy, settings.max_new_tokens, settings.temperature)
-    sync = cast(Literal["adapter", "merged"], settings.sync)
+        return HFSampler(policy, length, temperature)
     if settings.endpoints:
         from ppg_agents.generation.servers import VLLMServerSampler
 
@@ -153,9 +132,9 @@ def make_sampler(
             policy,
             folder,
             settings.endpoints,
-            settings.max_new_tokens,
-            settings.temperature,
-            sync=sync,
+            length,
+            temperature,
+            sync=settings.sync,
             timeout=settings.timeout,
             patience=settings.patience,
             api_key_env=settings.api_key_env,
@@ -164,7 +143,7 @@ def make_sampler(
         )
     from ppg_agents.generation.vllm import VLLMSampler
 
-    return VLLMSampler(policy, folder, settings.max_new_tokens, settings.temperature, sync=sync, engine=settings.engine)
+    return VLLMSampler(policy, folder, length, temperature, sync=settings.sync, engine=settings.engine)
 
 
 def speaking(policy: Policy, sampler: object) -> AbstractContextManager[None]:
@@ -184,7 +163,6 @@ __all__ = [
     "GenerationError",
     "Sample",
     "Sampler",
-    "Settings",
     "SingleSampler",
     "draw_seeds",
     "make_sampler",

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from ppg_agents.generation import Sample
 from ppg_agents.policy import Policy
 
+_SLOTS = 128  # of a row at first; doubled when a conversation outgrows them
 _FEW = 1 / 3  # rows that have ended ride along until so few go on that gathering those is cheaper
 
 
@@ -27,10 +28,10 @@ class SlotCache(Cache):  # type: ignore[misc]
     once per layer.
     """
 
-    def __init__(self, n: int, slots: int = 128) -> None:
+    def __init__(self, n: int) -> None:
         super().__init__(layers=[])
         self.n = n
-        self.slots = slots
+        self.slots = _SLOTS
         self._stores: list[tuple[Tensor, Tensor]] = []
         self._rows: Tensor | None = None
         self._positions = torch.empty(0, 0, dtype=torch.long)

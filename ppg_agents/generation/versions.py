@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
+from ppg_agents.models.loading import quiet
 from ppg_agents.policy import Policy
 
 Sync = Literal["adapter", "merged"]
@@ -110,22 +109,8 @@ class Versions:
             for left in self.folder.glob(f"{_PREFIX}*"):
                 shutil.rmtree(left, ignore_errors=True)
         version.path.mkdir(parents=True)
-        with _quiet():
+        with quiet():  # once per learning step
             (self.policy.save if self.sync == "adapter" else self.policy.save_merged)(version.path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bar of writing weights, once per learning step."""
-    from transformers.utils import logging
-
-    showing = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if showing:
-            logging.enable_progress_bar()
 
 
 def lora_rank(policy: Policy) -> int:

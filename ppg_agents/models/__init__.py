@@ -1,1 +1,1 @@
-"""The language models: those that ship with the package (data), and how any model is loaded."""
+"""The language models: those that ship with the package (data), and how any model is loaded and saved."""

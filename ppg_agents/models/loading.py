@@ -77,7 +77,7 @@ def load_base(
     if chat_template is not None:
         is_path = "{" not in chat_template and Path(chat_template).is_file()
         tokenizer.chat_template = Path(chat_template).read_text() if is_path else chat_template
-    with _quiet(Path(path).is_dir()):
+    with quiet(Path(path).is_dir()):  # a download keeps its progress bar
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
     if not options:
         model = model.to(device)
@@ -204,17 +204,17 @@ def _nearest(name: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _one_line(error: Exception, most: int = 160) -> str:
+def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[:most] + "…"
+    return text if len(text) <= 160 else text[:160] + "…"
 
 
 @contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """Hide the progress bar of reading weights from a local folder; a download keeps its own."""
+def quiet(active: bool = True) -> Iterator[None]:
+    """Hide the progress bar of reading or writing weights, unless it is not ``active``."""
     from transformers.utils import logging as progress
 
-    if not local or not progress.is_progress_bar_enabled():
+    if not active or not progress.is_progress_bar_enabled():
         yield
         return
     progress.disable_progress_bar()

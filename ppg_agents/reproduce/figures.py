@@ -37,9 +37,9 @@ def draw_residuals(points: Sequence[Point], scale: float, path: Path, *, title: 
             _lines(ax, own, dodge=0.09)
             turns = sorted({p.x for p in own})
             ax.set_xticks(turns if len(turns) <= 12 else turns[:: len(turns) // 10])
-            _clean(ax, title=domain if r == 0 else "", xlabel="step (turn)" if r == len(levels) - 1 else "")
+            _clean(ax, title=domain if r == 0 else "", xlabel="turn" if r == len(levels) - 1 else "")
             if c == 0:
-                ax.set_ylabel(f"{words[level]}\nresidual (1 = {scale:.2f} of PC)")
+                ax.set_ylabel(f"{words[level]}\nresidual (1 = {scale:.2f} of consistency)")
     _same_height([ax for row in axes for ax in row])
     _finish(figure, axes, path, title, caption)
 
@@ -55,7 +55,7 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
         ticks = sorted({p.x for p in trained})
         ax.set_xscale("log")
         _lines(ax, trained, dodge=0.022, factor=True)
-        _untrained(ax, [p for p in own if p.planning == UNTRAINED], ticks)
+        _untrained(ax, [p for p in own if p.planning == UNTRAINED])
         limits = sorted({(p.x, p.reachable) for p in trained if math.isfinite(p.reachable)})
         if limits:
             ends = [(ticks[0] * 0.9, limits[0][1]), *limits, (ticks[-1] * 1.11, limits[-1][1])]
@@ -69,7 +69,7 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
     _finish(figure, axes, path, title, caption)
 
 
-def _untrained(ax: Axes, own: Sequence[Point], ticks: Sequence[int]) -> None:
+def _untrained(ax: Axes, own: Sequence[Point]) -> None:
     """Draw the untrained model: a level where there is one value, a line where it depends on what is on the axis."""
     for p in own if len(own) == 1 else ():
         ax.axhspan(p.low, p.high, color=GREY, alpha=0.15, linewidth=0)

@@ -108,12 +108,12 @@ def _fig5(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
     _need(points, request, out)
     from ppg_agents.reproduce.figures import draw_curves
 
-    how = "each length" if request.train_turns else "the domain's own length alone"
-    title = f"Figure 5: mean persona consistency by turns of a conversation; policies trained on {how}"
+    how = "each length" if request.train_turns else "the domain's own"
+    title = f"Figure 5: persona consistency by length of the conversation; trained on {how}"
     caption = f"After {size:,} training conversations; rollout-level, held-out personas."
     if not request.train_turns:
-        own = ", ".join(f"{domain} {turns[domain]}" for domain in request.domains)
-        caption += f" Trained on conversations of {own} turns; only the evaluation is longer or shorter."
+        own = ", ".join(f"{turns[domain]} turns in {domain}" for domain in request.domains)
+        caption += f" Trained on conversations of {own}; only the evaluation is longer or shorter."
     words = _words(request, wanted, title, caption, _seeds(points))
     draw_curves(points, out / "fig5.png", xlabel="turns of a conversation", **words)
     return _csv(points, out, "fig5", "turns")

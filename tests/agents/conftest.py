@@ -1,13 +1,16 @@
-"""A tiny random Llama with a byte-level tokenizer, and a toy text environment: no files, no downloads."""
+"""Tiny random models with a byte-level tokenizer, a toy environment, workers in threads: no files, no downloads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
 import pytest
 import torch
+import transformers
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -67,6 +70,83 @@ def make_policy(*, dtype: torch.dtype = torch.float32, lora: bool = True, **over
     return Policy(model, byte_tokenizer(), name="toy")
 
 
+SHARED = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", SLIDING),
+    "phi3": ("Phi3", {}),
+    "gemma3": ("Gemma3", SLIDING),
+}
+
+
+def family_model(family: str, **overrides: Any) -> Any:
+    """Return a random model of a family, of width 32; the same one each time."""
+    name, own = ARCHITECTURES[family]
+    config = getattr(transformers, name + ("TextConfig" if name == "Gemma3" else "Config"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(config(**{**SHARED, **own, **overrides})).eval()
+
+
+class Rank:
+    """One of several workers in threads: what they gather meets in a list that they share."""
+
+    sharded = False
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
+        self.rank, self.size, self.main = rank, size, rank == 0
+        self._meeting, self._table = meeting, table
+
+    def gather(self, objects: list[Any]) -> list[Any]:
+        self._table[self.rank] = objects
+        self._meeting.wait(60)
+        found = [x for part in self._table for x in part]
+        self._meeting.wait(60)
+        return found
+
+    def sum_number(self, x: float) -> float:
+        return float(sum(self.gather([x])))
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        own = list(parameters)
+        every = self.gather([[None if p.grad is None else p.grad.clone() for p in own]])
+        for p, grads in zip(own, zip(*every, strict=True), strict=True):
+            there = [g for g in grads if g is not None]
+            p.grad = torch.stack(there).sum(0) if there else None
+
+    def shard(self, n: int) -> slice:
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
+    """Return what every worker's work returns, in the order of ranks; when one fails, the others wait no longer."""
+    meeting, table = threading.Barrier(size), [None] * size
+
+    def run(rank: int) -> Any:
+        try:
+            return work(Rank(rank, size, meeting, table))
+        except BaseException:
+            meeting.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(run, rank) for rank in range(size)]]
+
+
 class ToyChat(gym.Env[dict[str, str], str]):
     """A partner that counts; rewards vowels; ends after `turns` turns; may give no verdict or NaN."""
 
@@ -117,22 +197,32 @@ def toy_envs(*kwargs: dict[str, Any], mode: AutoresetMode = AutoresetMode.DISABL
     return SyncVectorEnv(makers, autoreset_mode=mode)
 
 
-@pytest.fixture(name="byte_tokenizer")
+@pytest.fixture(name="byte_tokenizer", scope="session")
 def _byte_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return byte_tokenizer
 
 
-@pytest.fixture(name="tiny_llama")
+@pytest.fixture(name="tiny_llama", scope="session")
 def _tiny_llama() -> Callable[..., LlamaForCausalLM]:
     return tiny_llama
 
 
-@pytest.fixture(name="make_policy")
+@pytest.fixture(name="family_model", scope="session")
+def _family_model() -> Callable[..., Any]:
+    return family_model
+
+
+@pytest.fixture(name="on_ranks", scope="session")
+def _on_ranks() -> Callable[..., list[Any]]:
+    return on_ranks
+
+
+@pytest.fixture(name="make_policy", scope="session")
 def _make_policy() -> Callable[..., Policy]:
     return make_policy
 
 
-@pytest.fixture(name="toy_envs")
+@pytest.fixture(name="toy_envs", scope="session")
 def _toy_envs() -> Callable[..., SyncVectorEnv]:
     return toy_envs
 

@@ -1,34 +1,27 @@
-"""Every alternative by its name: what it shares with the partial policy gradient, that it learns, what it refuses."""
+"""Every alternative by its name: the step it takes, beside that of the partial policy gradient; what it refuses."""
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from ppg_agents import config as configs
 from ppg_agents import credit
-from ppg_agents import train as training
 from ppg_agents.agents import ALTERNATIVES, make_agent
 from ppg_agents.agents.methods import METHODS
 from ppg_agents.agents.ppg import PPGAgent
 from ppg_agents.agents.step import trained_tokens
 from ppg_agents.branching import branch_point, play_pairs
-from ppg_agents.config import ConfigError
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
-from ppg_agents.trajectory import Trajectory, Turn, batch, read_jsonl
+from ppg_agents.trajectory import Trajectory, Turn, batch
 
 Make = Callable[..., Policy]
 LEARNING = [name for name in ALTERNATIVES if METHODS[name].learns]
@@ -88,15 +81,8 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def double() -> Policy:
-    from importlib.util import module_from_spec, spec_from_file_location
-
-    spec = spec_from_file_location("toys", Path(__file__).parent / "conftest.py")
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    toys = module_from_spec(spec)
-    spec.loader.exec_module(toys)
-    policy: Policy = toys.make_policy(dtype=torch.float64)
-    return policy
+def double(make_policy: Make) -> Policy:
+    return make_policy(dtype=torch.float64)
 
 
 @pytest.mark.parametrize("mask", CLASSES.values(), ids=CLASSES)
@@ -152,33 +138,6 @@ def test_micro_batches_and_unjudged_turns_change_nothing(name: str, double: Poli
     torch.testing.assert_close(gradient(name, double, [other, *silent[1:]], **options)[0], whole, rtol=1e-9, atol=1e-12)
 
 
-class Rank:
-    """One of several workers in threads: what they gather meets in a list that they share."""
-
-    sharded = False
-
-    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
-        self.rank, self.size, self.main = rank, size, rank == 0
-        self._meeting, self._table = meeting, table
-
-    def gather(self, objects: list[Any]) -> list[Any]:
-        self._table[self.rank] = objects
-        self._meeting.wait(60)
-        found = [x for part in self._table for x in part]
-        self._meeting.wait(60)
-        return found
-
-    def sum_number(self, x: float) -> float:
-        return float(sum(self.gather([x])))
-
-    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        own = list(parameters)
-        every = self.gather([[None if p.grad is None else p.grad.clone() for p in own]])
-        for p, grads in zip(own, zip(*every, strict=True), strict=True):
-            there = [g for g in grads if g is not None]
-            p.grad = torch.stack(there).sum(0) if there else None
-
-
 TEAM: list[tuple[str, dict[str, Any]]] = [
     ("sft", {"keep": 0.5}),
     ("grpo", {"kl_coefficient": 0.1, "aggregation_of_source": True}),
@@ -196,29 +155,25 @@ TEAM: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "options"), TEAM, ids=[f"{name}-{i}" for i, (name, _) in enumerate(TEAM)])
-def test_two_workers_take_the_step_of_one(name: str, options: dict[str, Any], make_policy: Make) -> None:
+def test_two_workers_take_the_step_of_one(
+    name: str, options: dict[str, Any], make_policy: Make, on_ranks: Callable[..., list[Any]]
+) -> None:
     policies = [make_policy(dtype=torch.float64) for _ in range(3)]
     conversations = played(policies[0], [3, 2, 1, 3, 2, 2])
     silent = replace(conversations[5].turns[1], reward=math.nan)
     conversations[5] = replace(conversations[5], turns=(conversations[5].turns[0], silent))
     options = {**options, "max_grad_norm": 1.0, "steps_per_batch": 2, "learning_rate": 1e-4}
     whole, alone = gradient(name, policies[0], conversations, **options)
-    meeting, table = threading.Barrier(2), [None] * 2
 
-    def work(rank: int) -> Any:
-        own = [conversations[:2], conversations[2:]][rank]
-        try:
-            return gradient(name, policies[1 + rank], own, **options, workers=Rank(rank, 2, meeting, table))
-        except BaseException:
-            meeting.abort()
-            raise
+    def work(own: Any) -> Any:
+        mine = [conversations[:2], conversations[2:]][own.rank]
+        return gradient(name, policies[1 + own.rank], mine, **options, workers=own)
 
-    with ThreadPoolExecutor(2) as pool:
-        for got, metrics in pool.map(work, range(2)):
-            torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-9)
-            assert metrics.keys() == alone.keys()
-            same = {k: v for k, v in alone.items() if k != "padding"}
-            assert {k: metrics[k] for k in same} == pytest.approx(same, rel=1e-5, abs=1e-7)
+    for got, metrics in on_ranks(2, work):
+        torch.testing.assert_close(got, whole, rtol=1e-6, atol=1e-9)
+        assert metrics.keys() == alone.keys()
+        same = {k: v for k, v in alone.items() if k != "padding"}
+        assert {k: metrics[k] for k in same} == pytest.approx(same, rel=1e-5, abs=1e-7)
 
 
 def test_statistics_are_of_what_was_judged(double: Policy) -> None:
@@ -429,103 +384,3 @@ def test_a_second_conversation_shares_the_history_of_the_first(partner: str, pol
     assert parted >= 6
     agent = PPGAgent(policy, credit.full, baseline="none")
     assert agent.learn(pairs)["log_prob_gap_max"] < 1e-4  # what followed was sampled after the whole history
-
-
-class Vowels(gym.Env[dict[str, str], str]):
-    """Asks twice and likes vowels; what it says next depends on what it drew."""
-
-    def __init__(self) -> None:
-        text = gym.spaces.Text(500)
-        self.observation_space = gym.spaces.Dict({"instruction": text, "message": text})
-        self.action_space = text
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.turn, self.persona = 0, f"p{int(self.np_random.integers(3))}"
-        return self.seen(), {"persona": self.persona}
-
-    def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self.turn += 1
-        reward = (sum(letter in "aeiou" for letter in action) + float(self.np_random.random())) / (len(action) + 1)
-        return self.seen(), reward, self.turn == 2, False, {"persona": self.persona}
-
-    def seen(self) -> dict[str, str]:
-        return {"instruction": f"Be {self.persona}.", "message": f"{int(self.np_random.integers(100))}?"}
-
-
-@pytest.fixture
-def settings(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the settings of a small run; the model comes from memory, and nothing is drawn."""
-    if "AlternativeVowels-v0" not in gym.registry:
-        gym.register("AlternativeVowels-v0", entry_point=Vowels)
-    monkeypatch.setattr(training, "curve", lambda run: None)
-    monkeypatch.setattr(training, "load_policy", lambda config: deepcopy(policy))
-    return {
-        "policy_class": "greedy",
-        "iterations": 2,
-        "batch": 4,
-        "group": 2,
-        "schedule": "constant",
-        "learning_rate": 0.01,
-        "env": {"id": "AlternativeVowels-v0", "max_turns": 2},
-        "sampling": {"max_new_tokens": 3},
-        "evaluation": {"conversations": 0},
-    }
-
-
-def test_every_agent_trains_or_says_why_not(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "save_checkpoint", lambda *unused: None)
-    for name in ALTERNATIVES:
-        config = configs.from_dict({**settings, "agent": name})
-        if name in FULL:  # takes no other class, or only when it is told to
-            with pytest.raises(ConfigError, match=r"expected the policy class 'full'.*(credit=class|--policy-class)"):
-                training.train(config, tmp_path / name)
-            options = {"credit": "class"} if METHODS[name].credit else {}
-            changed = {"agent_options": options} if options else {"policy_class": "full"}
-            config = configs.from_dict({**settings, "agent": name, **changed})
-        run = training.train(config, tmp_path / name)
-        versions = [m["policy_version"] for m in run.metrics()]
-        assert versions == ([1, 2] if METHODS[name].learns else [0, 0]), name
-
-
-@pytest.mark.parametrize("agent", ["ppo", "refuel"])
-def test_a_run_that_is_resumed_ends_as_one_that_was_not(agent: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    settings |= {"agent": agent, "policy_class": "full", "steps_per_batch": 2}
-    whole = training.train(configs.from_dict(settings), tmp_path / "whole")
-    training.train(configs.from_dict({**settings, "iterations": 1}), tmp_path / "parts")
-    parts = training.train(configs.from_dict(settings), tmp_path / "parts", resume=True)
-    assert parts.trajectories_file.read_text() == whole.trajectories_file.read_text()
-    for line, expected in zip(parts.metrics(), whole.metrics(), strict=True):
-        assert {k: v for k, v in line.items() if "seconds" not in k} == {
-            k: v for k, v in expected.items() if "seconds" not in k
-        }
-    files = ["adapter_model.safetensors", "optimizer.safetensors", *(["value_head.safetensors"] * (agent == "ppo"))]
-    for file in files:
-        one, other = (run.folder / "checkpoints" / "2" / file for run in (parts, whole))
-        assert one.read_bytes() == other.read_bytes()
-    assert len(read_jsonl(whole.trajectories_file)) == 8
-
-
-def test_the_best_of_several_conversations_counts(settings: dict[str, Any], tmp_path: Path) -> None:
-    settings |= {"iterations": 1, "evaluation": {"conversations": 6}}
-    scores = [
-        training.train(configs.from_dict({**settings, "agent": name}), tmp_path / name).evaluations()["after"]
-        for name in ("base", "best-of-n")
-    ]
-    assert scores[1]["persona_consistency"] > scores[0]["persona_consistency"] + 0.02
-    assert scores[0]["n_personas"] == scores[1]["n_personas"]
-
-
-def test_settings_that_do_not_suit_an_agent_are_named(settings: dict[str, Any], tmp_path: Path) -> None:
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"agent": "grpo", "group": 1}, r"expected group >= 2, got 1; add --set group=4"),
-        ({"agent": "gppo"}, r"expected an agent out of .*, got 'gppo'; did you mean"),
-        ({"agent": "sft", "policy_class": "auto"}, "got 'auto'"),
-        ({"agent": "ppg", "agent_options": {"clip_low": 0.1}}, "agent_options.clip_low: expected an option of the"),
-        ({"agent": "grpo", "agent_options": {"discount": 0.1}}, "set discount without the prefix"),
-    ]
-    for changed, message in wrong:
-        with pytest.raises(ConfigError, match=message):
-            training.train(configs.from_dict({**settings, **changed}), tmp_path / "run")

@@ -36,7 +36,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "moving-average": {"baseline": "moving-average", "n_turns": 4, "aggregation": "token_mean"},
     "all weights": {"baseline": "leave-one-out", "lora": None},
     "split": {"baseline": "leave-one-out", "micro_batch_tokens": 60, "kl_coefficient": 0.1, "split": True},
-    "split, all weights": {"baseline": "batch-mean", "lora": None, "gradient_checkpointing": True, "split": True},
+    "split, all weights": {"baseline": "batch-mean", "lora": None, "checkpointing": True, "split": True},
 }
 METRICS = ("loss", "grad_norm", "credit_mean", "credit_std", "tokens", "policy_version")
 
@@ -76,9 +76,17 @@ def conversations(policy: Policy, version: int) -> list[Trajectory]:
     return [replace(batch[0], turns=unjudged), *batch[1:]]
 
 
-def learn(workers: Workers, folder: Path, lora: bool = True, split: bool = False, **options: Any) -> dict[str, Any]:
+def learn(
+    workers: Workers,
+    folder: Path,
+    lora: bool = True,
+    split: bool = False,
+    checkpointing: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
     """Return the first gradient, the weights after two steps, and what was measured; split ones resume in between."""
     policy = small_policy(lora)
+    policy.gradient_checkpointing(checkpointing)
     workers.sharded = split
     if split and workers.size > 1:
         distributed.shard_layers(policy.model)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ppg_agents.policy import LoraSettings, Policy, add_lora
 from ppg_agents.prompts import prompt_format
@@ -92,26 +91,11 @@ def test_temperature_and_refusals(policy: Policy) -> None:
         policy.log_probs(ids, torch.ones(1, 2))
 
 
-def gemma2(**overrides: Any) -> Gemma2ForCausalLM:
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        **{"final_logit_softcapping": 2.0, "pad_token_id": 0, **overrides},
-    )
-    return Gemma2ForCausalLM(config).eval()
-
-
-def test_softcapped_logits_are_respected(byte_tokenizer: Callable[..., Any]) -> None:
-    policy = Policy(add_lora(gemma2(), LoraSettings(rank=2)), byte_tokenizer())
+def test_softcapped_logits_are_respected(
+    family_model: Callable[..., Any], byte_tokenizer: Callable[..., Any]
+) -> None:
+    model = family_model("gemma2", final_logit_softcapping=2.0)
+    policy = Policy(add_lora(model, LoraSettings(rank=2)), byte_tokenizer())
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         got = policy.log_probs(ids, torch.ones_like(ids))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit
 from ppg_agents.agents import agents, make_agent
-from ppg_agents.agents.optimiser import linear_decay
 from ppg_agents.agents.ppg import PPGAgent
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import LedgerError
@@ -88,81 +85,37 @@ def test_micro_batches_add_up(make_policy: Make, aggregation: str) -> None:
     assert a["loss"] == pytest.approx(b["loss"])
 
 
-class Rank:
-    """One of several workers in threads: what they gather meets in a list that they share."""
-
-    sharded = False
-
-    def __init__(self, rank: int, size: int, meeting: threading.Barrier, table: list[Any]) -> None:
-        self.rank, self.size, self.main = rank, size, rank == 0
-        self._meeting, self._table = meeting, table
-
-    def gather(self, objects: list[Any]) -> list[Any]:
-        self._table[self.rank] = objects
-        self._meeting.wait(60)
-        found = [x for part in self._table for x in part]
-        self._meeting.wait(60)
-        return found
-
-    def sum_number(self, x: float) -> float:
-        return float(sum(self.gather([x])))
-
-    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        own = list(parameters)
-        every = self.gather([[None if p.grad is None else p.grad.clone() for p in own]])
-        for p, grads in zip(own, zip(*every, strict=True), strict=True):
-            there = [g for g in grads if g is not None]
-            p.grad = torch.stack(there).sum(0) if there else None
-
-    def shard(self, n: int) -> slice:
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
-
-
-def on_ranks(shards: list[list[Trajectory]], make_policy: Make, **options: Any) -> list[Any]:
-    """Return what `gradient` returns on every rank."""
-    meeting, table = threading.Barrier(len(shards)), [None] * len(shards)
-    policies = [make_policy(dtype=torch.float64) for _ in shards]
-
-    def work(rank: int) -> Any:
-        workers = Rank(rank, len(shards), meeting, table)
-        try:
-            return gradient(policies[rank], shards[rank], workers=workers, **options)
-        except BaseException:
-            meeting.abort()
-            raise
-
-    with ThreadPoolExecutor(len(shards)) as pool:
-        return [future.result() for future in [pool.submit(work, rank) for rank in range(len(shards))]]
-
-
 @pytest.mark.parametrize("aggregation", ["sum", "token_mean", "turn_mean"])
 @pytest.mark.parametrize("baseline", ["none", "leave-one-out", "batch-mean"])
-def test_workers_take_the_step_of_one(make_policy: Make, baseline: str, aggregation: str) -> None:
+def test_workers_take_the_step_of_one(
+    make_policy: Make, on_ranks: Callable[..., list[Any]], baseline: str, aggregation: str
+) -> None:
     """Personas are split over the ranks; the last rank has nothing to learn from."""
     policy = make_policy(dtype=torch.float64)
     played = ledger(policy, [3, 1, 2, 4, 2, 1])
     played[-1] = replace(played[-1], turns=(replace(played[-1].turns[0], reward=math.nan),))
     options = {"baseline": baseline, "aggregation": aggregation, "standardise": True, "micro_batch_tokens": 60}
     whole, alone = gradient(policy, played, **options)
-    for got, metrics in on_ranks([played[:1], played[1:5], played[5:]], make_policy, **options):
+    shards, policies = [played[:1], played[1:5], played[5:]], [make_policy(dtype=torch.float64) for _ in range(3)]
+    found = on_ranks(3, lambda own: gradient(policies[own.rank], shards[own.rank], workers=own, **options))
+    for got, metrics in found:
         torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
         assert {k: v for k, v in metrics.items() if k != "padding"} == pytest.approx(
             {k: v for k, v in alone.items() if k != "padding"}
         )
 
 
-def test_a_fault_on_one_worker_stops_all_of_them(make_policy: Make) -> None:
+def test_a_fault_on_one_worker_stops_all_of_them(make_policy: Make, on_ranks: Callable[..., list[Any]]) -> None:
     played = ledger(make_policy(), [3, 1])
     future = [replace(played[1], turns=(replace(played[1].turns[0], policy_version=3),))]
-    meeting, table, policies = threading.Barrier(2), [None] * 2, [make_policy(), make_policy()]
+    policies = [make_policy(), make_policy()]
 
-    def work(rank: int) -> str:
+    def work(own: Any) -> str:
         with pytest.raises(LedgerError) as error:
-            gradient(policies[rank], [played[:1], future][rank], workers=Rank(rank, 2, meeting, table))
+            gradient(policies[own.rank], [played[:1], future][own.rank], workers=own)
         return str(error.value)
 
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(work, range(2))
+    first, second = on_ranks(2, work)
     assert "expected policy version 0 at conversation 1 of 1" in first
     assert first == second
 
@@ -223,7 +176,6 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(make_policy: Make, t
             baseline="moving-average",
             n_turns=4,
             learning_rate=0.01,
-            total_steps=9,
         )
 
     agent = fresh()
@@ -286,7 +238,6 @@ def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:
 
 
 def test_learning_rate_and_clipping(policy: Policy) -> None:
-    assert [linear_decay(2.0, 4)(i) for i in (0, 1, 4, 9)] == [2.0, 1.5, 0.0, 0.0]
     agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01)
     first, second = (agent.learn(ledger(policy, [2, 2])) for _ in range(2))
     assert (first["learning_rate"], second["learning_rate"]) == (0.1, 0.05)
@@ -313,8 +264,6 @@ def test_refusals_and_registry(policy: Policy) -> None:
         PPGAgent(policy, credit.full, baseline="gae")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="n_turns"):
         PPGAgent(policy, credit.full, baseline="moving-average")
-    with pytest.raises(ValueError, match="total_steps"):
-        PPGAgent(policy, credit.full, learning_rate=lambda _: 1.0, total_steps=3)
     with pytest.raises(ValueError, match="sampler"):
         PPGAgent(policy, credit.full).start(1)
     bad = ledger(policy, [1])

@@ -17,9 +17,9 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from ppg_agents.evaluate import partner_faults
 from ppg_agents.generation import Sample, draw_seeds
 from ppg_agents.generation.hf import HFSampler
+from ppg_agents.judged import partner_faults
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
 from ppg_agents.rollout_each import Envs as Singles
@@ -82,7 +82,7 @@ def test_the_ledger_is_the_token_sequence_that_was_sampled(policy: Policy, toy_e
 
 
 def test_a_reply_that_was_cut_is_closed_before_the_next_message(policy: Policy, toy_envs: Envs) -> None:
-    ended_early = open_ended = 0
+    open_ended = 0
     for trajectory in roll(policy, toy_envs(*[{"turns": 4}] * 8)):
         assert list(trajectory.turns[0].prompt_ids) == policy.first_prompt(trajectory.instruction, "hello")
         for before, turn in zip(trajectory.turns, trajectory.turns[1:], strict=False):
@@ -90,7 +90,6 @@ def test_a_reply_that_was_cut_is_closed_before_the_next_message(policy: Policy, 
             closing = [] if ended else [policy.end_of_turn_id]
             assert list(turn.prompt_ids) == closing + policy.next_prompt(turn.message)
             open_ended += not ended
-            ended_early += ended
     assert open_ended
 
 
@@ -189,16 +188,8 @@ def test_conversations_at_their_own_pace_equal_those_in_lockstep(policy: Policy,
     seeds = [3, 3, 4, 5, 6, 7]
     in_step = collect(together, policy, Echo(policy), seeds, torch.Generator().manual_seed(1), "toy")
     envs = Singles(lambda: toy_envs({"turns": 4}).envs[0])
-    for concurrency in (None, 2):
-        each = collect_each(
-            envs,
-            policy,
-            Echo(policy),
-            seeds,
-            torch.Generator().manual_seed(1),
-            "toy",
-            concurrency=concurrency,
-        )
+    for _ in range(2):  # the second time with the environments of the first
+        each = collect_each(envs, policy, Echo(policy), seeds, torch.Generator().manual_seed(1), "toy")
         assert [to_json(t) for t in each] == [to_json(t) for t in in_step]
     turn = in_step[0].turns[0]
     assert (turn.policy_version, turn.sampler, turn.temperature) == (7, "echo", 1.0)
@@ -253,7 +244,7 @@ def test_an_exception_in_one_conversation_stops_all(policy: Policy, toy_envs: En
     sampler = Echo(policy)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="the judge is gone"):
-        collect_each(make, policy, sampler, [0, 1, 2, 3], torch.Generator(), concurrency=2)
+        collect_each(make, policy, sampler, [0, 1], torch.Generator())
     assert time.monotonic() - began < 5
     assert sampler.cancelled.is_set()
     go_on.set()  # the one that was inside of its environment leaves it now, and closes it
@@ -288,8 +279,6 @@ def test_ctrl_c_stops_within_a_second(policy: Policy, toy_envs: Envs) -> None:
 
 def test_refusals_of_single_conversations(policy: Policy, toy_envs: Envs) -> None:
     make = lambda: toy_envs({}).envs[0]  # noqa: E731
-    with pytest.raises(ValueError, match="concurrency >= 1"):
-        collect_each(make, policy, Echo(policy), [1], torch.Generator(), concurrency=0)
     with pytest.raises(ValueError, match="generator"):
         collect_each(make, policy, Echo(policy), [1])
     with pytest.raises(ValueError, match="wrap the environment"):
