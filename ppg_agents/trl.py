@@ -18,8 +18,9 @@ are masked (``env_mask``). All completions of a group are conversations of one s
 
 What TRL can not do here, and ``ppg-agent train`` can:
 
-- One reward per conversation, so every token of every reply has the same advantage: there is no partial credit, and no
-  policy class to choose. What a good reply earned is shared by the bad ones beside it.
+- With the plain GRPOTrainer: one reward per conversation, so every token of every reply has the same advantage. What a
+  good reply earned is shared by the bad ones beside it. `ppg_agents.trl_credit.PartialCreditTrainer` is a GRPOTrainer
+  with credit by turn, whose policy class can be chosen.
 - All conversations of a batch wait for one another at every turn, and the model's own ``generate`` reads the whole
   conversation again at each (vLLM keeps it in its prefix cache).
 - ``max_completion_length`` limits a reply, not a conversation: ``mask_truncated_completions`` and the clipped ratio
@@ -119,7 +120,8 @@ class PersonaChat:
         Returns:
             Per conversation ``prompt_ids`` (up to the first reply), ``completion_ids`` (from there to its end),
             ``env_mask`` (1 on sampled tokens), ``logprobs`` (with vLLM, else None), ``turn_rewards`` (None where a turn
-            was not judged) and ``conversation_reward``; TRL hands the last two to the reward functions.
+            was not judged), ``conversation_reward`` and ``conversation`` (lines and scores, for the eye); TRL hands the
+            last three to the reward functions.
 
         Raises:
             ValueError: A prompt of another dataset, or a trainer that can not be served.
@@ -146,21 +148,32 @@ class PersonaChat:
             "logprobs": [log_probs for _, _, log_probs in rows] if trainer.use_vllm else None,
             "turn_rewards": [[t.reward if math.isfinite(t.reward) else None for t in p.turns] for p in played],
             "conversation_reward": [self._worth(trajectory) for trajectory in played],
+            "conversation": [_text(trajectory) for trajectory in played],
         }
 
     def reward(
         self,
-        conversation_reward: list[float | None],
-        turn_rewards: list[list[float | None]],
+        conversation_reward: list[float | None] | None = None,
+        turn_rewards: Sequence[Sequence[float | None]] = (),
+        conversation: Sequence[str] = (),
+        *,
         log_metric: Callable[[str, float], None],
+        log_extra: Callable[[str, list[str]], None],
         **_: Any,
     ) -> list[float | None]:
         """Return what the conversations earned, None for one that TRL is to leave out; for ``reward_funcs``.
 
-        Logs ``unjudged_turns``, the share of turns without a score.
+        Logs ``unjudged_turns``, the share of turns without a score, and for ``log_completions`` the column
+        ``conversation``: TRL's own column runs replies and the partner's lines together.
+
+        Raises:
+            ValueError: The completions are not conversations of `rollout`.
         """
+        if conversation_reward is None:
+            raise ValueError("expected conversations of PersonaChat.rollout, got none; pass rollout_func=chat.rollout")
         turns = [reward for rewards in turn_rewards for reward in rewards]
         log_metric("unjudged_turns", turns.count(None) / len(turns))
+        log_extra("conversation", list(conversation))
         return conversation_reward
 
     def close(self) -> None:
@@ -188,7 +201,7 @@ class PersonaChat:
         if self._policy is None or self._policy.model is not model:
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
             training = model.training
-            self._policy = Policy(model, tokenizer)
+            self._policy = Policy(model, tokenizer, template_options=trainer.chat_template_kwargs)
             model.train(training)
         if self._policy.end_of_turn_id not in trainer.eos_token_ids:
             raise ValueError(
@@ -252,6 +265,13 @@ def _row(trajectory: Trajectory) -> tuple[list[int], list[int], list[float]]:
         mask += [0] * len(turn.prompt_ids) + [1] * len(turn.token_ids)
         log_probs += [0.0] * len(turn.prompt_ids) + list(turn.log_probs)
     return ids, mask, log_probs
+
+
+def _text(trajectory: Trajectory) -> str:
+    """Return a conversation for the eye, scores behind the replies."""
+    score = [f"{turn.reward:.2f}" if math.isfinite(turn.reward) else "no score" for turn in trajectory.turns]
+    both = zip(trajectory.turns, score, strict=True)
+    return "\n".join(f"partner: {turn.message}\npolicy: {turn.reply} ({score})" for turn, score in both)
 
 
 def _read(prompts: Sequence[str]) -> tuple[str, list[int]]:

@@ -58,8 +58,21 @@ class Agent(Protocol):
 
 
 def agents() -> dict[str, EntryPoint]:
-    """Return the agents that are installed, by name."""
-    return {**_OWN, **{point.name: point for point in entry_points(group=GROUP)}}
+    """Return the agents that are installed, by name.
+
+    Raises:
+        ValueError: Another package gives a name that is taken: a run's settings would not say which agent it had.
+    """
+    found = dict(_OWN)
+    for point in entry_points(group=GROUP):
+        taken = found.get(point.name)
+        if taken is not None and taken.value != point.value:
+            raise ValueError(
+                f"expected one agent named {point.name!r}, got {taken.value} and {point.value}, an entry point of "
+                f"{point.dist.name if point.dist else 'another package'}; rename it there"
+            )
+        found[point.name] = point
+    return found
 
 
 def make_agent(name: str, *args: Any, **options: Any) -> Agent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
@@ -49,6 +50,15 @@ def test_gymnasium_loop() -> None:
     assert number(bandit) > 0.55
 
 
+def test_chat_rollouts() -> None:
+    rows = [json.loads(line) for line in run_alone("chat_rollouts.py", "--conversations", "2")]
+    assert [row["seed"] for row in rows] == [0, 1]
+    for row in rows:
+        assert [m["role"] for m in row["messages"]] == ["system", *["user", "assistant"] * 4]
+        assert len(row["rewards"]) == 4
+        assert all(0 <= reward <= 1 for reward in row["rewards"])
+
+
 def test_own_judge() -> None:
     lines = run_alone("own_judge.py")
     assert lines[-1] == "rewards: [1.0, 0.5, nan]"
@@ -65,11 +75,11 @@ def test_own_agent_is_trained_by_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_p
     info = tmp_path / "site" / "mine-1.0.dist-info"  # as an installer lays it out
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[ppg_agents.agents]\nreinforce = own_agent:Reinforce\n")
+    (info / "entry_points.txt").write_text("[ppg_agents.agents]\nmine = own_agent:Reinforce\n")
     monkeypatch.syspath_prepend(str(info.parent))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     short = {"iterations": 1, "batch": 4, "group": 2, "env": {"max_turns": 2}, "evaluation": {"conversations": 2}}
-    run = train(from_dict({"agent": "reinforce", "learning_rate": 0.4, **short}), tmp_path / "run")
+    run = train(from_dict({"agent": "mine", "learning_rate": 0.4, **short}), tmp_path / "run")
     (metrics,) = run.metrics()
     assert (metrics["policy_version"], 0 <= metrics["return"] <= 1) == (1, True)
     sys.modules.pop("own_agent")
@@ -83,10 +93,14 @@ def test_sb3_reply_selection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert after.startswith("after 512 judged turns: ")
 
 
-def test_trl_grpo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("credit", [(), ("--lookahead", "2")], ids=["by-conversation", "by-turn"])
+def test_trl_grpo(
+    credit: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="needs the extra trl")
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # as the script sets it, but to be forgotten afterwards
-    lines = run("trl_grpo.py", "--steps", "2", "--out", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    settings = ("--steps", "2", "--out", str(tmp_path), *credit)
+    lines = run("trl_grpo.py", *settings, monkeypatch=monkeypatch, capsys=capsys)
     rewards = [float(word) for word in lines[-1].removeprefix("rewards: ").split()]
     assert len(rewards) == 2
     assert rewards[0] == pytest.approx(0.55, abs=0.15)

@@ -142,6 +142,14 @@ def test_it_speaks(policy: Policy) -> None:
     assert [type(reply) for reply in replies] == [str, str]
 
 
+@pytest.mark.usefixtures("installed")
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    points = tmp_path / "site-packages" / "my_agents-1.0.dist-info" / "entry_points.txt"
+    points.write_text("[ppg_agents.agents]\ngrpo = my_agents:Reinforce\n")
+    with pytest.raises(ValueError, match=r"one agent named 'grpo', got .*, an entry point of my-agents; rename it"):
+        agents()
+
+
 def test_without_the_package_the_nearest_name_is_offered(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected an agent out of .*, got 'reinforce-of-mine'"):
         training.train(config, tmp_path / "run")

@@ -21,7 +21,8 @@ pytest.importorskip("trl", reason="needs the extra trl")
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from ppg_agents.trajectory import Trajectory
+from ppg_agents.policy import Policy
+from ppg_agents.trajectory import Trajectory, batch
 from ppg_agents.trl import PersonaChat
 from ppg_gym.conversation import Conversation, Verdict
 from ppg_gym.judges.facts import FactsJudge
@@ -181,6 +182,43 @@ def test_no_gradient_reaches_the_partner_s_tokens(trained: tuple[GRPOTrainer, Wa
         assert torch.equal(log_probs.grad != 0, mask & moving[:, None])
 
 
+def test_trl_scores_what_our_policy_scores(trained: tuple[GRPOTrainer, Watched]) -> None:
+    _, watched = trained
+    policy = Policy.load("tiny", lora=None)  # as it was at the first step
+    inputs, played = watched.inputs[0], watched.played[0]
+    data = batch(played, policy.pad_id)
+    with torch.no_grad():
+        expected = policy.log_probs(data.ids, data.attention, data.token_mask)
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    ids, scores = inputs["completion_ids"], watched.log_probs[0]
+    theirs = {tuple(ids[i][mask[i]].tolist()): scores[i][mask[i]] for i in range(BATCH)}
+    for i, row in enumerate(data.token_mask):
+        found = theirs[tuple(data.ids[i][row].tolist())]
+        assert torch.allclose(found, expected[i][row], atol=1e-4)
+
+
+def test_the_table_of_completions_shows_the_conversations(trained: tuple[GRPOTrainer, Watched]) -> None:
+    trainer, watched = trained
+    shown = list(trainer._logs["extra"]["conversation"])
+    for text, trajectory in zip(shown, watched.played[-1], strict=True):
+        lines = [(f"partner: {t.message}", f"policy: {t.reply} ({t.reward:.2f})") for t in trajectory.turns]
+        assert text.splitlines() == [line for both in lines for line in both]
+
+
+def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    def seeds_and_weights(resume: bool) -> tuple[list[list[int | None]], list[torch.Tensor]]:
+        chat = PersonaChat(max_turns=1)
+        trainer, watched = trainer_of(chat, tmp_path, 3)
+        trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if resume else None)
+        chat.close()
+        return [[t.seed for t in played] for played in watched.played], list(trainer.model.parameters())
+
+    (seeds, weights), (later, resumed) = seeds_and_weights(False), seeds_and_weights(True)
+    assert later == seeds[1:]
+    assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
 @pytest.mark.parametrize("reward", ["mean", "sum"])
 def test_a_failed_verdict_is_no_number(reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = FactsJudge.judge, iter(range(10_000))
@@ -232,6 +270,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="terapy"):
         PersonaChat(domain="terapy")
     chat = PersonaChat(max_turns=TURNS)
+    with pytest.raises(ValueError, match=r"got none; pass rollout_func=chat\.rollout"):
+        chat.reward(log_metric=print, log_extra=print, completions=["Hello"])
     with pytest.raises(ValueError, match="expected TRL's GRPOTrainer"):
         chat.rollout([], SimpleNamespace())
     with pytest.raises(ValueError, match="expected a trainer without tools"):
@@ -259,6 +299,19 @@ def test_a_trainer_whose_replies_would_not_end_is_refused(
     monkeypatch.setattr(trainer, "eos_token_ids", [0])
     with pytest.raises(ValueError, match=r"expected '<\|end\|>'.*among what ends a completion, got tokens \[0\]"):
         chat.rollout(prompts, trainer)
+
+
+def test_the_chat_template_has_the_trainer_s_options(
+    trained: tuple[GRPOTrainer, Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, _ = trained
+    template = trainer.processing_class.chat_template
+    monkeypatch.setattr(trainer.processing_class, "chat_template", "{{ shout | default('') }}" + template)
+    monkeypatch.setattr(trainer, "chat_template_kwargs", {"shout": "LOUD"})
+    chat = PersonaChat(max_turns=1)
+    chat.rollout(chat.dataset(1)["prompt"], trainer)
+    assert trainer.processing_class.decode(chat.trajectories[0].turns[0].prompt_ids).startswith("LOUD")
+    chat.close()
 
 
 def test_evaluation_on_held_out_personas(trained: tuple[GRPOTrainer, Watched]) -> None:
