@@ -1,7 +1,7 @@
 """A conversation at the terminal: a person plays the partner, the policy plays the persona.
 
-Goes through Gymnasium like everything else: the environment's partner is ``console``, which shows the judge's
-verdict on the last reply and then asks the person for a line. Nothing here learns.
+Goes through Gymnasium like everything else: the environment's partner is ``console``, which shows whom the policy
+plays, then the judge's verdict on each reply, and asks the person for a line. Nothing here learns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def talk(
     settings = replace(
         config.env,
         partner="console",
-        partner_options={},
+        partner_options={"show_persona": True},
         max_turns=config.env.max_turns or MANY_TURNS,
         on_judge_failure="nan",
     )
@@ -72,7 +72,6 @@ def talk(
     click.echo("You speak first. An empty line ends the conversation.", err=True)
     try:
         observation, info = env.reset(seed=seed, options={"persona": persona} if persona else None)
-        click.echo(f"[{info.get('persona', '')}] {observation['instruction']}", err=True)
         over = not observation["message"]
         with policy.merged():
             while not over:

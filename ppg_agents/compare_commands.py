@@ -31,8 +31,8 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     from ppg_agents.compare import engine as engines
     from ppg_agents.compare import report
     from ppg_agents.compare.cell import check, results
+    from ppg_agents.compare.plan import check_models, read
     from ppg_agents.compare.plan import jobs as planned
-    from ppg_agents.compare.plan import read
     from ppg_agents.compare.turns import turns_of
     from ppg_agents.durable import lock
     from ppg_agents.progress import Progress
@@ -48,6 +48,8 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
         for job in missing:
             click.echo(f"{job.name}  {','.join(map(str, job.sizes))}")
         return 0
+    if engine == "processes":  # the machines of a cluster may have other folders
+        check_models(missing)
     folder.mkdir(parents=True, exist_ok=True)
     held = click.get_current_context().with_resource(ExitStack())
     if missing:

@@ -21,6 +21,9 @@ Formats, told by the content unless --format names one: consistent-llms, consist
 synthetic-persona-chat, persona-chat, personas, dialogues, trajectories.
 """
 
+FEW = 10_000
+"""Personas that are made in a second or two: no progress is shown."""
+
 files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILES…")
 format_option = click.option("--format", default="auto", help="Format of the files; default: told by the content.")
 domain_option = click.option("--domain", help="Domain of files that do not say it; refuse those that say another.")
@@ -197,12 +200,16 @@ def personas(
     if more and not exclude:
         raise click.UsageError(f"unexpected argument {more[0]!r}; files go after --exclude")
 
+    from ppg_agents.progress import Progress
     from ppg_gym.data import collect, make_personas, save_personas
 
     _different([*exclude, *more], out=out)
     found = collect([*exclude, *more])
     known = [*found.listed, *(dialogue.persona for dialogue in found.dialogues)]
-    save_personas(out, make_personas(domain, count, seed, known, allow_embedded))
+    with Progress("making personas", count) as progress:
+        done = progress.advance if count > FEW else None
+        made = make_personas(domain, count, seed, known, allow_embedded, done)
+    save_personas(out, made)
     click.echo(f"wrote {count} personas to {out}", err=True)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 
 CONVERSATIONS = 200
+REPORT, PICTURES = "report.md", ("curve.png", "credit.png")
+"""The files of a report."""
 
 
 @click.command("inspect")
@@ -28,9 +30,14 @@ def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | 
 
     Example: ppg-agent inspect runs/NAME
     """
-    from ppg_agents.inspect.page import write_page
+    from ppg_agents import runs
 
     page = Path(out) if out else None
+    if page is not None:  # as rollout does, before the work that goes into it
+        runs.check_file(page)
+
+    from ppg_agents.inspect.page import write_page
+
     click.echo(str(write_page(Path(target), page, conversations=conversations, tokenizer=tokenizer)))
 
 
@@ -40,8 +47,27 @@ def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | 
 def report(target: str, out: str | None) -> None:
     """Write a run as a short Markdown file with figures, for a paper's appendix.
 
+    DIR is made where it is missing, and may hold other files; a report that is there is written anew.
+
     Example: ppg-agent report runs/NAME --out appendix
     """
+    if out:
+        check_folder(Path(out))
+
     from ppg_agents.inspect.report import write_report
 
     click.echo(str(write_report(Path(target), Path(out) if out else None)))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder where a report's picture would take the place of somebody else's: a run's own curve.
+
+    Raises:
+        click.UsageError: It holds a picture of that name and no report.
+    """
+    lost = [name for name in PICTURES if (folder / name).exists()]
+    if lost and not (folder / REPORT).exists():
+        raise click.UsageError(
+            f"--out: expected a folder whose files a report leaves alone, got {folder} with {' and '.join(lost)}, "
+            "which would be lost; name another folder with --out"
+        )

@@ -219,11 +219,17 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
     """
     name, options = chosen(**flags)
 
+    from ppg_gym import domain as domains
     from ppg_gym import judges
     from ppg_gym.data.files import shorten
     from ppg_gym.judges.agreement import align
     from ppg_gym.judges.attacks import FOOLED_AT, run_attacks
 
+    there = len(domains.personas(domain, "held-out"))
+    if personas > there:
+        raise click.UsageError(
+            f"--personas: expected at most {there}, the held-out personas of {domain}, got {personas}; ask for fewer"
+        )
     made = judges.make(name, domain, options)
     try:
         found = run_attacks(made, domain, seed, per_attack=personas)

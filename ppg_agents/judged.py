@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ppg_agents.environment import ConversationError
 
 if TYPE_CHECKING:
-    from ppg_agents.trajectory import Trajectory
+    from ppg_agents.trajectory import Trajectory, Turn
 
 FEW = 200  # turns: of fewer than these, as many failures are let pass as would be of these
+SHOWN = 3  # causes
 
 
 def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
@@ -26,14 +27,18 @@ def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     lost = [turn for turn in turns if turn.verdict.get("status", "scored") != "scored"]
     if len(lost) > limit * max(len(turns), FEW):
-        shown = "; ".join(
-            f"[{turn.verdict['status']}] reply {turn.reply[:80]!r}: {turn.verdict.get('rationale') or 'no reason'}"
-            for turn in lost[-3:]
-        )
+        causes = Counter(_cause(turn) for turn in lost)
+        last = {_cause(turn): turn.reply[:80] for turn in lost}
+        newest = list(dict.fromkeys(_cause(turn) for turn in reversed(lost)))[:SHOWN]
+        shown = "; ".join(f"{causes[why]} × {why} (last: reply {last[why]!r})" for why in newest)
         raise ConversationError(
             f"expected at most {limit:.0%} of replies without a score, got {len(lost)} of {len(turns)}; mend the "
-            f"judge, or raise env.max_failure_rate. The last ones: {shown}"
+            f"judge, or raise env.max_failure_rate. The last causes: {shown}"
         )
+
+
+def _cause(turn: Turn) -> str:
+    return f"[{turn.verdict['status']}] {turn.verdict.get('rationale') or 'no reason'}"
 
 
 def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ppg_agents.config import LoraSettings
 from ppg_agents.lora import Originals, adapted_layers, add_lora, bypass, dropout, fuse, merge
 from ppg_agents.models import saving
-from ppg_agents.models.loading import TINY, Kernels, Quantisation, base_of, load_base
+from ppg_agents.models.finding import TINY, base_of
+from ppg_agents.models.loading import Kernels, Quantisation, load_base
 from ppg_agents.prompts import trainable_format
 
 DEFAULT_LORA = LoraSettings()

@@ -115,6 +115,7 @@ def run(
         KeyboardInterrupt: The user stopped; ``again`` in its words says how to go on.
     """
     from ppg_agents.compare import engine as engines
+    from ppg_agents.compare.plan import check_models
     from ppg_agents.progress import Progress, say
 
     missing = {place: engines.missing(jobs, place) for place, jobs in wanted.items()}
@@ -125,6 +126,8 @@ def run(
             for job in jobs:
                 click.echo(str(engines.folder_of(job, place)))
         return False
+    if engine == "processes":  # the machines of a cluster may have other folders
+        check_models(job for jobs in missing.values() for job in jobs)
     start: Any = engines.run_on_ray if engine == "ray" else engines.run_here
     count, failed = total - left, False
     with Progress(request.figure, total, start=count) as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 
 from ppg_gym.conversation import Conversation, Verdict
 from ppg_gym.judges import FailureRateError
@@ -28,8 +28,8 @@ class FailureLimit:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
             raise ValueError(f"expected max_failure_rate to be a number in [0, 1], got {rate!r}")
         self.rate = rate
-        self._failed: deque[bool] = deque(maxlen=WINDOW)
-        self._examples: deque[str] = deque(maxlen=SHOWN)
+        self._causes: deque[str | None] = deque(maxlen=WINDOW)  # None: scored
+        self._examples: dict[str, str] = {}  # cause -> its last reply; the newest cause is the last
 
     def count(self, conversation: Conversation, verdict: Verdict) -> None:
         """Note one verdict on the newest line of a conversation.
@@ -37,18 +37,20 @@ class FailureLimit:
         Raises:
             FailureRateError: There were too many failures.
         """
-        failed = verdict.score is None
-        self._failed.append(failed)
-        if not failed:
+        if verdict.score is not None:
+            self._causes.append(None)
             return
-        reply = conversation.lines[-1].text
-        self._examples.append(
-            f"[{verdict.status}] persona {conversation.persona.id}, reply {reply[:80]!r}:"
-            f" {verdict.rationale or 'no reason given'}"
-        )
-        failures, judged = sum(self._failed), len(self._failed)
+        cause = f"[{verdict.status}] {verdict.rationale or 'no reason given'}"
+        self._causes.append(cause)
+        self._examples.pop(cause, None)
+        self._examples[cause] = f"persona {conversation.persona.id}, reply {conversation.lines[-1].text[:80]!r}"
+        if len(self._examples) > SHOWN:
+            del self._examples[next(iter(self._examples))]
+        failures, judged = sum(each is not None for each in self._causes), len(self._causes)
         if failures > math.floor(self.rate * max(judged, FEW)):
+            times = Counter(self._causes)
+            shown = (f"{times[why]} × {why} (last: {reply})" for why, reply in self._examples.items() if times[why])
             raise FailureRateError(
                 f"expected at most {self.rate:.0%} of replies without a score, got {failures} of the last {judged};"
-                f" mend the judge, or raise max_failure_rate. The last ones: {'; '.join(self._examples)}"
+                f" mend the judge, or raise max_failure_rate. The last causes: {'; '.join(shown)}"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from ppg_agents import config as configs
 from ppg_agents.agents import agents
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.horizon_choice import Candidate, parse
+from ppg_agents.models.finding import base_of, locate
 from ppg_agents.tables import build, put
 
 UNTRAINED = ("base", "best-of-n")
@@ -185,6 +186,16 @@ def check_agent(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "docs/agents.md has their names"
         raise ValueError(f"expected an agent, or your own as 'package.module:Class', got {name!r}; {hint}")
+
+
+def check_models(jobs: Iterable[Job]) -> None:
+    """Refuse a model that no run on this machine would find, before the first one is started.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: As the run would; see `models.finding.locate`.
+    """
+    for name in dict.fromkeys(str(job.config["model"]) for job in jobs if not job.agent.startswith(SB3)):
+        locate(base_of(name)[0])
 
 
 def _classes(plan: Plan, agent: str, turns: int) -> Iterator[str]:

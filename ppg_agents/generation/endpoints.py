@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import json
+import os
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Sequence
@@ -20,7 +21,7 @@ from ppg_agents.generation import GenerationError
 
 T = TypeVar("T")
 
-COMPLETIONS = "/v1/completions"
+COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 _RETRY = (429, 502, 503, 504)
 _SHORT, _LONG = 0.1, 5.0  # seconds to leave a server alone that did not answer, doubled from one to the other
 _LOOK = 0.1  # seconds between looks for a signal
@@ -86,13 +87,15 @@ class Endpoint:
 class Wire:
     """An event loop in a thread of its own, with connections to the servers."""
 
-    def __init__(self, timeout: float, key: str | None) -> None:
+    def __init__(self, timeout: float, key_env: str) -> None:
         """Open no connection yet.
 
         Args:
             timeout: Seconds that one answer may take.
-            key: Sent to the servers; None for servers without keys.
+            key_env: Name of the environment variable with the servers' key; unset for servers without keys.
         """
+        key = os.environ.get(key_env)
+        self._key_env, self._has_key = key_env, bool(key)
         self._under_way: set[Future[Any]] = set()
         self._listed = threading.RLock()  # what is started is listed, before anyone may cancel all that is listed
         self._loop = asyncio.new_event_loop()
@@ -151,16 +154,9 @@ class Wire:
             UnknownAdapterError: It was asked for an adapter that it does not know.
             ServerRefusedError: It said no.
         """
-        import aiohttp
-
-        try:
-            async with self._session.request(method, endpoint.url + path, json=body) as response:
-                status, text = response.status, await response.text()
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            gone = not isinstance(error, TimeoutError)
-            raise UnreachableError(f"{type(error).__name__} {error}".rstrip(), gone=gone) from None
+        status, text = await self._send(endpoint, method, path, body)
         asked = path == COMPLETIONS
-        if status in _RETRY or (status >= 500 and asked):
+        if status >= 500 and asked:
             raise UnreachableError(f"HTTP {status} {text[:200]}")
         if status == 404 and asked and body["model"] != endpoint.model:
             raise UnknownAdapterError
@@ -171,6 +167,55 @@ class Wire:
         except json.JSONDecodeError as error:
             raise UnreachableError(f"broken JSON: {error}") from None
         return answer if isinstance(answer, dict) else {}
+
+    async def base_model(self, endpoint: Endpoint) -> tuple[str, int]:
+        """Return the name of a server's base model, and its context length in tokens.
+
+        Raises:
+            UnreachableError: It did not answer, or is too busy to.
+            ServerRefusedError: It said no, or is no vLLM server; the message says what to check.
+        """
+        where = f"{endpoint.url}{MODELS}"
+        status, text = await self._send(endpoint, "GET", MODELS)
+        if status >= 400:
+            todo = "check the URL, which ends in /v1" if status in (404, 405) else "see what the server's log says"
+            if status in (401, 403):
+                state = "holds the key that was sent" if self._has_key else "is not set"
+                todo = f"check the key: the environment variable {self._key_env} {state}"
+            raise ServerRefusedError(f"{where}: expected a list of models, got HTTP {status}: {_message(text)}; {todo}")
+        try:
+            base = next(card for card in json.loads(text)["data"] if not card.get("parent"))
+            name = str(base["id"])
+        except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError):
+            raise ServerRefusedError(
+                f"{where}: expected a list of models, got {' '.join(text.split())[:80]!r}; check the URL, which ends "
+                "in /v1"
+            ) from None
+        length = base.get("max_model_len")
+        if not isinstance(length, int):
+            raise ServerRefusedError(
+                f"{where}: expected a vLLM server, which says max_model_len, got {name!r} with "
+                f"{', '.join(sorted(base))}; rollouts need vLLM (vllm serve), other servers can be judge or partner"
+            )
+        return name, length
+
+    async def _send(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> tuple[int, str]:
+        """Return the status and the text of a server's answer.
+
+        Raises:
+            UnreachableError: It did not answer, or is too busy to.
+        """
+        import aiohttp
+
+        try:
+            async with self._session.request(method, endpoint.url + path, json=body) as response:
+                status, text = response.status, await response.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            gone = not isinstance(error, TimeoutError)
+            raise UnreachableError(f"{type(error).__name__} {error}".rstrip(), gone=gone) from None
+        if status in _RETRY:
+            raise UnreachableError(f"HTTP {status} {text[:200]}")
+        return status, text
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -206,8 +251,12 @@ def root(url: str) -> str:
     Raises:
         ValueError: It is no URL.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none
+        usable = False
+    if not usable:
         raise ValueError(f"expected an endpoint's URL such as http://localhost:8000/v1, got {url!r}")
     return url.rstrip("/").removesuffix("/v1")
 
@@ -229,4 +278,4 @@ def _message(text: str) -> str:
         error = answer.get("error", answer)
         return str(error.get("message", error) if isinstance(error, dict) else error)[:500]
     except (json.JSONDecodeError, AttributeError):
-        return text[:500]
+        return " ".join(text.split())[:500]

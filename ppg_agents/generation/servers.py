@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from ppg_agents.generation.endpoints import (
 from ppg_agents.generation.synced import Job, Reply, SyncedSampler
 from ppg_agents.generation.versions import Sync, Version
 from ppg_agents.policy import Policy
+from ppg_agents.progress import say
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ _FAR = 0.3  # mean gap in nats that says: not this model
 
 FIRST_LOOK = 15.0
 """Seconds that a server has to answer at all when a run begins: longer, and its URL is probably wrong."""
+
+QUIET = 2.0
+"""Seconds of waiting for a server when a run begins, after which the person at the terminal is told."""
 
 
 class VLLMServerSampler(SyncedSampler):
@@ -97,7 +100,7 @@ class VLLMServerSampler(SyncedSampler):
         self._patience = patience
         self._write = write
         self._probed = False
-        self._wire = Wire(timeout, os.environ.get(api_key_env))
+        self._wire = Wire(timeout, api_key_env)
         try:
             lengths = self._wire.run(together(self._meet(endpoint) for endpoint in self._endpoints))
         except BaseException:
@@ -141,18 +144,26 @@ class VLLMServerSampler(SyncedSampler):
         self._versions.prune(keep=0)
 
     async def _meet(self, endpoint: Endpoint) -> int:
-        while True:
-            try:
-                cards = (await self._wire.call(endpoint, "GET", "/v1/models"))["data"]
-                break
-            except UnreachableError as error:
-                endpoint.silent(error)
-                check_patience([endpoint], min(self._patience, FIRST_LOOK))
+        """Return a server's context length; say whom one waits for when that takes a while."""
+        limit = min(self._patience, FIRST_LOOK)
+        notice = asyncio.ensure_future(_say_waiting(endpoint, limit))
+        began = time.monotonic()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(limit or None):
+                        endpoint.model, length = await self._wire.base_model(endpoint)
+                    endpoint.answered()
+                    return length
+                except TimeoutError:  # it takes the connection and says nothing
+                    endpoint.since, endpoint.reason = began, "no answer"
+                    check_patience([endpoint], 0.0)
+                except UnreachableError as error:
+                    endpoint.silent(error)
+                    check_patience([endpoint], limit)
                 await asyncio.sleep(endpoint.rest - time.monotonic())
-        endpoint.answered()
-        base = next(card for card in cards if not card.get("parent"))
-        endpoint.model = str(base["id"])
-        return int(base["max_model_len"])
+        finally:
+            notice.cancel()
 
     def _load(self, version: Version, former: Version | None) -> None:
         first = self._wire.run(self._load_everywhere(version, former))
@@ -337,3 +348,9 @@ class VLLMServerSampler(SyncedSampler):
         with torch.no_grad():
             scores = self.policy.log_probs(ids, places < ends, places == ends - 1, temperature=temperature)
         return scores.sum(1).float().cpu()
+
+
+async def _say_waiting(endpoint: Endpoint, limit: float) -> None:
+    await asyncio.sleep(QUIET)
+    why = f": {endpoint.reason}" if endpoint.reason else ", which does not answer"
+    say(f"waiting up to {limit:g} s for the rollout server {endpoint.url}{why}")

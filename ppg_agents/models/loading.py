@@ -1,43 +1,23 @@
-"""Finds a causal language model and its tokenizer in a folder, on the hub or in the package, and loads them.
+"""Loads a causal language model and its tokenizer.
 
 No code that comes with a model is ever run. Nothing here puts LoRA on a model or renders a prompt.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
-import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-log = logging.getLogger(__name__)
+from ppg_agents.models.finding import locate
 
-TINY = "tiny"
 Quantisation = Literal["none", "4bit"]
 Kernels = Literal["none", "liger"]
-
-_PROBE_SECONDS = 10.0
-
-
-def base_of(name_or_path: str | Path) -> tuple[str, Path | None]:
-    """Return the name of the base model, and the folder of the adapter if a PEFT folder was named.
-
-    A folder's name is made absolute, so that what is saved with it can be loaded from anywhere.
-    """
-    name, adapter = str(name_or_path), None
-    if (Path(name) / "adapter_config.json").is_file():
-        adapter = Path(name)
-        name = str(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
-    is_folder = name != TINY and bool(name.strip()) and Path(name).is_dir()
-    return (str(Path(name).resolve()) if is_folder else name), adapter
 
 
 def load_base(
@@ -67,7 +47,7 @@ def load_base(
         ModuleNotFoundError: An option needs a package that is not installed.
         ValueError: An option needs a CUDA device, an unknown option, or a tokenizer that cannot be loaded.
     """
-    path = _locate(name)  # before transformers is imported, which takes seconds
+    path = locate(name)  # before transformers is imported, which takes seconds
     options = _options(quantisation, kernels, device, dtype)
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer = _tokenizer(str(adapter) if own else path)
@@ -142,66 +122,6 @@ def _tokenizer(path: str) -> Any:
             f"{path}: expected a tokenizer that transformers can load, got {_one_line(error)}; put the model's "
             "tokenizer.json and tokenizer_config.json there, and check that config.json is the model's"
         ) from error
-
-
-def _locate(name: str) -> str:
-    """Return the folder or the hub name under which transformers finds the model.
-
-    A hub name is asked for once, with a short timeout; transformers itself would try each file for most of a
-    minute before it says that there is no connection.
-    """
-    if name == TINY:
-        return str(resources.files("ppg_agents.models") / TINY)
-    expected = f"expected {TINY!r}, a model folder or a hub name, got {name!r}"
-    if name.strip() and Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{expected}: the folder has no config.json; name one with a model's config.json, tokenizer and "
-                "weights, or a run's folder with config.toml and checkpoints/"
-            )
-        return name
-    hint = _nearest(name)
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PROBE_SECONDS)
-    except HFValidationError:
-        raise FileNotFoundError(f"{expected}: no such folder{hint}") from None
-    except GatedRepoError:
-        raise PermissionError(f"{name}: its licence must be accepted on the hub first, then log in there") from None
-    except RepositoryNotFoundError:
-        raise FileNotFoundError(f"{expected}: the hub has no such model, or it is private{hint}") from None
-    except EntryNotFoundError:
-        raise FileNotFoundError(f"{expected}: there is no config.json; an adapter is given as a folder") from None
-    except Exception as error:  # what a failed connection raises differs between versions of the hub's client
-        if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-            log.info("the hub cannot be reached; %s is read from the local cache", name)
-            return str(Path(cached).parent)
-        if isinstance(error, HfHubHTTPError):
-            why = f"answered with status {error.response.status_code}"
-        else:
-            why = "is switched off" if isinstance(error, OfflineModeIsEnabled) else f"cannot be reached ({error})"
-        raise ConnectionError(
-            f"{expected}: no such folder, not in the local cache, and the hub {why}; download it and name the "
-            f"folder{hint}"
-        ) from None
-    return name
-
-
-def _nearest(name: str) -> str:
-    """Return which name was probably meant: the embedded model's, or a folder's beside the one that was named."""
-    beside = Path(name).parent
-    folders = [str(path) for path in beside.iterdir() if path.is_dir()] if name.strip() and beside.is_dir() else []
-    near = difflib.get_close_matches(str(Path(name)), [TINY, *folders], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _one_line(error: Exception) -> str:

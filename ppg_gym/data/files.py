@@ -73,7 +73,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: expected a readable file, got {error.strerror or error}") from error
+        todo = "make it readable" if isinstance(error, PermissionError) else "check the path"
+        raise DataError(f"{path}: expected a readable file, got {error.strerror or error}; {todo}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -49,6 +49,8 @@ NAMES = (
 SEED = 20260306
 COUNT = 384  # of the personas that come with a domain; two thirds are for training
 
+STEP = 1000  # personas between two calls of `done`
+
 Facts = tuple[str, ...]
 """The values of a domain's slots, in the slots' order."""
 
@@ -77,7 +79,12 @@ def own_personas(domain: Domain) -> dict[str, list[Persona]]:
 
 
 def make_personas(
-    domain: str, n: int, seed: int = 0, exclude: Iterable[Persona] = (), allow_embedded: bool = False
+    domain: str,
+    n: int,
+    seed: int = 0,
+    exclude: Iterable[Persona] = (),
+    allow_embedded: bool = False,
+    done: Callable[[int], object] | None = None,
 ) -> list[Persona]:
     """Make more personas for a domain.
 
@@ -91,6 +98,7 @@ def make_personas(
         exclude: Personas whose facts may not occur again, under whatever name. The facts of a persona without
             structured facts are read from its instruction, when the domain's template made that.
         allow_embedded: Allow the facts of the domain's embedded personas.
+        done: Called with how many are made, every ``STEP`` and at the end.
 
     Raises:
         ValueError: No such domain, or fewer personas are possible than asked for (with their number).
@@ -111,6 +119,8 @@ def make_personas(
     for name, facts in draw(own, n, rng, taken):
         instruction = own.instruct(name, facts)
         made.append(Persona(persona_id(instruction, own.name), instruction, facts, own.name, name))
+        if done is not None and (len(made) % STEP == 0 or len(made) == n):
+            done(len(made))
     return made
 
 

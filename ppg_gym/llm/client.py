@@ -114,6 +114,8 @@ class ChatClient:
         self._seen = False  # the endpoints were looked at
         self._structured: bool | None = None
         self._unmetered = False  # a server does not report its tokens
+        self._proven: set[str] = set()  # URLs that have answered as a chat server does
+        self._said: set[str] = set()  # why the schema could not be tried
         self._random = random.Random()
 
     def __repr__(self) -> str:
@@ -125,7 +127,7 @@ class ChatClient:
         Raises:
             BudgetError: A call is needed and the budget is used up.
             CacheError: The folder of cached answers can not be used any more.
-            EndpointError: At the first call: no endpoint can serve the model.
+            EndpointError: At the first call: no endpoint can serve the model, or what answers is no chat server.
         """
         schema = request.schema is not None and await self.structured()
         cache = self.cache
@@ -209,6 +211,7 @@ class ChatClient:
 
         Raises:
             CallError: The last call's, when all have failed or none could help.
+            EndpointError: No endpoint can serve the model, or what answers has never spoken JSON.
         """
         if not self._seen:
             await self._bind().flights.share("look", self._look)
@@ -246,6 +249,7 @@ class ChatClient:
             counts.failures += 1  # until it has given a text
             done = await endpoint.complete(body)
             answered = True
+            self._proven.add(endpoint.url)
             self._count_tokens(done)
             if done.refusal or done.finish == "content_filter":
                 raise CallError("refused", f"the model refused: {endpoint.scrub(done.refusal) or done.finish}")
@@ -256,6 +260,8 @@ class ChatClient:
             return done
         except CallError as error:
             failure, answered = error, not error.lost
+            if error.foreign and endpoint.url not in self._proven:
+                raise EndpointError(error.reason) from None
             raise
         finally:
             pool.done(endpoint, began, failure, answered)
@@ -341,7 +347,9 @@ class ChatClient:
                 honoured = _fits((await self._complete(_PROBE, schema=True)).text)
             except CallError as failure:
                 if failure.code not in (400, 404, 422):
-                    _log.warning("could not try a JSON schema, which is not sent for now: %s", failure.reason)
+                    level = logging.DEBUG if failure.reason in self._said else logging.WARNING
+                    self._said.add(failure.reason)
+                    _log.log(level, "could not try a JSON schema, which is not sent for now: %s", failure.reason)
                     return False
                 honoured = False
             if cache:

@@ -39,6 +39,7 @@ class CallError(Exception):
         lost: Whether the endpoint itself is in trouble.
         after: Seconds that the server asks to wait, if it does.
         code: The HTTP status, if there was one.
+        foreign: Whether what answered speaks no JSON at all: probably something else than a chat server.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class CallError(Exception):
         lost: bool = False,
         after: float | None = None,
         code: int | None = None,
+        foreign: bool = False,
     ) -> None:
         super().__init__(reason)
         self.status = status
@@ -58,6 +60,7 @@ class CallError(Exception):
         self.lost = lost
         self.after = after
         self.code = code
+        self.foreign = foreign
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,12 @@ class Endpoint:
         try:
             return _parse(text)
         except (ValueError, RecursionError) as error:
+            foreign = isinstance(error, json.JSONDecodeError) and text.lstrip()[:1] not in ("", "{", "[")
             reason = f"{self.url} sent a malformed answer: {self.scrub(str(error))}"
-            raise CallError("error", reason, again=True) from None
+            if foreign:
+                hint = f"check {self._settings.whose}['base_url'], which usually ends in /v1"
+                reason = f"{self.url}: expected JSON, got {_shown(self.scrub(text))!r}; {hint}"
+            raise CallError("error", reason, again=True, foreign=foreign) from None
 
     async def models(self, timeout: float) -> list[str] | None:
         """Return the names of the served models; None when the server has no readable list of them.
@@ -288,6 +295,10 @@ def _parse(text: str) -> Completion:
     if tokens is not None and not all(isinstance(n, int) and n >= 0 for n in tokens):
         raise ValueError(f"expected counts of tokens, got {tokens!r}")
     return Completion(content or "", finish or "", refusal or "", tokens)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,17 +17,32 @@ class ConsolePartner:
     """Reads the partner's line from standard input, and shows what the judge thought of the reply before it.
 
     An empty line or end of input ends the conversation.
+
+    Args:
+        domain: Not asked about.
+        options: ``show_persona``: whether the person reads, before the first line and on standard error, whom the
+            policy plays; a partner of a study meets a stranger (default: False).
+
+    Raises:
+        ValueError: Another option, or one that is not true or false.
     """
 
     hears_verdicts = True
 
     def __init__(self, domain: str, options: Mapping[str, Any] | None = None) -> None:
-        refuse_options("console partner", options)
+        own = dict(options or {})
+        show = own.pop("show_persona", False)
+        refuse_options("console partner", own)
+        if not isinstance(show, bool):
+            raise ValueError(f"partner_options['show_persona']: expected true or false, got {show!r}")
+        self._show = show
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Ask for one line per conversation."""
         said = []
         for conversation in conversations:
+            if self._show and not conversation.lines:
+                print(f"[{conversation.persona.id}] {conversation.persona.instruction}", file=sys.stderr, flush=True)
             if conversation.verdicts:
                 verdict = conversation.verdicts[-1]
                 score = verdict.status if verdict.score is None else f"{verdict.score:.2f}"
@@ -34,6 +50,7 @@ class ConsolePartner:
             try:
                 text = input("you> ").strip()
             except EOFError:
+                print()  # what is said next begins a line of its own
                 text = ""
             said.append(Said(text) if text else Said("", "ended"))
         return said

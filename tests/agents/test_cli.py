@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,13 +192,28 @@ def test_a_person_talks_to_the_persona_until_an_empty_line(
     toy: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["Where do you live?", "And what do you drink?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    shown: list[Any] = []
+
+    def type_in(prompt: str = "") -> str:
+        shown.append(capfd.readouterr())
+        return next(lines)
+
+    monkeypatch.setattr("builtins.input", type_in)
     flags = ["--set", "sampling.max_new_tokens=3", "--seed", "1", "--persona", "chatting-held-out-007"]
     assert cli.main(["chat", "model", *flags]) == 0
-    captured = capfd.readouterr()
-    assert captured.out.count("persona> ") == 2
-    assert "[chatting-held-out-007]" in captured.err
-    assert "over 2 replies" in captured.err
+    shown.append(capfd.readouterr())
+    assert sum(captured.out.count("persona> ") for captured in shown) == 2
+    assert "[chatting-held-out-007] Play Rosa in a chat." in shown[0].err, "before the first line is asked for"
+    assert sum(captured.err.count("[chatting-held-out-007]") for captured in shown) == 1
+    assert "over 2 replies" in shown[-1].err
+
+
+def test_the_end_of_input_ends_the_line_too(
+    toy: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli.main(["chat", "model", "--seed", "1"]) == 0
+    assert capfd.readouterr().out == "you> \n"
 
 
 def test_an_endpoint_implies_the_llm_judge_and_another_judge_begins_without_options(tmp_path: Path) -> None:

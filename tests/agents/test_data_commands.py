@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from ppg_agents import data_commands
 from ppg_agents.data_commands import data
 from ppg_agents.trajectory import Trajectory, Turn, write_jsonl
 
@@ -106,6 +107,19 @@ def test_personas_are_made_and_excluded(tmp_path: Path) -> None:
     result = run("personas", "--domain", "education", "-n", 1, "--out", third, "--exclude", first, second)
     assert "at most 0 personas" in str(result.exception)
     assert run("personas", "--domain", "education", "-n", 1, "--out", first, second).exit_code == 2
+
+
+def test_many_personas_are_refused_beyond_what_there_are_or_show_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p.jsonl"
+    refused = run("personas", "--domain", "therapy", "-n", 999_999_999, "--out", out)
+    assert "at most 429981312 personas ('therapy' has 429981696 sets of facts" in str(refused.exception)
+    assert run("personas", "--domain", "therapy", "-n", 2000, "--out", out).stderr == f"wrote 2000 personas to {out}\n"
+    monkeypatch.setattr(data_commands, "FEW", 1999)
+    first, *_, last = run("personas", "--domain", "therapy", "-n", 2000, "--out", out).stderr.splitlines()
+    assert first.startswith("making personas 1000/2000")
+    assert last.startswith("wrote 2000")
 
 
 @pytest.mark.data

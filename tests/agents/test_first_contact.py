@@ -35,13 +35,16 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("full/notes.txt").write_text("mine")
     Path("afile").write_text("hello\n")
     Path("empty.json").touch()
+    Path("plan.toml").write_text('sizes = [32]\nseeds = [0]\n[settings]\nmodel = "tinny"\n')
     Path("broken").mkdir()
     Path("broken/config.json").write_text('{"model_type": "llama"}')
     Path("runs/quickstart/checkpoints").mkdir(parents=True)
     Path("runs/quickstart/config.toml").write_text("batch = 2\n")
+    Path("runs/quickstart/curve.png").write_text("mine")
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", _unreachable)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("ppg_agents.compare.engine.run_here", lambda *_: pytest.fail("a run is started"))
     for package in ("vllm", "bitsandbytes"):
         monkeypatch.setitem(sys.modules, package, None)
 
@@ -58,7 +61,10 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "run folder of a run": (("train", "--out", "runs/quickstart"), "go on with --resume runs/quickstart"),
     "run folder, a file": (("train", "--out", "afile"), "got afile, which is a file; change --out"),
     "resume": (("train", "--resume", "quikstart"), "which is not there; did you mean runs/quickstart?"),
-    "offline, missing": (("train", "--offline", "no.json"), "no.json: expected a readable file, got No such file"),
+    "offline, missing": (
+        ("train", "--offline", "no.json"),
+        "no.json: expected a readable file, got No such file or directory; check the path",
+    ),
     "offline, empty": (
         ("train", "--offline", "empty.json"),
         "empty.json:1: expected dialogues or personas, got an empty",
@@ -69,6 +75,11 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "model, a folder": (("evaluate", "full"), "the folder has no config.json; name one with"),
     "model, no tokenizer": (("evaluate", "broken"), "broken: expected a tokenizer that transformers can load, got"),
     "model, nothing": (("evaluate", ""), "expected 'tiny', a model folder or a hub name, got ''"),
+    "model of a comparison": (("compare", "plan.toml", "--out", "new"), "got 'tinny': no such folder, not in the"),
+    "model of a figure": (
+        ("reproduce", "fig4", "--quick", "--model", "broken/model", "--out", "new"),
+        "got 'broken/model': no such folder, not in the local cache",
+    ),
     "4 bits": (("train", "--set", "load.quantisation=4bit"), "on a machine with a CUDA device"),
     "vLLM": (("train", "--set", "sampling.backend=vllm"), 'vllm is not installed; run: pip install "ppg-gym[vllm]"'),
     "argument": (("train", "--set", "env.kwargs.maxturns=3"), "got 'maxturns'; did you mean 'max_turns'?"),
@@ -90,6 +101,15 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "onto itself": (("data", "import", "afile", "--out", "./afile"), "another file than those that are read"),
     "persona": (("chat", "tiny", "--persona", "chatting-held-out-7"), "did you mean 'chatting-held-out-"),
     "persona elsewhere": (("chat", "tiny", "--persona", "chatting-train-007"), "which is in personas='train'"),
+    "attack, too many": (
+        ("judge", "attack", "--personas", "99999"),
+        "--personas: expected at most 128, the held-out personas of chatting, got 99999",
+    ),
+    "no folder for the page": (("inspect", "runs/quickstart", "--out", "no/x.html"), "got no/x.html; make no first"),
+    "report among the run's own": (
+        ("report", "runs/quickstart", "--out", "runs/quickstart"),
+        "got runs/quickstart with curve.png, which would be lost; name another folder with --out",
+    ),
     "no folder": (("rollout", "tiny", "--out", "no/x.jsonl"), "got no/x.jsonl; make no first"),
     "disk is full": (("rollout", "tiny", "--conversations", "1", "--out", "/dev/full"), "make room on the disk"),
 }
@@ -107,6 +127,7 @@ def test_what_is_said(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].startswith(("ppg-agent: ", "Error: "))
     assert not any("Traceback" in line for line in lines)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["quickstart"], "nothing is left behind"
+    assert not Path("new").exists()
 
 
 def test_a_folder_that_is_taken_is_refused_before_the_model_is_loaded(

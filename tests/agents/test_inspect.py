@@ -441,10 +441,16 @@ def call(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_the_commands_print_paths_and_one_line_per_error(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "deep" / "page.html"
+    out, appendix = tmp_path / "page.html", tmp_path / "deep" / "appendix"
     assert call(["inspect", str(run.folder), "--out", str(out), "--conversations", "2"], monkeypatch) == 0
-    assert call(["report", str(run.folder), "--out", str(tmp_path / "appendix")], monkeypatch) == 0
-    assert capsys.readouterr().out.split() == [str(out), str(tmp_path / "appendix" / "report.md")]
+    assert call(["report", str(run.folder), "--out", str(appendix)], monkeypatch) == 0
+    (appendix / "notes.md").write_text("mine")
+    assert call(["report", str(run.folder), "--out", str(appendix)], monkeypatch) == 0, "written anew"
+    assert capsys.readouterr().out.split() == [str(out), *[str(appendix / "report.md")] * 2]
+    assert (appendix / "notes.md").read_text() == "mine"
+    (appendix / "report.md").unlink()
+    assert call(["report", str(run.folder), "--out", str(appendix)], monkeypatch) == 2
+    assert "credit.png, which would be lost" in capsys.readouterr().err
     assert call(["inspect", str(tmp_path / "nothing")], monkeypatch) == 1
     assert call(["inspect", str(run.folder), "--out", str(run.trajectories_file / "x.html")], monkeypatch) == 1
     errors = capsys.readouterr().err.splitlines()

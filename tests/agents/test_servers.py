@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ class FakeServer:
 
     def __init__(self, policy: Policy) -> None:
         self.policy, self.raw, self.short = policy, False, False
+        self.listed: tuple[int, str] | None = None  # status and text in place of the list of models
         self.adapters: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.hold, self.dropped = False, threading.Event()
@@ -70,6 +72,8 @@ class FakeServer:
         self.loop.close()
 
     async def models(self, _: web.Request) -> web.Response:
+        if self.listed is not None:
+            return web.Response(status=self.listed[0], text=self.listed[1], content_type="text/html")
         return web.json_response({"data": [{"id": "base", "max_model_len": 300, "parent": None}]})
 
     async def load(self, request: web.Request) -> web.Response:
@@ -238,6 +242,54 @@ def test_when_all_are_gone_the_error_says_which_and_for_how_long(
     assert all(sampler.reply([[65], [66]], generator()))
 
 
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (200, "<!doctype html>\n<p>Hi", r"list of models, got '<!doctype html> <p>Hi'; check the URL, .* /v1$"),
+        (200, "", "list of models, got ''; check the URL"),
+        (200, '{"object": "list"}', "list of models, got '{.*; check the URL"),
+        (200, '{"data": [3]}', "list of models, got '{.*; check the URL"),
+        (200, '{"data": [{"id": "llama3", "object": "model"}]}', "max_model_len, got 'llama3' with id, object; roll"),
+        (401, '{"error": "Unauthorized"}', "HTTP 401: Unauthorized; check the key: .* VLLM_API_KEY is not set$"),
+        (404, "<p>\nNot Found", "HTTP 404: <p> Not Found; check the URL, which ends in /v1$"),
+    ],
+)
+def test_what_is_no_server_of_a_model_is_refused_at_once_with_what_to_do(
+    status: int,
+    text: str,
+    said: str,
+    servers: list[FakeServer],
+    connect: Callable[..., VLLMServerSampler],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    servers[0].listed = status, text
+    with pytest.raises(ServerRefusedError, match=f"^http://127.0.0.1:{servers[0].port}/v1/models: .*{said}") as error:
+        connect()
+    assert "\n" not in str(error.value)
+
+
+def test_whoever_waits_for_a_server_is_told_for_which(
+    servers: list[FakeServer],
+    connect: Callable[..., VLLMServerSampler],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr("ppg_agents.generation.servers.QUIET", 0.1)
+    servers[0].stop()
+    threading.Timer(0.4, lambda: servers[0].run(servers[0].begin())).start()  # it was still loading
+    assert connect().context_length == 300
+    where = servers[0].url.removesuffix("/v1")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"waiting up to 5 s for the rollout server {where}: ClientConnectorError")
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/v1"
+        with pytest.raises(ServersGoneError, match=r"got none for 0\.\d s .*: no answer\); start"):
+            VLLMServerSampler(servers[0].policy, tmp_path, [url], patience=0.3)
+    assert "which does not answer" in capfd.readouterr().err
+
+
 def test_a_server_of_another_distribution_is_refused(
     policy: Policy,
     make_policy: Callable[..., Policy],
@@ -321,6 +373,7 @@ def test_the_settings_name_the_sampler(
         (wanted(backend="vllm", endpoints=urls, sync="merge"), "did you mean 'merged'"),
         (wanted(backend="vllm", endpoints=(urls[0], urls[0])), "none twice"),
         (wanted(backend="vllm", endpoints=("localhost:8000",)), "such as http://"),
+        (wanted(backend="vllm", endpoints=("http://localhost:80a/v1",)), "such as http://"),
         (wanted(backend="vllm", endpoints=urls, temperature=2.5), "temperature in"),
     ):
         with pytest.raises(ValueError, match=message):

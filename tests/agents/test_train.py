@@ -333,6 +333,6 @@ def test_a_judge_that_fails_too_often_stops_the_run_whoever_counts() -> None:
         return Trajectory("Be.", "p", "toy", 0, tuple(turns), True, False)
 
     training.check_judge([played(5, 50), played(5, 50)], 0.05)  # 10 of the first 200
-    with pytest.raises(ConversationError, match=r"at most 5% .* got 11 of 100; .*\[timeout\] reply 'well': No answer"):
+    with pytest.raises(ConversationError, match=r"at most 5% .* got 11 of 100; .*: 11 × \[timeout\] No answer.*'well'"):
         training.check_judge([played(6, 50), played(5, 50)], 0.05)
     training.check_judge([played(50, 50)] * 10, 1.0)

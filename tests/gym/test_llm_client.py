@@ -233,6 +233,31 @@ def test_a_later_outage_is_a_failed_answer(make: Make) -> None:
     assert "(3 calls)" in answer.reason
 
 
+HTML = Reply(body=b"<!doctype html>\n<p>Welcome</p>", headers={"content-type": "text/html"})
+
+
+def test_what_never_spoke_json_is_no_chat_server_and_stops_at_once(make: Make) -> None:
+    said = r"got '<!doctype html> <p>Welcome</p>'; check judge_options\['base_url'\], which usually ends in /v1$"
+    with Loopback(lambda body: HTML, model=None) as server:
+        with pytest.raises(EndpointError, match=f"^{server.url}: expected JSON, {said}"):
+            ask(make(server), "x", "y")
+        with pytest.raises(EndpointError):
+            background.run(make(server).structured())
+    assert 2 <= len(server.requests) <= 3, "none is asked again"
+
+
+def test_an_endpoint_that_has_spoken_json_may_stumble(make: Make) -> None:
+    replies = ["well", HTML, HTML]
+    with Loopback(lambda body: replies.pop(0)) as server:
+        chat = make(server, attempts=2)
+        assert ask(chat, "x")[0].status == "ok"
+        background.run(chat.aclose())  # other connections, the same server
+        (answer,) = ask(chat, "y")
+    assert (answer.status, answer.text) == ("error", "")
+    assert "expected JSON, got" in answer.reason
+    assert "(2 calls)" in answer.reason
+
+
 def test_a_schema_is_sent_only_to_a_server_that_honours_it(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ppg_gym.llm")
 
@@ -255,12 +280,16 @@ def test_a_schema_is_sent_only_to_a_server_that_honours_it(make: Make, caplog: p
             assert ("is sent" if honoured else "is not sent") in caplog.messages[-1]
 
 
-def test_a_probe_without_an_answer_decides_nothing(make: Make) -> None:
-    replies = [Reply(500, "boom")] * 2
+def test_a_probe_without_an_answer_decides_nothing_and_is_told_of_once(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    replies = [Reply(500, "boom")] * 4
     with Loopback(lambda body: replies.pop() if replies else '{"snow_is_white": false}') as server:
         chat = make(server, attempts=2)
         assert background.run(chat.structured()) is False
+        assert background.run(chat.structured()) is False
         assert background.run(chat.structured()) is True
+    assert sum("could not try a JSON schema" in message for message in caplog.messages) == 1
 
 
 def test_the_key_is_nowhere(
