@@ -81,7 +81,7 @@ def parse_segments(_: click.Context, parameter: click.Parameter, text: str | Non
 def shared(*names: str) -> Callable[[F], F]:
     """Return a decorator that adds the named options, which several commands have."""
     options = {
-        "domain": click.option("--domain", help="chatting, education or therapy."),
+        "domain": click.option("--domain", help="chatting, education, therapy, or your own FILE.toml."),
         "personas": click.option("--personas", help="train, held-out, or a persona file."),
         "conversations": click.option("--conversations", type=click.IntRange(1), help="How many to play."),
         "seed": click.option("--seed", type=click.IntRange(0), help="Same seed, same result."),

@@ -175,7 +175,7 @@ def export(
 
 
 @data.command(short_help="Make more personas for an embedded domain.")
-@click.option("--domain", required=True, help="chatting, education or therapy.")
+@click.option("--domain", required=True, help="chatting, education, therapy, or your own FILE.toml.")
 @click.option("-n", "--count", required=True, type=click.IntRange(1), help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same personas.")
 @click.option("--out", required=True, type=click.Path(), metavar="FILE.jsonl", help="The persona file.")

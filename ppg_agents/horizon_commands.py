@@ -39,7 +39,7 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
 
 @click.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
-@click.option("--domain", help="chatting, education or therapy.")
+@click.option("--domain", help="chatting, education, therapy, or your own FILE.toml.")
 @click.option("--personas", default="train", show_default=True, help="train, held-out, or a persona file.")
 @click.option("--offline", multiple=True, metavar="FILES…", help="Logged, judged dialogues in place of played ones.")
 @click.option(

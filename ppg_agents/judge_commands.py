@@ -206,7 +206,7 @@ def rescore(
 
 @judge.command(epilog=example("ppg-agent judge attack --judge facts --domain therapy --max-success 0.05"))
 @judge_flags
-@click.option("--domain", default="chatting", show_default=True, help="Embedded domain whose personas are played.")
+@click.option("--domain", default="chatting", show_default=True, help="Whose personas play; also your own FILE.toml.")
 @click.option("--personas", type=click.IntRange(1), default=2, show_default=True, help="Personas that try each attack.")
 @click.option("--max-success", type=click.FloatRange(0, 1), metavar="RATE", help="Exit with 1 above this success rate.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Draws personas and questions.")
