@@ -78,11 +78,11 @@ def score(way: str, seed: int, domain: str, steps: int, turns: int) -> float:
     return sum(judged) / len(judged)
 
 
-def interval(values: Sequence[float] | NDArray[np.float64]) -> str:
-    """Return the mean of one value per seed, with its 95% t-interval."""
+def interval(values: Sequence[float] | NDArray[np.float64], sign: str = "") -> str:
+    """Return the mean of one value per seed, with its 95% t-interval; ``+`` shows the sign of differences."""
     mean, n = float(np.mean(values)), len(values)
     half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    return f"{mean:{sign}.3f} [{mean - half:{sign}.3f}, {mean + half:{sign}.3f}]"
 
 
 def main() -> None:
@@ -104,7 +104,8 @@ def main() -> None:
     print("| credit | held-out reward [95%, t over seeds] | difference to the first |\n|---|---|---|")
     first = np.array(found[given.ways[0]])
     for way, values in found.items():
-        print(f"| {way} | {interval(values)} | {'' if way == given.ways[0] else interval(np.array(values) - first)} |")
+        difference = "" if way == given.ways[0] else interval(np.array(values) - first, "+")
+        print(f"| {way} | {interval(values)} | {difference} |")
 
 
 if __name__ == "__main__":
