@@ -41,7 +41,7 @@ def installed_alone() -> str:
 def from_the_wheel() -> str:
     """Look at where package and data come from: the clean environment, not a source tree."""
     import ppg_gym
-    from ppg_gym.domain import folder
+    from ppg_gym.domain.loading import folder
 
     places = [Path(str(ppg_gym.__file__)), *(Path(str(folder(name))) for name in domains())]
     expect(all(place.is_relative_to(sys.prefix) for place in places), f"files in {sys.prefix}, got {places}")
@@ -50,7 +50,7 @@ def from_the_wheel() -> str:
 
 def domains() -> tuple[str, ...]:
     """Return the names of the embedded domains."""
-    from ppg_gym.domain import DOMAINS
+    from ppg_gym.domain.loading import DOMAINS
 
     return DOMAINS
 

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from ppg_agents.trl import PersonaChat
-from ppg_agents.trl_credit import PartialCreditTrainer
+from ppg_agents.trl.credit import PartialCreditTrainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=8)

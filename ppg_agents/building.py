@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from ppg_agents.agents import Agent, make_agent
-from ppg_agents.config import ConfigError, LoraSettings, TrainConfig
+from ppg_agents.config.settings import ConfigError, LoraSettings, TrainConfig
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, shard_layers, whole_weights
 from ppg_agents.generation import Sampler
-from ppg_agents.policy import Policy
-from ppg_agents.progress import quiet_libraries
+from ppg_agents.policy.policy import Policy
+from ppg_agents.terminal.progress import quiet_libraries
 
 
 def load_policy(config: TrainConfig) -> Policy:

@@ -1,6 +1,6 @@
 """The entry point of ``ppg-agent``: runs a command, and says in one line what went wrong.
 
-The commands are in ``ppg_agents.commands``. This module imports the standard library alone, so that a
+The commands are in ``ppg_agents.commands.main``. This module imports the standard library alone, so that a
 missing extra is named instead of a traceback, and may not compute anything itself.
 """
 
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        from ppg_agents.commands import run
+        from ppg_agents.commands.main import run
 
         return run(arguments)
     except ModuleNotFoundError as error:
         given = list(sys.argv[1:] if arguments is None else arguments)
         if error.name == "click" and given[:1] == ["doctor"]:
-            from ppg_agents.doctor import main as doctor
+            from ppg_agents.doctor.report import main as doctor
 
             try:
                 code = doctor(given[1:])

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppg_agents.config import TrainConfig
-from ppg_agents.environment import HELD_OUT, make_envs
-from ppg_agents.judged import partner_faults, reward_table
+from ppg_agents.config.settings import TrainConfig
+from ppg_agents.rollout.environment import HELD_OUT, make_envs
+from ppg_agents.rollout.metrics import partner_faults, reward_table
 
 if TYPE_CHECKING:
     from ppg_agents.generation import Sampler
-    from ppg_agents.policy import Policy
+    from ppg_agents.policy.policy import Policy
     from ppg_agents.trajectory import Trajectory
 
 Interval = tuple[float, float]
@@ -62,7 +62,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, with None for NaN."""
-        from ppg_agents.runs import finite
+        from ppg_agents.runs.run import finite
 
         result: dict[str, Any] = finite(asdict(self))
         return result
@@ -98,7 +98,7 @@ def play(
     import torch
 
     from ppg_agents.generation import speaking
-    from ppg_agents.rollout import collect
+    from ppg_agents.rollout.lockstep import collect
 
     chunk = min(config.batch, conversations)
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
@@ -241,7 +241,7 @@ def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
     """
     from ppg_agents.building import load_model
     from ppg_agents.generation.hf import HFSampler
-    from ppg_agents.runs import Run, RunError, is_run
+    from ppg_agents.runs.run import Run, RunError, is_run
 
     place: str | Path = target
     if is_run(Path(target)):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.config import OfflineSettings
+from ppg_agents.config.settings import OfflineSettings
 from ppg_agents.credit import Mask, credit
 from ppg_agents.trajectory import Trajectory, from_logged
 
 if TYPE_CHECKING:
     from ppg_agents.agents.ppg import PPGAgent
-    from ppg_agents.policy import Policy
-    from ppg_gym.dialogues import FileReport, LoggedDialogue
+    from ppg_agents.policy.policy import Policy
+    from ppg_gym.data.dialogues import FileReport, LoggedDialogue
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Fi
     Raises:
         DataError: A file that is refused; the message says where and why.
     """
-    from ppg_gym.dialogues import read_dialogues
+    from ppg_gym.data.dialogues import read_dialogues
 
     dialogues, reports = [], []
     for path in settings.files:
@@ -71,7 +71,7 @@ def encode(
     Raises:
         ValueError: Too few personas to hold some out, or nothing fits into the longest sequence.
     """
-    from ppg_gym.dialogues import split_by_persona
+    from ppg_gym.data.dialogues import split_by_persona
 
     parts = split_by_persona(dialogues, settings.held_out, seed)
     encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]

@@ -26,25 +26,32 @@ import numpy as np
 import torch
 
 from ppg_agents.agents import Agent
-from ppg_agents.branching import play_pairs
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
-from ppg_agents.config import ConfigError, TrainConfig, differences
+from ppg_agents.config.settings import ConfigError, TrainConfig, differences
 from ppg_agents.credit import Mask, policy_class
 from ppg_agents.distributed import Workers, finish, workers
-from ppg_agents.environment import HELD_OUT, ConversationError, check_segments, make_env, make_envs, planned_turns
 from ppg_agents.evaluate import play, summarise
-from ppg_agents.figures import curve
 from ppg_agents.generation import GenerationError, Sampler, make_sampler, speaking
-from ppg_agents.interrupt import Interrupt, Interrupted, Stop, saved
-from ppg_agents.judged import batch_metrics, check_judge
+from ppg_agents.horizon.planner import Planner
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
-from ppg_agents.planning import Planner
-from ppg_agents.policy import Policy
-from ppg_agents.progress import Progress, number, say, status
-from ppg_agents.rollout import collect
-from ppg_agents.rollout_each import Envs, collect_each
-from ppg_agents.runs import Run, finite, lock
-from ppg_agents.tracking import Trackers, make_trackers, require
+from ppg_agents.policy.policy import Policy
+from ppg_agents.rollout.environment import (
+    HELD_OUT,
+    ConversationError,
+    check_segments,
+    make_env,
+    make_envs,
+    planned_turns,
+)
+from ppg_agents.rollout.lockstep import collect
+from ppg_agents.rollout.metrics import batch_metrics, check_judge
+from ppg_agents.rollout.pairs import play_pairs
+from ppg_agents.rollout.threads import Envs, collect_each
+from ppg_agents.runs.curve import curve
+from ppg_agents.runs.run import Run, finite, lock
+from ppg_agents.runs.tracking import Trackers, make_trackers, require
+from ppg_agents.terminal.interrupt import Interrupt, Interrupted, Stop, saved
+from ppg_agents.terminal.progress import Progress, number, say, status
 from ppg_agents.trajectory import Trajectory
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ppg_agents.policy import Policy
+    from ppg_agents.policy.policy import Policy
 
 SCHEMA = "ppg-trajectory/1"
 

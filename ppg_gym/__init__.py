@@ -13,7 +13,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (who runs this from a source tree 
 from gymnasium.envs.registration import register
 
 from ppg_gym.conversation import Conversation, Line, Persona, Verdict
-from ppg_gym.domain import DOMAINS
+from ppg_gym.domain.loading import DOMAINS
 
 __all__ = ["DOMAINS", "Conversation", "Line", "Persona", "Verdict"]
 
@@ -22,4 +22,4 @@ register(
     entry_point="ppg_gym.env:PersonaChatEnv",
     vector_entry_point="ppg_gym.vector:PersonaChatVectorEnv",
 )
-register(id="ReplySelection-v0", entry_point="ppg_gym.wrappers:select_replies")
+register(id="ReplySelection-v0", entry_point="ppg_gym.wrappers.selection:select_replies")

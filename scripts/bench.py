@@ -205,8 +205,8 @@ def bench_environment(settings: argparse.Namespace) -> Result:
 
     import ppg_gym  # noqa: F401
     from ppg_gym.conversation import Conversation
-    from ppg_gym.reading import reader
-    from ppg_gym.replies import say
+    from ppg_gym.domain.reading import reader
+    from ppg_gym.domain.saying import say
 
     envs = [gym.make("PersonaChat-v0", disable_env_checker=True) for _ in range(100)]
     personas = {persona.id: persona for persona in envs[0].unwrapped.game.personas}

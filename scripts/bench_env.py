@@ -26,7 +26,7 @@ import gymnasium as gym
 import numpy as np
 
 import ppg_gym  # noqa: F401 (registers the environment)
-from ppg_gym.domain import load
+from ppg_gym.domain.loading import load
 
 VERDICT = {"rationale": "It fits.", "contradicts": False, "addresses_judge": False}  # anything else asked for is true
 

@@ -27,10 +27,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import DOMAINS, Domain, load, personas
+from ppg_gym.domain.loading import DOMAINS, Domain, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 from ppg_gym.partners.scripted import ScriptedPartner, pick
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
 
 FOLDER = Path(__file__).resolve().parent.parent / "ppg_agents" / "models" / "tiny"
 SPECIAL = ["<|pad|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

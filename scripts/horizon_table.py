@@ -42,16 +42,16 @@ import torch
 from ppg_agents import credit
 from ppg_agents.baselines import leave_one_out
 from ppg_agents.building import load_policy
+from ppg_agents.commands.horizon import picture, table
 from ppg_agents.config import from_dict
 from ppg_agents.evaluate import play
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.horizon import ALIGNED, Verdict, advise
-from ppg_agents.horizon_choice import default_candidates, distinct, masks
-from ppg_agents.horizon_commands import picture, table
-from ppg_agents.progress import Progress, say
-from ppg_agents.sketch import Sketches, sketch
-from ppg_gym.domain import DOMAINS, load
-from ppg_gym.twin import Twin, softmax
+from ppg_agents.horizon.choice import default_candidates, distinct, masks
+from ppg_agents.horizon.sketch import Sketches, sketch
+from ppg_agents.terminal.progress import Progress, say
+from ppg_gym.domain.loading import DOMAINS, load
+from ppg_gym.domain.twin import Twin, softmax
 
 Array = npt.NDArray[np.float64]
 STEP_SIZES = (1.0, 3.0, 10.0, 30.0)

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, RuleTable, load
-from ppg_gym.twin import Twin
+from ppg_gym.domain.loading import DOMAINS, RuleTable, load
+from ppg_gym.domain.twin import Twin
 
 TURNS, SHOWN = 8, 5  # of the plans; the lookaheads of the middle panel
 PATIENT = ["tentative", "tentative", *["disclose"] * (TURNS - 2)]

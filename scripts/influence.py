@@ -25,11 +25,11 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, load
-from ppg_gym.game import Game
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
-from ppg_gym.twin import Twin, influence
+from ppg_gym.domain.loading import DOMAINS, load
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
+from ppg_gym.domain.twin import Twin, influence
+from ppg_gym.simulator import Game
 
 Array = npt.NDArray[np.float64]
 LINE, POINT, QUIET = "#7a7a7a", "#1f5fa8", "#444444"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ppg_gym.data.persona_maker import own_personas, save_personas
-from ppg_gym.domain import DOMAINS, load
+from ppg_gym.domain.loading import DOMAINS, load
 
 
 def main() -> None:

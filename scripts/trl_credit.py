@@ -28,7 +28,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from ppg_agents.trl import PersonaChat
-from ppg_agents.trl_credit import PartialCreditTrainer
+from ppg_agents.trl.credit import PartialCreditTrainer
 
 EVALUATED, MEMBERS = 16, 8  # held-out conversations: so many seeds, each played so often
 WAYS: dict[str, dict[str, Any] | None] = {

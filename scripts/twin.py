@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, TRICKS, RuleTable, is_path, load
-from ppg_gym.twin import Twin
+from ppg_gym.domain.loading import DOMAINS, TRICKS, RuleTable, is_path, load
+from ppg_gym.domain.twin import Twin
 
 ENVS = Path(__file__).resolve().parent.parent / "envs"
 LOOKAHEADS = (1, 2, 3, 4, 5, 6)

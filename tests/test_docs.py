@@ -38,9 +38,11 @@ import numpy as np
 import pytest
 import torch
 
-from ppg_agents import agents, cli, commands, runs
+from ppg_agents import agents, cli
 from ppg_agents import config as configs
-from ppg_gym.domain import DOMAINS
+from ppg_agents.commands import main as commands
+from ppg_agents.runs import run as runs
+from ppg_gym.domain.loading import DOMAINS
 from ppg_gym.judges import JUDGES
 from ppg_gym.partners import PARTNERS
 
@@ -284,7 +286,8 @@ def given(page: str) -> dict[str, Any]:
             "sampling_log_probs": log_probs.detach() - 0.1,
         }
     if page == "docs/horizon.md":
-        from ppg_agents import evaluate, horizon_choice
+        from ppg_agents import evaluate
+        from ppg_agents.horizon import choice as horizon_choice
 
         config = configs.load(None, {"sampling.max_new_tokens": 8, "env.max_turns": 2})
         policy, sampler = evaluate.load_target("tiny", config)

@@ -22,7 +22,8 @@ from typing import Any
 import click
 import pytest
 
-from ppg_agents import agents, commands
+from ppg_agents import agents
+from ppg_agents.commands import main as commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -138,12 +139,18 @@ def test_the_readme_answers_in_order_and_stays_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", prose("README.md"), re.MULTILINE) == ORDER
     assert len(text.splitlines()) <= 260
-    tree = text.partition("## What is where\n\n```\n")[2].partition("```")[0]
-    top = ""
+
+
+def test_the_tree_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree, top = text.partition("## What is where\n\n```\n")[2].partition("```")[0], ""
+    assert tree
     for line in tree.splitlines():
         top = line.split()[0] if not line.startswith(" ") else top
         for name in re.findall(r"[\w*/]+\.py", line):
             assert list((ROOT / top).rglob(name)), f"no {name} in {top}"
+        for name in re.findall(r"(?<![\w.])(\w+)/", line.partition("  ")[0] or line.strip().partition("  ")[0]):
+            assert any(path.is_dir() for path in ROOT.rglob(name)), f"no folder {name}"
 
 
 def test_every_page_is_in_the_index_and_every_agent_in_its_table() -> None:

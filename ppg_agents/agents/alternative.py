@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ppg_agents import alternatives as alt
 from ppg_agents import ledger, losses
+from ppg_agents.agents.gradient import Array, Loss, Ratios, Reduction, Scored, Whole, trained_tokens
 from ppg_agents.agents.measure import Measurement, entropies, measure, references
 from ppg_agents.agents.methods import TAKEN, Method, Turns, log
 from ppg_agents.agents.ppg import PPGAgent
-from ppg_agents.agents.step import Array, Loss, Ratios, Reduction, Scored, Whole, trained_tokens
 from ppg_agents.credit import Mask, full
 from ppg_agents.losses import batch_units, tokens_per_turn
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Batch, Trajectory
 
 _SETTINGS = frozenset(inspect.signature(PPGAgent).parameters)
@@ -41,7 +41,7 @@ class AlternativeAgent(PPGAgent):
         options: Its options, all of them.
         group: Least number of conversations with one persona.
         together: Conversations in a row that one process has to have.
-        branch: Whether a batch is made of pairs that share a history (see `ppg_agents.branching`).
+        branch: Whether a batch is made of pairs that share a history (see `ppg_agents.rollout.pairs`).
         full_only: Whether it takes no other policy class than full planning.
         best_of: Times that every conversation is played in an evaluation; the best one counts.
         learns_offline: Whether it learns from logged dialogues.

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppg_agents.agents.step import packs
+from ppg_agents.agents.gradient import packs
 from ppg_agents.distributed import Workers, passes
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Batch
 
 Measurement = Callable[[Tensor, Tensor, Tensor], Tensor]

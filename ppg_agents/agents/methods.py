@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
-from ppg_agents.agents.step import Scored, Whole
+from ppg_agents.agents.gradient import Scored, Whole
 from ppg_agents.alternatives.tokens import turn_share
 from ppg_agents.losses import Aggregation, tokens_per_turn
 

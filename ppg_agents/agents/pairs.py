@@ -1,7 +1,7 @@
 """Alternatives that compare two conversations at a time: P3O, CoPG and REFUEL.
 
 P3O takes any two with one persona, at every turn that both have judged; CoPG and REFUEL two that share a history (see
-`ppg_agents.branching`), at the turn where they part. The loss is the mean over pairs.
+`ppg_agents.rollout.pairs`), at the turn where they part. The loss is the mean over pairs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ppg_agents import alternatives as alt
 from ppg_agents.agents.alternative import AlternativeAgent
+from ppg_agents.agents.gradient import Loss, Ratios, Reduction, Scored, Whole
 from ppg_agents.agents.methods import Method
-from ppg_agents.agents.step import Loss, Ratios, Reduction, Scored, Whole
-from ppg_agents.branching import branch_point
 from ppg_agents.credit import Mask
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
+from ppg_agents.rollout.pairs import branch_point
 from ppg_agents.trajectory import Batch, Trajectory
 
 

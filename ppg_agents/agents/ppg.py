@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ppg_agents import baselines, ledger, losses
-from ppg_agents.agents.state import load_state, save_state
-from ppg_agents.agents.step import (
+from ppg_agents.agents.gradient import (
     Array,
     Loss,
     Objective,
@@ -30,13 +29,14 @@ from ppg_agents.agents.step import (
     score,
     trained_tokens,
 )
+from ppg_agents.agents.state import load_state, save_state
 from ppg_agents.credit import credit
 from ppg_agents.distributed import Alone, Workers, clip, groups
 from ppg_agents.generation import Sampler
 from ppg_agents.importance import Importance
 from ppg_agents.ledger import LedgerError
-from ppg_agents.policy import Policy
-from ppg_agents.rollout import Speaker
+from ppg_agents.policy.policy import Policy
+from ppg_agents.rollout.lockstep import Speaker
 from ppg_agents.trajectory import Batch, Trajectory, batch
 
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]

@@ -30,9 +30,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from ppg_agents.config import EvaluationSettings
-from ppg_agents.environment import HELD_OUT, TRAIN
+from ppg_agents.config.settings import EvaluationSettings
 from ppg_agents.evaluate import Evaluation, summarise
+from ppg_agents.rollout.environment import HELD_OUT, TRAIN
 from ppg_agents.trajectory import Trajectory, Turn
 
 ENVIRONMENT = "ppg_gym:ReplySelection-v0"

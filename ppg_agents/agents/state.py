@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ppg_agents.distributed import Workers, joined, split_like, whole_weights
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 
 SCHEMA = "ppg-agent/1"
 

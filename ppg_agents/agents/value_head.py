@@ -20,13 +20,13 @@ from torch import Tensor
 from ppg_agents import alternatives as alt
 from ppg_agents import baselines
 from ppg_agents.agents.alternative import AlternativeAgent
+from ppg_agents.agents.gradient import Array, Loss, Whole, last_trained, trained_tokens
 from ppg_agents.agents.measure import states
 from ppg_agents.agents.methods import Method
-from ppg_agents.agents.step import Array, Loss, Whole, last_trained, trained_tokens
 from ppg_agents.alternatives.tokens import turn_bounds
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Batch, Trajectory
 
 FILE = "value_head.safetensors"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
-from ppg_agents.config import ConfigError, differences
-from ppg_agents.durable import json_object
-from ppg_agents.durable import replace as replace_file
-from ppg_agents.interrupt import Interrupted
-from ppg_agents.runs import Run, is_run
+from ppg_agents.config.settings import ConfigError, differences
+from ppg_agents.runs.files import json_object
+from ppg_agents.runs.files import replace as replace_file
+from ppg_agents.runs.run import Run, is_run
+from ppg_agents.terminal.interrupt import Interrupted
 
 RESULT = "result.json"  # of an agent that has no run folder
 STOPPED = 130
@@ -128,7 +128,7 @@ def fill(job: Job, folder: Path) -> None:
 
 def _fill_sb3(job: Job, folder: Path) -> None:
     from ppg_agents.agents.sb3 import MODEL, evaluate_sb3, train_sb3
-    from ppg_agents.environment import keyword_arguments, make_envs, planned_turns
+    from ppg_agents.rollout.environment import keyword_arguments, make_envs, planned_turns
 
     config = config_of(job)
     given = keyword_arguments(config, config.personas)

@@ -18,11 +18,11 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ppg_agents.compare import held
+from ppg_agents.compare import child as held
 from ppg_agents.compare.cell import FILES, STOPPED, finished, to_json
 from ppg_agents.compare.plan import Job
-from ppg_agents.interrupt import terminable
-from ppg_agents.progress import say
+from ppg_agents.terminal.interrupt import terminable
+from ppg_agents.terminal.progress import say
 
 CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
 OWN = re.compile(r"^ppg_(?:agents|gym)[\w.]*: ")

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ppg_agents import config as configs
 from ppg_agents.agents import agents
-from ppg_agents.config import ConfigError, TrainConfig
-from ppg_agents.horizon_choice import Candidate, parse
+from ppg_agents.config import settings as configs
+from ppg_agents.config.parsing import build, put
+from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.horizon.choice import Candidate, parse
 from ppg_agents.models.finding import base_of, locate
-from ppg_agents.tables import build, put
 
 UNTRAINED = ("base", "best-of-n")
 CLASSLESS = (*UNTRAINED, "sft")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ppg_agents import config as configs
 from ppg_agents.compare.plan import Plan
-from ppg_agents.config import ConfigError
-from ppg_agents.environment import make_envs, planned_turns
+from ppg_agents.config import settings as configs
+from ppg_agents.config.settings import ConfigError
+from ppg_agents.rollout.environment import make_envs, planned_turns
 
 
 def turns_of(plan: Plan) -> dict[str, int]:

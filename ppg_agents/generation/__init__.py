@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from ppg_agents.config import SamplingSettings
-    from ppg_agents.policy import Policy
+    from ppg_agents.config.settings import SamplingSettings
+    from ppg_agents.policy.policy import Policy
 
 
 class GenerationError(RuntimeError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ppg_agents.generation import Sample
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 
 _SLOTS = 128  # of a row at first; doubled when a conversation outgrows them
 _FEW = 1 / 3  # rows that have ended ride along until so few go on that gathering those is cheaper

@@ -31,8 +31,8 @@ from ppg_agents.generation.endpoints import (
 )
 from ppg_agents.generation.synced import Job, Reply, SyncedSampler
 from ppg_agents.generation.versions import Sync, Version
-from ppg_agents.policy import Policy
-from ppg_agents.progress import say
+from ppg_agents.policy.policy import Policy
+from ppg_agents.terminal.progress import say
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 
 from ppg_agents.generation import GenerationError, Sample, draw_seeds
 from ppg_agents.generation.versions import Sync, Version, Versions
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 
 _HOTTEST = 2.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ppg_agents.models.loading import quiet
-from ppg_agents.policy import Policy
+from ppg_agents.policy.policy import Policy
 
 Sync = Literal["adapter", "merged"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ppg_agents.generation.synced import Job, Reply, SyncedSampler
 from ppg_agents.generation.versions import Sync, Version, lora_rank
-from ppg_agents.policy import TINY, Policy
+from ppg_agents.policy.policy import TINY, Policy
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
 _OURS = ("model", "enable_lora", "max_lora_rank", "max_loras", "logprobs_mode", "generation_config", "dtype")

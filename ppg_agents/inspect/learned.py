@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ppg_agents.agents import ALTERNATIVES
-from ppg_agents.config import TrainConfig
+from ppg_agents.config.settings import TrainConfig
 
 NO_CREDIT = frozenset({"base", "best-of-n", "sft"})
 """Agents that learn nothing, or from no credit."""

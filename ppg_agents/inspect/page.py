@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from ppg_agents import config as configs
-from ppg_agents.config import TrainConfig
-from ppg_agents.durable import replace, writing
-from ppg_agents.horizon_choice import Candidate, default_candidates, parse
+from ppg_agents.config import settings as configs
+from ppg_agents.config.settings import TrainConfig
+from ppg_agents.horizon.choice import Candidate, default_candidates, parse
 from ppg_agents.inspect import learned, tokens
 from ppg_agents.inspect.sample import pairs
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import right_to_left, script_json
 from ppg_agents.inspect.tokens import Vocabulary
+from ppg_agents.runs.files import replace, writing
 
 SCRIPTS = (
     *("dom.js", "charts.js", "conversation.js", "state.js", "overview.js", "pairs.js", "filters.js", "browse.js"),

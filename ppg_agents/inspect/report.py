@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppg_agents.credit import Mask, credit
-from ppg_agents.durable import replace, writing
-from ppg_agents.horizon_choice import Candidate
+from ppg_agents.horizon.choice import Candidate
 from ppg_agents.inspect import learned
 from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
-from ppg_agents.progress import number
+from ppg_agents.runs.files import replace, writing
+from ppg_agents.terminal.progress import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -258,7 +258,7 @@ def _discount(source: Source) -> float:
 
 def curve_picture(source: Source) -> Figure:
     """Draw the learning curve and the held-out results, as in the run's ``curve.png``."""
-    from ppg_agents.figures import draw_results
+    from ppg_agents.runs.curve import draw_results
 
     figure = _figure(11, 4.6)
     draw_results(figure, source.metrics, source.evaluations, offline=source.offline)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ppg_agents.config import TrainConfig
-from ppg_agents.durable import RunError
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.inspect.sample import Row, sample
-from ppg_agents.runs import Run, is_run
+from ppg_agents.runs.files import RunError
+from ppg_agents.runs.run import Run, is_run
 
 if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory, Turn
@@ -269,7 +269,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
     """Return a sample of the logged dialogues that a run learned from; without tokens, which a run does not keep."""
     from ppg_agents.offline import read_files
     from ppg_agents.trajectory import Trajectory, Turn
-    from ppg_gym.dialogues import split_by_persona
+    from ppg_gym.data.dialogues import split_by_persona
 
     try:
         dialogues, _ = read_files(config.offline)

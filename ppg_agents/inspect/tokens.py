@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from ppg_agents.inspect.source import Source
-from ppg_agents.runs import Run, is_run
+from ppg_agents.runs.run import Run, is_run
 
 _TINY = "tiny"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppg_agents.compare.cell import ending, fill, filled
-from ppg_agents.config import TrainConfig
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, Measured, after, from_json, measurements
-from ppg_agents.runs import Run, RunError
+from ppg_agents.runs.run import Run, RunError
 
 if TYPE_CHECKING:
     from ppg_agents.generation import Sampler
-    from ppg_agents.policy import Policy
+    from ppg_agents.policy.policy import Policy
 
 
 def measure(job: Measured, folder: Path) -> None:
@@ -28,7 +28,7 @@ def measure(job: Measured, folder: Path) -> None:
         ValueError, OSError: As evaluation raises them.
     """
     from ppg_agents.evaluate import evaluate
-    from ppg_agents.step_level import evaluate_steps
+    from ppg_agents.reproduce.step_level import evaluate_steps
 
     run = Run.open(folder)
     lengths = measurements(job, folder, LENGTHS)

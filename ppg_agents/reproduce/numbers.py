@@ -20,7 +20,7 @@ from ppg_agents.compare.plan import Job
 from ppg_agents.compare.report import Row, rows, scores
 from ppg_agents.compare.statistics import Array, interval, mean_interval, resampled, weights
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, measurements
-from ppg_agents.runs import Run, is_run
+from ppg_agents.runs.run import Run, is_run
 
 ROLLOUT, STEP, UNTRAINED = "rollout", "step", "untrained"
 

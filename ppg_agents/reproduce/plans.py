@@ -20,10 +20,10 @@ from ppg_agents.compare.cell import results
 from ppg_agents.compare.engine import folder_of
 from ppg_agents.compare.plan import Job, Plan, config_of, jobs
 from ppg_agents.compare.turns import turns_of
-from ppg_agents.config import ConfigError
-from ppg_agents.durable import json_object
-from ppg_agents.runs import Run, is_run
-from ppg_agents.tables import put
+from ppg_agents.config.parsing import put
+from ppg_agents.config.settings import ConfigError
+from ppg_agents.runs.files import json_object
+from ppg_agents.runs.run import Run, is_run
 
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "table")
 DOMAINS, QUICK_DOMAINS = ("education", "therapy", "chatting"), ("therapy",)

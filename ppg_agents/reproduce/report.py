@@ -11,7 +11,7 @@ from ppg_agents.compare.plan import Job, config_of
 from ppg_agents.compare.report import rows
 from ppg_agents.reproduce import numbers, tables
 from ppg_agents.reproduce.plans import Request
-from ppg_agents.runs import RunError
+from ppg_agents.runs.run import RunError
 
 Wanted = Mapping[Path, Sequence[Job]]
 

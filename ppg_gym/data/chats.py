@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
 from ppg_gym.data.files import Problem, RefusedError, shorten
 from ppg_gym.data.report import Report, of_dialogues
-from ppg_gym.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
-from ppg_gym.personas import persona_key
+from ppg_gym.domain.personas import persona_key
 
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 DOMAIN = "chatting"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ppg_gym.conversation import Persona
+from ppg_gym.data.dialogues import DataError, LoggedDialogue, persona_id
 from ppg_gym.data.files import shorten
 from ppg_gym.data.formats import PERSONA_FORMATS, read, read_dialogues
 from ppg_gym.data.report import Report
-from ppg_gym.dialogues import DataError, LoggedDialogue, persona_id
-from ppg_gym.personas import persona_key
+from ppg_gym.domain.personas import persona_key
 
 
 @dataclass(frozen=True)

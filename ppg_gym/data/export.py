@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
 from ppg_gym.data.files import write_lines
 from ppg_gym.data.report import mean_score
-from ppg_gym.dialogues import LoggedDialogue, LoggedTurn
 from ppg_gym.sanitise import holds_control
 
 OPENING = "(You speak first.)"

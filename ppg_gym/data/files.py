@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppg_gym.dialogues import DataError
+from ppg_gym.data.dialogues import DataError
 
 _SHOWN = 5
 _BLANK = " \t\r\n"

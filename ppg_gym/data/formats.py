@@ -17,10 +17,10 @@ from typing import Any
 
 from ppg_gym.conversation import Persona
 from ppg_gym.data import chats, records
+from ppg_gym.data.dialogues import DataError, FileReport, LoggedDialogue, check_entry, read_consistent_llms
 from ppg_gym.data.files import Problem, RefusedError, json_lines, list_items, read_text, shorten
 from ppg_gym.data.report import Report, mean_score, of_personas
-from ppg_gym.dialogues import DataError, FileReport, LoggedDialogue, check_entry, read_consistent_llms
-from ppg_gym.personas import PersonaError, persona_key, read_personas
+from ppg_gym.domain.personas import PersonaError, persona_key, read_personas
 
 FORMATS: Mapping[str, str] = {
     "consistent-llms": "judged dialogues of the consistent-LLMs benchmark (a JSON list)",

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from ppg_gym.conversation import Persona
+from ppg_gym.data.dialogues import persona_id
 from ppg_gym.data.files import replacing
-from ppg_gym.dialogues import persona_id
-from ppg_gym.domain import SPLITS, Domain, load
-from ppg_gym.domain import personas as embedded
-from ppg_gym.personas import write_personas
+from ppg_gym.domain.loading import SPLITS, Domain, load
+from ppg_gym.domain.loading import personas as embedded
+from ppg_gym.domain.personas import write_personas
 
 NAMES = (
     "Anna",

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ppg_gym.conversation import Persona, Verdict
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, persona_id
 from ppg_gym.data.files import Problem, RefusedError, json_lines, shorten, write_lines
 from ppg_gym.data.report import Report, of_dialogues
-from ppg_gym.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, persona_id
 
 SCHEMA = "ppg-dialogue/1"
 TRAJECTORY_SCHEMA = "ppg-trajectory/1"

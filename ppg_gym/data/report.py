@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_gym.conversation import Persona
+from ppg_gym.data.dialogues import NO_VERDICT, FileReport, LoggedDialogue
 from ppg_gym.data.files import Problem, first_places
-from ppg_gym.dialogues import NO_VERDICT, FileReport, LoggedDialogue
-from ppg_gym.personas import persona_key
+from ppg_gym.domain.personas import persona_key
 
 
 @dataclass(frozen=True)

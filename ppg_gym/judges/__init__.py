@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ppg_gym import named
+from ppg_gym import plugins as named
 from ppg_gym.conversation import Conversation, Persona, Verdict
 
 JUDGES = {

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import load
-from ppg_gym.named import refuse_options
-from ppg_gym.reading import Reading, reader
+from ppg_gym.domain.loading import load
+from ppg_gym.domain.reading import Reading, reader
+from ppg_gym.plugins import refuse_options
 
 _WHY = {
     "silence": "The reply holds no words.",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppg_gym.judges.agreement import Estimate, compare
 from ppg_gym.judges.features import Floats
+from ppg_gym.judges.lab.agreement import Estimate, compare
 
 FEW_PERSONAS = 10
 """Below so many personas, intervals are drawn over dialogues, and say little about new personas."""

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.dialogues import LoggedDialogue, split_by_persona
+from ppg_gym.data.dialogues import LoggedDialogue, split_by_persona
+from ppg_gym.domain.personas import persona_key
 from ppg_gym.extras import need
-from ppg_gym.judges.agreement import THRESHOLD, Estimate
 from ppg_gym.judges.features import Encoder, Floats, extract
 from ppg_gym.judges.fit_report import FEW_PERSONAS, DomainReport, Evaluation, FileCheck, FitReport, auc, evaluate
+from ppg_gym.judges.lab.agreement import THRESHOLD, Estimate
 from ppg_gym.judges.learned import KINDS, DomainModel, LearnedModel, sigmoid
 from ppg_gym.judges.rules import rule_verdict
-from ppg_gym.personas import persona_key
 
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 STRENGTHS = (0.003, 0.03, 0.1)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ppg_gym import domain as domains
 from ppg_gym.conversation import Conversation, Line, Persona, Status, Verdict
+from ppg_gym.domain import loading as domains
 from ppg_gym.judges import framing, questions, verdicts
 from ppg_gym.judges.rules import rule_verdict
 from ppg_gym.llm import background

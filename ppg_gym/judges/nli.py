@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.domain.parsing import spoken
 from ppg_gym.extras import need
 from ppg_gym.judges.options import check_options, one_of, positive
 from ppg_gym.judges.rules import apply_rules, persona_sentences
-from ppg_gym.parsing import spoken
 
 METRICS = ("prompt-to-line", "line-to-line", "both")
 SCALES = ("graded", "binary")

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 
 from ppg_gym.conversation import Conversation, Verdict
-from ppg_gym.parsing import spoken
-from ppg_gym.personas import role_play_instruction
+from ppg_gym.domain.parsing import spoken
+from ppg_gym.domain.personas import role_play_instruction
 
 LONG = 6  # words from which on a copy or a repetition is no coincidence
 OWN = 12  # the same for a copied sentence in the first person: "I run a dog obedience school." is an answer

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ppg_gym import named
+from ppg_gym import plugins as named
 from ppg_gym.conversation import Conversation
 
 PARTNERS = {

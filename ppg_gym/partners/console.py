@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ppg_gym.conversation import Conversation
-from ppg_gym.named import refuse_options
 from ppg_gym.partners import Said
+from ppg_gym.plugins import refuse_options
 
 
 class ConsolePartner:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.conversation import Persona
-from ppg_gym.domain import load
+from ppg_gym.domain.loading import load
 from ppg_gym.partners.audit import Roles
 from ppg_gym.sanitise import plain
 
@@ -72,7 +72,7 @@ _KEYS = tuple(field.name for field in fields(Scene) if field.default is MISSING)
 
 
 def scene(domain: str) -> Scene:
-    """Return the scene of a domain, by what `ppg_gym.domain.load` takes.
+    """Return the scene of a domain, by what `ppg_gym.domain.loading.load` takes.
 
     Raises:
         ValueError: There is no such domain, or its table is not one of a scene; the nearest key is offered.

@@ -1,6 +1,6 @@
 """The embedded partner: it follows the domain's rule table and speaks the domain's lines.
 
-It reads what the policy said (through :mod:`ppg_gym.reading`), never what the judge thought of it.
+It reads what the policy said (through :mod:`ppg_gym.domain.reading`), never what the judge thought of it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from ppg_gym.conversation import Conversation, Line
-from ppg_gym.domain_files import FRESH
-from ppg_gym.named import refuse_options
+from ppg_gym.domain.files import FRESH
+from ppg_gym.domain.reading import Track, reader
 from ppg_gym.partners import Said
-from ppg_gym.reading import Track, reader
+from ppg_gym.plugins import refuse_options
 
 
 def pick(options: Sequence[str], rng: np.random.Generator) -> str:

@@ -14,13 +14,13 @@ import torch
 
 from ppg_agents import credit
 from ppg_agents.agents import ALTERNATIVES, make_agent
+from ppg_agents.agents.gradient import trained_tokens
 from ppg_agents.agents.methods import METHODS
 from ppg_agents.agents.ppg import PPGAgent
-from ppg_agents.agents.step import trained_tokens
-from ppg_agents.branching import branch_point, play_pairs
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
+from ppg_agents.rollout.pairs import branch_point, play_pairs
 from ppg_agents.trajectory import Trajectory, Turn, batch
 
 Make = Callable[..., Policy]

@@ -14,8 +14,8 @@ from torch import Tensor
 from ppg_agents import alternatives as alt
 from ppg_agents import baselines
 from ppg_agents.agents import ALTERNATIVES
+from ppg_agents.agents.gradient import Scored
 from ppg_agents.agents.methods import METHODS
-from ppg_agents.agents.step import Scored
 from ppg_agents.alternatives.tokens import to_go, turn_ends, turn_share
 from ppg_agents.losses import aggregate, broadcast_credit, partial_policy_gradient
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from ppg_agents import cli, commands
+from ppg_agents import cli
+from ppg_agents.commands import main as commands
 from ppg_agents.policy import Policy
 
 TOY = """

@@ -19,7 +19,7 @@ from ppg_agents.compare import statistics as stats
 from ppg_agents.compare.cell import Result, check, fill, from_json, results, to_json
 from ppg_agents.compare.plan import Job, Plan, jobs
 from ppg_agents.config import ConfigError
-from ppg_agents.interrupt import Interrupted, Stop
+from ppg_agents.terminal.interrupt import Interrupted, Stop
 
 TINY = {
     "batch": 2,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ppg_agents import cli, commands
+from ppg_agents import cli
+from ppg_agents.commands import main as commands
 
 RUN = """
 import os, sys, time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_settings_survive_toml(
     settings = {"batch": batch, "group": 1, "baseline": "none", "learning_rate": rate}
     settings |= {"offline": {"files": files}, "env": {"partner_options": options}}
     config = configs.from_dict(settings | ({} if k is None else {"policy_class": "k-step", "lookahead": k}))
-    again = configs.from_dict(configs.tomllib.loads(tomli_w.dumps(configs.to_dict(config))))
+    again = configs.from_dict(tomllib.loads(tomli_w.dumps(configs.to_dict(config))))
     assert again == config
 
 

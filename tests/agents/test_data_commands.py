@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from ppg_agents import data_commands
-from ppg_agents.data_commands import data
+from ppg_agents.commands import data as data_commands
+from ppg_agents.commands.data import data
 from ppg_agents.trajectory import Trajectory, Turn, write_jsonl
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

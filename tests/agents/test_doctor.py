@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from ppg_agents import doctor, doctor_packages, doctor_servers
-from ppg_agents.doctor_commands import doctor as command
-from ppg_agents.doctor_packages import Requirement, numbers, parse_requirement
-from ppg_agents.doctor_servers import Asked, Named, ask, ask_all
-from ppg_gym.domain import DOMAINS
+from ppg_agents.commands.doctor import doctor as command
+from ppg_agents.doctor import packages as doctor_packages
+from ppg_agents.doctor import report as doctor
+from ppg_agents.doctor import servers as doctor_servers
+from ppg_agents.doctor.packages import Requirement, numbers, parse_requirement
+from ppg_agents.doctor.servers import Asked, Named, ask, ask_all
+from ppg_gym.domain.loading import DOMAINS
 from ppg_gym.llm.cache import default_folder
 from ppg_gym.llm.loopback import Loopback, Reply
 
@@ -143,7 +145,8 @@ def test_without_torch_and_the_extras_the_rest_is_said(monkeypatch: pytest.Monke
 
 def test_plain_main_runs_where_click_and_torch_are_not(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['click'] = sys.modules['torch'] = None; from ppg_agents import doctor; "
+        "import sys; sys.modules['click'] = sys.modules['torch'] = None; "
+        "from ppg_agents.doctor import report as doctor; "
         "doctor.Child = lambda: type('C', (), {'facts': lambda self: {'error': 'broken'}})(); "
         "code = doctor.main([]); print(code); heavy = {'numpy', 'rich', 'transformers'}; "
         "assert doctor.main(['--torch']) == 0"
@@ -156,7 +159,7 @@ def test_plain_main_runs_where_click_and_torch_are_not(tmp_path: Path) -> None:
 
 def test_importing_the_doctor_imports_the_standard_library_alone() -> None:
     code = (
-        "import sys; before = set(sys.modules); import ppg_agents.doctor; new = {n.partition('.')[0] for n in "
+        "import sys; before = set(sys.modules); import ppg_agents.doctor.report; new = {n.partition('.')[0] for n in "
         "set(sys.modules) - before}; sys.exit(str(new - set(sys.stdlib_module_names) - {'ppg_agents'} or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

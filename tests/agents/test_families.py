@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import LoraSettings, Policy, add_lora
-from ppg_agents.prompts import prompt_format, trainable_format
+from ppg_agents.policy.prompts import prompt_format, trainable_format
 
 templates = pytest.importorskip("trl.chat_template_utils")
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import ppg_gym  # noqa: F401  (registers PersonaChat-v0)
-from ppg_agents import building, cli, commands
-from ppg_agents.figures import _figure, draw_consistency, draw_turns
+from ppg_agents import building, cli
+from ppg_agents.commands import main as commands
+from ppg_agents.runs.curve import _figure, draw_consistency, draw_turns
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain import personas
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
+from ppg_gym.domain.loading import personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 
 SMALL = ("--iterations", "1", "--batch", "2", "--set", "evaluation.conversations=0")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import click
 import pytest
 
-from ppg_agents.commands import cli
-from ppg_agents.doctor_commands import doctor
+from ppg_agents.commands.doctor import doctor
+from ppg_agents.commands.main import cli
 
 EXAMPLE = re.compile(r"Example:\s+(.+)")
 

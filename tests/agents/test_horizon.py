@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from ppg_agents import credit
-from ppg_agents.horizon import Verdict, _aligned, advise, own_mean_removed
-from ppg_agents.horizon_choice import choose, default_candidates, distinct, masks, parse
-from ppg_agents.horizon_commands import horizon, picture, table
-from ppg_agents.moments import estimate, products
-from ppg_agents.sketch import Sketches
+from ppg_agents.commands.horizon import horizon, picture, table
+from ppg_agents.horizon.advice import Verdict, _aligned, advise, own_mean_removed
+from ppg_agents.horizon.choice import choose, default_candidates, distinct, masks, parse
+from ppg_agents.horizon.moments import estimate, products
+from ppg_agents.horizon.sketch import Sketches
 
 Array = NDArray[np.float64]
 N, STATES, ACTIONS = 3, 2, 2
@@ -271,7 +271,7 @@ def test_a_choice_says_what_it_was_made_by() -> None:
     said = []
     for kind, previous in (("own", "full"), ("own", "greedy"), ("delayed", "greedy"), ("delayed", "full")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ppg_agents.sketch.sketch", lambda *_, kind=kind, **__: synthetic(kind, 300))
+            patch.setattr("ppg_agents.horizon.sketch.sketch", lambda *_, kind=kind, **__: synthetic(kind, 300))
             choice = choose([], policy, (), parse(previous), np.random.default_rng(0))
         logged = json.loads(json.dumps(dict(choice.metrics()), allow_nan=False))
         assert logged["horizon_class"] == choice.candidate.label

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from ppg_agents import cli, commands, inspect_commands
+from ppg_agents import cli
+from ppg_agents.commands import inspect as inspect_commands
+from ppg_agents.commands import main as commands
 from ppg_agents.config import OfflineSettings, TrainConfig
 from ppg_agents.evaluate import summarise
-from ppg_agents.horizon_choice import Candidate, default_candidates
+from ppg_agents.horizon.choice import Candidate, default_candidates
 from ppg_agents.inspect import learned, page, sample, source, text
 from ppg_agents.inspect.report import write_report
 from ppg_agents.runs import Run, RunError
@@ -466,7 +468,7 @@ def test_help_has_an_example(command: Any) -> None:
 def test_logged_dialogues_are_read_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ppg_agents import offline
     from ppg_gym.conversation import Persona, Verdict
-    from ppg_gym.dialogues import LoggedDialogue, LoggedTurn
+    from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
 
     def dialogue(i: int) -> LoggedDialogue:
         turns = (

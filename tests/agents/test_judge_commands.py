@@ -13,8 +13,10 @@ import gymnasium as gym
 import pytest
 
 import ppg_gym  # noqa: F401 (registers the environment)
-from ppg_agents import cli, commands, judge_commands
-from ppg_gym.domain import personas
+from ppg_agents import cli
+from ppg_agents.commands import judge as judge_commands
+from ppg_agents.commands import main as commands
+from ppg_gym.domain.loading import personas
 
 pytest.importorskip("sklearn")
 
@@ -181,6 +183,6 @@ def test_help_shows_an_example(command: str, capfd: pytest.CaptureFixture[str]) 
 
 def test_importing_the_commands_imports_nothing_heavy() -> None:
     heavy = {"torch", "numpy", "gymnasium", "sklearn", "scipy", "ppg_gym", "rich"}
-    code = f"import sys, ppg_agents.judge_commands; print({heavy!r} & set(sys.modules))"
+    code = f"import sys, ppg_agents.commands.judge; print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "set()\n", done.stdout + done.stderr

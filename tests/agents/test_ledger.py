@@ -13,8 +13,8 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit, ledger
+from ppg_agents.agents.gradient import trained_tokens
 from ppg_agents.agents.ppg import PPGAgent
-from ppg_agents.agents.step import trained_tokens
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import Gap, LedgerError
 from ppg_agents.policy import LoraSettings, Policy, add_lora

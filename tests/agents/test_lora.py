@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from ppg_agents.generation.hf import HFSampler
-from ppg_agents.lora import fuse
 from ppg_agents.policy import LoraSettings, Policy, add_lora
+from ppg_agents.policy.lora import fuse
 
 VARIANTS = {
     "plain": LoraSettings(rank=4, alpha=8),

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppg_agents import planning
 from ppg_agents.config import ConfigError, TrainConfig, from_dict
 from ppg_agents.credit import full, greedy, k_step
-from ppg_agents.horizon_choice import Candidate, Choice
-from ppg_agents.planning import Planner
+from ppg_agents.horizon import planner as planning
+from ppg_agents.horizon.choice import Candidate, Choice
+from ppg_agents.horizon.planner import Planner
 from ppg_agents.train import train
 
 AUTO = {

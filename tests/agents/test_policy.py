@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppg_agents.policy import LoraSettings, Policy, add_lora
-from ppg_agents.prompts import prompt_format
+from ppg_agents.policy.prompts import prompt_format
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from ppg_agents import config as configs
+from ppg_agents.commands.reproduce import reproduce
 from ppg_agents.compare import engine
 from ppg_agents.compare.cell import finished
 from ppg_agents.compare.plan import Job, config_of
@@ -25,9 +26,8 @@ from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.reproduce import numbers, plans
 from ppg_agents.reproduce.cell import measure, trained
-from ppg_agents.reproduce_commands import reproduce
+from ppg_agents.reproduce.step_level import evaluate_steps
 from ppg_agents.runs import Run, RunError
-from ppg_agents.step_level import evaluate_steps
 
 Make = Callable[..., Policy]
 TURNS = 3

@@ -19,11 +19,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ppg_agents.generation import Sample, draw_seeds
 from ppg_agents.generation.hf import HFSampler
-from ppg_agents.judged import partner_faults
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
-from ppg_agents.rollout_each import Envs as Singles
-from ppg_agents.rollout_each import collect_each
+from ppg_agents.rollout.metrics import partner_faults
+from ppg_agents.rollout.threads import Envs as Singles
+from ppg_agents.rollout.threads import collect_each
 from ppg_agents.trajectory import Trajectory, batch, from_json, to_json
 
 Envs = Callable[..., SyncVectorEnv]

@@ -12,9 +12,9 @@ import torch
 
 from ppg_agents import baselines, credit
 from ppg_agents.agents.ppg import PPGAgent
-from ppg_agents.horizon_choice import Candidate, choose
+from ppg_agents.horizon.choice import Candidate, choose
+from ppg_agents.horizon.sketch import CountSketch, sketch, turn_gradients
 from ppg_agents.policy import Policy
-from ppg_agents.sketch import CountSketch, sketch, turn_gradients
 from ppg_agents.trajectory import Trajectory, Turn, batch
 
 Make = Callable[..., Policy]
@@ -136,7 +136,7 @@ def test_count_sketch_is_linear_and_does_not_care_for_pieces(monkeypatch: pytest
     head = x.clone()
     head[30:] = 0
     torch.testing.assert_close(project([x[:30], None], [30, 70]), project([head], [100]))
-    monkeypatch.setattr("ppg_agents.sketch._CHUNK", 7)
+    monkeypatch.setattr("ppg_agents.horizon.sketch._CHUNK", 7)
     torch.testing.assert_close(project([x], [100]), whole)
     with pytest.raises(ValueError, match="dimension >= 1"):
         CountSketch(0)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from ppg_agents import config as configs
-from ppg_agents import tracking
 from ppg_agents.config import ConfigError, TrainConfig
-from ppg_agents.tracking import TRACKERS, flat, make_trackers, require
+from ppg_agents.runs import tracking
+from ppg_agents.runs.tracking import TRACKERS, flat, make_trackers, require
 
 METRICS = {
     "consistency": 0.5,

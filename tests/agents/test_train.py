@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 from ppg_agents import config as configs
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
-from ppg_agents.environment import ConversationError
 from ppg_agents.evaluate import summarise
-from ppg_agents.interrupt import Interrupted
 from ppg_agents.policy import Policy
+from ppg_agents.rollout.environment import ConversationError
 from ppg_agents.runs import Run
+from ppg_agents.terminal.interrupt import Interrupted
 from ppg_agents.trajectory import Trajectory, Turn, read_jsonl
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ppg_agents.config import TrainConfig
 from ppg_agents.credit import credit
-from ppg_agents.horizon_choice import parse
+from ppg_agents.horizon.choice import parse
 from ppg_agents.inspect.page import write_page
 from ppg_agents.inspect.text import visible
 from ppg_agents.runs import Run

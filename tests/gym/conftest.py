@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import DOMAINS, load
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.judges.facts import FactsJudge
 
 FACTS = {

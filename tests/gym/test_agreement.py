@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppg_gym.judges import agreement
-from ppg_gym.judges.agreement import Agreement, compare
+from ppg_gym.judges.lab import agreement
+from ppg_gym.judges.lab.agreement import Agreement, compare
 
 pytest.importorskip("sklearn")
 from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score

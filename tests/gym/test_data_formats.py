@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ppg_gym.conversation import STATUSES, Persona, Verdict
 from ppg_gym.data import FORMATS, RefusedError, collect, detect, read, read_dialogues, validate, write_dialogues
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
+from ppg_gym.data.dialogues import read_dialogues as read_any
 from ppg_gym.data.files import list_items
-from ppg_gym.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
-from ppg_gym.dialogues import read_dialogues as read_any
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the project")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Persona
-from ppg_gym.dialogues import DataError, LoggedDialogue, read_consistent_llms, split_by_persona
-from ppg_gym.personas import persona_key, read_personas, role_play_instruction
+from ppg_gym.data.dialogues import DataError, LoggedDialogue, read_consistent_llms, split_by_persona
+from ppg_gym.domain.personas import persona_key, read_personas, role_play_instruction
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
 needs_data = pytest.mark.skipif(

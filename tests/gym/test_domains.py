@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain import DOMAINS, TRICKS, RuleTable, folder, load, personas
-from ppg_gym.guards import MOST_TEMPLATES, cores, faults
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
+from ppg_gym.domain.lint import MOST_TEMPLATES, cores, faults
+from ppg_gym.domain.loading import DOMAINS, TRICKS, RuleTable, folder, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 
 
 @pytest.mark.parametrize("name", DOMAINS)

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 
 import ppg_gym
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import DOMAINS, load, personas
+from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
+from ppg_gym.domain.twin import Twin
 from ppg_gym.env import MAX_CHARS, PersonaChatEnv
 from ppg_gym.judges import JudgeError
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
-from ppg_gym.twin import Twin
 
 NAME = "PersonaChat-v0"
 RESERVED = {"episode", "final_obs", "final_info", "terminal_observation", "TimeLimit.truncated"}

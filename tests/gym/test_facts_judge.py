@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from ppg_gym.conversation import Persona, Verdict
-from ppg_gym.domain import DOMAINS, TRICKS, load
-from ppg_gym.guards import cores, everyone
+from ppg_gym.domain.lint import cores, everyone
+from ppg_gym.domain.loading import DOMAINS, TRICKS, load
 from ppg_gym.judges.facts import FactsJudge
 
 Judge = Callable[..., Verdict]

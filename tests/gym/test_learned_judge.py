@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.dialogues import LoggedDialogue, LoggedTurn, read_consistent_llms
+from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn, read_consistent_llms
 from ppg_gym.judges import fitting
 from ppg_gym.judges.fit_report import FitReport, calibration_error
 from ppg_gym.judges.fitting import fit

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import load
+from ppg_gym.domain.loading import load
+from ppg_gym.domain.parsing import spoken
+from ppg_gym.domain.personas import role_play_instruction
 from ppg_gym.judges.nli import NLIJudge
-from ppg_gym.parsing import spoken
-from ppg_gym.personas import role_play_instruction
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -16,13 +16,13 @@ import pytest
 import ppg_gym
 from ppg_gym.conversation import Conversation
 from ppg_gym.data import make_personas
-from ppg_gym.domain import DOMAINS, SPLITS, folder, load, personas
-from ppg_gym.guards import cores, faults
+from ppg_gym.domain.lint import cores, faults
+from ppg_gym.domain.loading import DOMAINS, SPLITS, folder, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 from ppg_gym.judges.facts import FactsJudge
 from ppg_gym.partners.scenes import scene
 from ppg_gym.partners.scripted import ScriptedPartner
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
 MARK = "<!-- test: file interview.toml -->\n```toml\n"

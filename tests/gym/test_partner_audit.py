@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import DOMAINS, load, personas
+from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 from ppg_gym.partners.audit import FAULTS, WINDOW, Roles, audit, own_words
 from ppg_gym.partners.scenes import parse, scene
 from ppg_gym.partners.scripted import ScriptedPartner
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/consistent-llms beside the project")

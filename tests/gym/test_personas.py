@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Persona
-from ppg_gym.personas import PersonaError, persona_key, read_personas, role_play_instruction, write_personas
+from ppg_gym.domain.personas import PersonaError, persona_key, read_personas, role_play_instruction, write_personas
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
 ENTRIES: dict[str, list[Any]] = {

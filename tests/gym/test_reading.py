@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import DOMAINS, load, personas
-from ppg_gym.parsing import MOST_LIKE, spoken, words
+from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.parsing import MOST_LIKE, spoken, words
+from ppg_gym.domain.reading import REPEAT_WINDOW, Track, instruction_sentences, reader
+from ppg_gym.domain.saying import say
 from ppg_gym.partners.scripted import ScriptedPartner
-from ppg_gym.reading import REPEAT_WINDOW, Track, instruction_sentences, reader
-from ppg_gym.replies import say
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import DOMAINS, TRICKS, load, personas
-from ppg_gym.domain_files import FRESH
+from ppg_gym.domain.files import FRESH
+from ppg_gym.domain.loading import DOMAINS, TRICKS, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 from ppg_gym.partners import make
 from ppg_gym.partners.scripted import ScriptedPartner
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
 
 TURNS = 60
 TRUTHFUL = {name: tuple(kind for kind in load(name).mix if kind not in TRICKS) for name in DOMAINS}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ppg_agents import credit
-from ppg_gym.domain import DOMAINS, folder, load
-from ppg_gym.game import Game
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
-from ppg_gym.twin import Array, Twin, influence, softmax
+from ppg_gym.domain.loading import DOMAINS, folder, load
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
+from ppg_gym.domain.twin import Array, Twin, influence, softmax
+from ppg_gym.simulator import Game
 
 STEPS = 300  # of exact ascent: every class is within 0.001 of where 4,000 steps end
 CONVERSATIONS = 400

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ppg_gym import domain as domains
-from ppg_gym.dialogues import DataError
+from ppg_gym.data.dialogues import DataError
+from ppg_gym.domain import loading as domains
 from ppg_gym.judges.features import PLAIN
+from ppg_gym.judges.lab.recorded import read_labels
+from ppg_gym.judges.lab.validation import Validation, only_unfamiliar, validate
 from ppg_gym.judges.learned import DomainModel, LearnedModel
-from ppg_gym.judges.recorded import read_labels
-from ppg_gym.judges.validation import Validation, only_unfamiliar, validate
 
 pytest.importorskip("sklearn")
 

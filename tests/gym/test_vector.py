@@ -12,11 +12,11 @@ import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import DOMAINS, load, personas
+from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.reading import reader
+from ppg_gym.domain.saying import say
 from ppg_gym.env import MAX_CHARS, PersonaChatEnv
 from ppg_gym.judges import JudgeError
-from ppg_gym.reading import reader
-from ppg_gym.replies import say
 from ppg_gym.vector import PersonaChatVectorEnv
 
 NAME, N = "PersonaChat-v0", 5

@@ -21,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppg_gym
-from ppg_gym.candidates import DomainBank, HashedWords, Scene, hashed
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain import DOMAINS, load, personas
+from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.reading import reader
 from ppg_gym.env import PersonaChatEnv
-from ppg_gym.game import Game
 from ppg_gym.judges.facts import FactsJudge
-from ppg_gym.reading import reader
+from ppg_gym.simulator import Game
 from ppg_gym.wrappers import ReplySelection, TranscriptObservation, UnjudgedError
+from ppg_gym.wrappers.candidates import DomainBank, HashedWords, Scene, hashed
 
 ALL = pytest.mark.parametrize("domain", DOMAINS)
 RESERVED = {"episode", "final_obs", "final_info", "terminal_observation", "TimeLimit.truncated"}

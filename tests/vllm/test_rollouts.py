@@ -34,7 +34,7 @@ from ppg_agents.generation.servers import VLLMServerSampler
 from ppg_agents.generation.vllm import VLLMSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
-from ppg_agents.rollout_each import collect_each
+from ppg_agents.rollout.threads import collect_each
 from ppg_agents.trajectory import batch
 
 START, STOP, SCRIPT = 300.0, 60.0, 600.0  # seconds; a loaded machine takes its time

@@ -1,0 +1,1 @@
+"""The commands of ``ppg-agent``, one file each."""

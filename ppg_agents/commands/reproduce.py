@@ -1,0 +1,149 @@
+"""``ppg-agent reproduce``: the paper's figures, from the runs to the picture.
+
+Only click and the standard library are imported before the command runs; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ppg_agents.compare.plan import Job
+    from ppg_agents.reproduce.plans import Request
+
+FIGURES = ("fig2", "fig3", "fig4", "fig5", "table")
+
+
+def parse_numbers(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """Return the numbers in ``10,20``, in order."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text) or min(map(int, text.split(","))) < 1:
+        raise click.BadParameter("expected numbers such as 10,20,40", param=parameter)
+    return tuple(sorted(set(map(int, text.split(",")))))
+
+
+@click.command()
+@click.argument("figure", type=click.Choice(FIGURES))
+@click.option("--domain", "domains", multiple=True, metavar="NAME", help="Repeat it. Default: all; --quick: therapy.")
+@click.option("--quick", is_flag=True, help="Fewer domains, classes, sizes and seeds: about two minutes, no evidence.")
+@click.option("--model", help="tiny (embedded, default), or a Hugging Face model or folder; with one GPU, --jobs 1.")
+@click.option("--seeds", type=click.IntRange(1), help="Training seeds. Default: 5.")
+@click.option("--sizes", callback=parse_numbers, metavar="N,N,…", help="Training conversations: 80,160,320,640.")
+@click.option("--turns", callback=parse_numbers, metavar="N,N,…", help="Lengths for fig5. Default: 10,20,40,60.")
+@click.option("--lookaheads", callback=parse_numbers, metavar="K,K,…", help="K of the figures. Default: 1,2,3,4,5.")
+@click.option("--train-turns", is_flag=True, help="fig5: train at each length as well (hours; other runs).")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder; default: runs/reproduce, or reproduce-quick.")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; default: one per core.")
+@click.option("--engine", type=click.Choice(["processes", "ray"]), default="processes", show_default=True)
+@click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. learning_rate=1e-3.")
+@click.option("--draw", "only_draw", is_flag=True, help="Start no run; draw what is there.")
+@click.option("--dry-run", is_flag=True, help="Start no run; say which are missing.")
+def reproduce(
+    figure: str,
+    domains: tuple[str, ...],
+    quick: bool,
+    model: str | None,
+    seeds: int | None,
+    sizes: tuple[int, ...] | None,
+    turns: tuple[int, ...] | None,
+    lookaheads: tuple[int, ...] | None,
+    train_turns: bool,
+    out: str | None,
+    jobs: int | None,
+    engine: str,
+    assignments: tuple[str, ...],
+    only_draw: bool,
+    dry_run: bool,
+) -> int:
+    """Run what a figure of the paper needs, and draw it, with intervals.
+
+    fig2: per-turn residual, K = 1..5; fig3: consistency against training conversations; fig4: the best K; fig5: longer
+    conversations; table: methods × domains. Figures 2 to 5 share their runs (the cells of ppg-agent compare, in
+    DIR/cells); what was stopped goes on, what is there is kept. A PNG (the table: Markdown) and a CSV are written.
+
+    Example: ppg-agent reproduce fig4 --domain therapy --jobs 2
+    """
+    if figure != "fig5" and (turns or train_turns):
+        raise click.UsageError(f"--turns and --train-turns belong to fig5, got {figure}; leave them out")
+    if figure == "table" and lookaheads:
+        raise click.UsageError("--lookaheads belongs to the figures, got table; leave it out")
+    from ppg_agents.config import settings as configs
+    from ppg_agents.reproduce import plans, report
+
+    given = configs.parse_assignments(assignments) | ({} if model is None else {"model": model})
+    request = plans.Request(
+        figure=figure,
+        domains=domains or (plans.QUICK_DOMAINS if quick else plans.DOMAINS),
+        sizes=sizes or (plans.QUICK_SIZES if quick else plans.SIZES),
+        seeds=seeds or (plans.QUICK_SEEDS if quick else plans.SEEDS),
+        turns=turns or (plans.QUICK_TURNS if quick else plans.TURNS),
+        lookaheads=lookaheads or (plans.QUICK_LOOKAHEADS if quick else plans.LOOKAHEADS),
+        train_turns=train_turns,
+        quick=quick,
+        settings=given,
+    )
+    folder = Path(out) if out else Path("runs") / ("reproduce-quick" if quick else "reproduce")
+    wanted = plans.planned(request, folder)
+    lengths = plans.turns_by_domain(request)
+    failed = False
+    if not only_draw:
+        again = f"ppg-agent reproduce with the same options and --out {folder}"
+        failed = run(request, wanted, jobs or os.cpu_count() or 1, engine, dry_run, again)
+        if dry_run:
+            return 0
+    files = report.write(request, wanted, lengths, folder)
+    if figure == "table":
+        click.echo(files[0].read_text(encoding="utf-8"))
+    for path in files:
+        click.echo(str(path))
+    return 1 if failed else 0
+
+
+def run(
+    request: Request, wanted: Mapping[Path, Sequence[Job]], workers: int, engine: str, dry_run: bool, again: str
+) -> bool:
+    """Fill the cells that are missing; return whether a run failed.
+
+    Raises:
+        KeyboardInterrupt: The user stopped; ``again`` in its words says how to go on.
+    """
+    from ppg_agents.compare import engine as engines
+    from ppg_agents.compare.plan import check_models
+    from ppg_agents.terminal.progress import Progress, say
+
+    missing = {place: engines.missing(jobs, place) for place, jobs in wanted.items()}
+    total, left = (sum(map(len, each.values())) for each in (wanted, missing))
+    if dry_run:
+        click.echo(f"{total} runs, {left} missing")
+        for place, jobs in missing.items():
+            for job in jobs:
+                click.echo(str(engines.folder_of(job, place)))
+        return False
+    if engine == "processes":  # the machines of a cluster may have other folders
+        check_models(job for jobs in missing.values() for job in jobs)
+    start: Any = engines.run_on_ray if engine == "ray" else engines.run_here
+    count, failed = total - left, False
+    with Progress(request.figure, total, start=count) as progress:
+
+        def done(job: Job, why: str | None) -> None:
+            nonlocal count, failed
+            count += 1
+            failed = failed or why is not None
+            progress.advance(count, job.name)
+            if why is not None:
+                say(f"{job.name} failed: {why}")
+
+        try:
+            for place, jobs in missing.items():
+                if jobs:
+                    start(jobs, place, workers, done)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; go on with: {again}") from None
+    return failed

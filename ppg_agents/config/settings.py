@@ -1,0 +1,327 @@
+"""The settings of one training run: frozen dataclasses, one TOML file, ``--set a.b=c``.
+
+Reads and writes settings and nothing else; it may not import torch, so that the command line can name a wrong key
+at once. A setting that is unknown, of the wrong type (see `tables`) or out of range (see `config_checks`) is an error
+that names it. Precedence: defaults < TOML file < ``--set`` < flags.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ppg_agents.config.checks import check
+from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put
+
+__all__ = [
+    "AutoSettings",
+    "ConfigError",
+    "EnvSettings",
+    "EvaluationSettings",
+    "LoadSettings",
+    "LoraSettings",
+    "OfflineSettings",
+    "SamplingSettings",
+    "TrainConfig",
+    "differences",
+    "flatten",
+    "from_dict",
+    "load",
+    "parse_assignments",
+    "to_dict",
+]
+
+PolicyClass = Literal["full", "greedy", "k-step", "segment", "auto"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
+_SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
+RESUMABLE = (
+    *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
+    "evaluation.at",
+    *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
+    *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
+)
+"""Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
+falls from where the longer schedule puts it."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adaptation (arXiv 2106.09685): what is adapted, and by how much.
+
+    Attributes:
+        rank: Rank of the update; in a run's settings, 0 trains all weights.
+        alpha: The update is scaled by ``alpha / rank``.
+        dropout: Dropout in front of the update, while gradients are recorded.
+        targets: ``"all-linear"`` (every linear layer but the head) or module name endings.
+        rslora: Scale by ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
+        dora: Learn magnitude and direction apart (arXiv 2402.09353).
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How the model is loaded.
+
+    Attributes:
+        chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+        template_options: Extra variables for the template, e.g. ``enable_thinking``.
+        quantisation: ``4bit`` keeps the base weights in NF4 (bitsandbytes, CUDA).
+        dtype: ``auto`` is bfloat16 on CUDA, else float32.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        kernels: ``liger`` uses liger-kernel's norms and MLPs.
+    """
+
+    chat_template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    quantisation: Literal["none", "4bit"] = "none"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = False
+    kernels: Literal["none", "liger"] = "none"
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How replies are sampled; log-probs in the ledger are those of the distribution that was sampled from.
+
+    Attributes:
+        max_new_tokens: A reply is cut at this length.
+        temperature: Of sampling, and of the learner's log-probs.
+        backend: ``hf`` (the learner's own model) or ``vllm``.
+        endpoints: vLLM servers; none: vLLM in this process.
+        sync: How vLLM gets the newest weights: a new ``adapter`` per version, or ``merged`` weights.
+        timeout: Seconds that one answer of a server may take.
+        patience: Seconds without an answer from any server after which it is an error.
+        api_key_env: Name of the environment variable with the servers' key; unset is right without one.
+        engine: Further arguments of vLLM's engine in this process.
+    """
+
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    backend: Literal["hf", "vllm"] = "hf"
+    endpoints: tuple[str, ...] = ()
+    sync: Literal["adapter", "merged"] = "adapter"
+    timeout: float = 300.0
+    patience: float = 120.0
+    api_key_env: str = "VLLM_API_KEY"
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EnvSettings:
+    """The Gymnasium environment.
+
+    ``kwargs`` goes to ``gym.make_vec`` on top of what the other settings say. For an ``id`` other than
+    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation.
+    """
+
+    id: str = PERSONA_CHAT
+    partner: str = "scripted"
+    partner_options: dict[str, Any] = field(default_factory=dict)
+    judge: str = "facts"
+    judge_options: dict[str, Any] = field(default_factory=dict)
+    max_turns: int | None = None
+    on_judge_failure: Literal["raise", "nan", "truncate"] = "nan"
+    max_failure_rate: float = 0.05
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    held_out_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OfflineSettings:
+    """Training on logged dialogues: passes over the data, share of personas held out, longest sequence."""
+
+    files: tuple[str, ...] = ()
+    epochs: int = 1
+    held_out: float = 0.2
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out evaluation before and after training; 0 conversations switches it off.
+
+    Attributes:
+        conversations: Played per evaluation.
+        seed: Of their personas, partners and draws; the same in every evaluation of the run.
+        at: Iterations after which to evaluate as well.
+    """
+
+    conversations: int = 128
+    seed: int = 1_000_003
+    at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """The policy class ``auto``: the shortest class that a batch shows to point where full planning points.
+
+    See ``docs/horizon.md``; it asks again from time to time.
+
+    Attributes:
+        every: Iterations from one choice to the next.
+        cosine: That a class has to keep with full planning's gradient; 95% confidence.
+        classes: What may be chosen: ``greedy``, ``3``, ``full``, ``segment:5,5``; none given: every K.
+    """
+
+    every: int = 20
+    cosine: float = 0.9
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on.
+
+    ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``lookahead``
+    belongs to the policy class ``k-step``, ``segments`` to ``segment``, ``auto`` to ``auto``. An online agent takes
+    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are the agent's own, by name.
+    """
+
+    domain: str = "chatting"
+    policy_class: PolicyClass = "full"
+    lookahead: int | None = None
+    segments: tuple[int, ...] | None = None
+    agent: str = "ppg"
+    agent_options: dict[str, Any] = field(default_factory=dict)
+    model: str = "tiny"
+    personas: str = "train"
+    iterations: int = 100
+    batch: int = 32
+    group: int = 1
+    seed: int = 0
+    out: str | None = None
+    steps_per_batch: int = 1
+    baseline: Baseline = "batch-mean"
+    standardise: bool = False
+    discount: float = 1.0
+    learning_rate: float = 3e-3
+    schedule: Schedule = "linear"
+    max_grad_norm: float = 1.0
+    aggregation: Literal["sum", "constant", "token_mean", "sequence_mean", "turn_mean"] = "sum"
+    aggregation_constant: float | None = None
+    weight_decay: float = 0.0
+    micro_batch_tokens: int = 8_192
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    threads: int | None = None
+    importance: Literal["none", "turn", "token"] = "none"
+    importance_cap: float = 2.0
+    max_staleness: int = 0
+    kl_coefficient: float = 0.0
+    max_log_prob_gap: float | None = None
+    report_to: tuple[str, ...] = ()
+    auto: AutoSettings = field(default_factory=AutoSettings)
+    load: LoadSettings = field(default_factory=LoadSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    env: EnvSettings = field(default_factory=EnvSettings)
+    offline: OfflineSettings = field(default_factory=OfflineSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+    def __post_init__(self) -> None:
+        """Check what one type cannot say.
+
+        Raises:
+            ConfigError: A value out of range, or settings that contradict one another.
+        """
+        check(self)
+
+    @property
+    def label(self) -> str:
+        """The policy class in words, for titles and run names: ``k-step 3``, ``segment 3,3,2``."""
+        if self.policy_class == "k-step":
+            return f"{self.lookahead}-step"
+        if self.policy_class == "segment":
+            return "segment " + ",".join(str(length) for length in self.segments or ())
+        return self.policy_class
+
+
+def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Return the settings of a TOML file with dotted ``overrides`` on top, later keys last.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting is wrong; the message names it.
+    """
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: expected TOML: {error}") from error
+    given = deepcopy(tables)
+    for key, value in (overrides or {}).items():
+        put(tables, key, value)
+    try:
+        return from_dict(tables)
+    except ConfigError as error:
+        fault = str(error)
+        if path is None or not _at_fault(given, fault):
+            raise
+        raise ConfigError(f"{path}: {fault}") from error
+
+
+def _at_fault(tables: Mapping[str, Any], fault: str) -> bool:
+    """Return whether the tables alone are wrong in the same way."""
+    try:
+        from_dict(tables)
+    except ConfigError as error:
+        return str(error) == fault
+    return False
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Return ``{"a.b": value}`` for strings ``a.b=value``; the value is read as TOML, else as a string.
+
+    Raises:
+        ConfigError: No ``=``, or no key before it.
+    """
+    values: dict[str, Any] = {}
+    for text in assignments:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set: expected key=value such as lora.rank=8, got {text!r}")
+        try:
+            values[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = value
+    return values
+
+
+def from_dict(tables: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings that nested tables describe.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest name), a wrong type, a value out of range.
+    """
+    return build(TrainConfig, tables)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return nested plain tables for TOML and JSON; settings that are None are left out."""
+    tables = plain(asdict(config))
+    assert isinstance(tables, dict)  # asdict of a dataclass
+    return tables
+
+
+def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """Return ``"key: was X, got Y"`` for every setting that a continuation of a run may not change."""
+    old, new = flatten(to_dict(before)), flatten(to_dict(after))
+    keys = [key for key in sorted(old | new) if key not in RESUMABLE and {} not in (old.get(key), new.get(key))]
+    changed = [key for key in keys if old.get(key) != new.get(key)]
+    return [f"{key}: was {old.get(key)!r}, got {new.get(key)!r}" for key in changed]

@@ -1,0 +1,1 @@
+"""What is installed, what would be used, and which servers answer."""

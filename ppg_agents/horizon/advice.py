@@ -1,0 +1,309 @@
+"""How far ahead should it plan? The gradient's mean and variance for every policy class, from one batch.
+
+With g_{b,t} = ∇ log π(y_{b,t} | …) and the credit c_{b,t}(M) of policy class M, less a baseline, conversation b's
+contribution to the gradient is ĝ_b(M) = Σ_t A_{b,t}(M) g_{b,t}; a batch of B takes the mean. Let μ_M = E ĝ_b(M) and
+tr Σ_M be its total variance. Full planning's μ is the gradient of the value J itself. A step η ĝ(M) on J, whose
+curvature is at most L, gains
+
+    E ΔJ ≥ η ⟨μ_full, μ_M⟩ − ½ L η² (‖μ_M‖² + tr Σ_M / B),
+
+at the best η for this class ⟨μ_full, μ_M⟩² / (2L (‖μ_M‖² + tr Σ_M / B)). The square root, sign kept and without the
+common factor, is what classes are ranked by:
+
+    progress_M(B) = ⟨μ_full, μ_M⟩ / √(‖μ_M‖² + tr Σ_M / B) = ‖μ_full‖ · cos(μ_M, μ_full) · √(S / (1 + S)),
+
+S = B ‖μ_M‖² / tr Σ_M the signal-to-noise ratio: the slope of J along the step, per unit of the step's root mean square
+length. A class that leaves rewards out loses by the cosine (bias) and may gain by S (variance); with B → ∞ full
+planning wins always. It is a statement about the next step from here, in plain gradient geometry (no AdamW), and not
+about the value that a class reaches in the end.
+
+All is own work, nothing of it in arXiv 2603.06138. Pure functions of sketches in numpy; nothing here may read a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppg_agents.credit import Mask
+from ppg_agents.horizon.moments import Array, Baseline, Estimates, estimate, products, resample
+
+if TYPE_CHECKING:
+    from ppg_agents.horizon.sketch import Sketches
+
+FULL = "full"
+ALIGNED = 0.9
+RESAMPLES = 2000
+MOST_LAGS = 20
+
+
+def lag_mask(n: int, d: int) -> Mask:
+    """Return the mask that credits an action with the reward d turns later, and no other; [n, n]."""
+    mask: Mask = np.eye(n, k=d, dtype=np.bool_)
+    return mask
+
+
+def own_mean_removed(rewards: Array, valid: Mask) -> Array:
+    """Subtract every conversation's own mean reward.
+
+    What is left says which of a conversation's lines scored better, not which conversation did. The mean contains
+    rewards that the actions brought about: a diagnosis, no objective.
+    """
+    kept = np.where(valid, rewards, 0.0)
+    return np.asarray(np.where(valid, rewards - (kept.sum(1) / np.maximum(valid.sum(1), 1))[:, None], np.nan))
+
+
+@dataclass(frozen=True)
+class Value:
+    """An estimate with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """What one batch says of a policy class; B is the batch size that the step is taken with.
+
+    Attributes:
+        label: The class.
+        rewards: Rewards that it credits, Σ M.
+        mean_square: ‖μ‖², unbiased.
+        variance: tr Σ of one conversation's contribution.
+        snr: B ‖μ‖² / tr Σ.
+        cosine: Of μ with full planning's; the interval is that of all directions where none is seen.
+        progress: See the module; classes are ranked by it.
+        behind: progress of the best class less this one's; its interval holds simultaneously for all pairs.
+    """
+
+    label: str
+    rewards: int
+    mean_square: Value
+    variance: Value
+    snr: Value
+    cosine: Value
+    progress: Value
+    behind: Value
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which class to take at a batch size.
+
+    Attributes:
+        batch: B.
+        recommended: The class with the most progress.
+        undecided: Classes that can not be told from the best, it included, from few credited rewards to many: a
+            95% confidence set of the best class.
+    """
+
+    batch: int
+    recommended: str
+    undecided: tuple[str, ...]
+
+    @property
+    def decided(self) -> bool:
+        """Whether one class alone is left."""
+        return len(self.undecided) == 1
+
+    def words(self) -> str:
+        """Return the verdict as a sentence."""
+        if self.decided:
+            return self.recommended
+        return f"undecided between {', '.join(self.undecided)} (most progress: {self.recommended})"
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The advisor's report.
+
+    Attributes:
+        conversations: That were read.
+        personas: Different ones.
+        turns: n.
+        parameters: Weights that the gradient is of.
+        baseline: Subtracted from the credit.
+        batch: B of the classes' figures.
+        classes: From few credited rewards to many; full planning is one of them.
+        lags: For d = 0, 1, …: the part of full planning's progress that comes of rewards d turns after the reply.
+            They add up to it when there are n of them.
+        reach: The least lookahead that holds every d whose part is shown to be positive, 95% simultaneously over d; 0
+            where none is. What lies beyond is not shown to matter, which does not show that it does not.
+        aligned: Classes whose direction is shown to be full planning's, from few credited rewards to many; full
+            planning is always the last of them (see `advise`).
+        verdicts: At several batch sizes, that of ``batch`` first.
+    """
+
+    conversations: int
+    personas: int
+    turns: int
+    parameters: int
+    baseline: str
+    batch: int
+    classes: tuple[ClassReport, ...]
+    lags: tuple[Value, ...]
+    reach: int
+    aligned: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict at ``batch``."""
+        return self.verdicts[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, with None for NaN."""
+        from ppg_agents.runs.run import finite
+
+        result: dict[str, Any] = finite(asdict(self))
+        return result
+
+
+def advise(
+    sketches: Sketches,
+    classes: Mapping[str, Mask],
+    *,
+    batch: int | None = None,
+    other_batches: Sequence[int] = (),
+    discount: float = 1.0,
+    baseline: Baseline = "leave-one-out",
+    cosine: float = ALIGNED,
+    resamples: int = RESAMPLES,
+    rng: np.random.Generator | None = None,
+) -> Horizon:
+    """Compare policy classes on one batch of conversations.
+
+    A class is *aligned* when cos(μ_M, μ_full) is shown to be at least ``cosine`` (the lower end of its 95% interval
+    is), and so is every class among those given that credits all that it credits: tested from long to short, so that
+    the chance of a wrong one is 2.5% along every chain of nested classes. Ascent along directions whose cosine with
+    the gradient stays above a constant > 0 ends where full planning's does, at a stationary point of J (the angle
+    condition, Nocedal & Wright 2006, § 3.2); it has to hold at every step, not at the first one only.
+
+    Args:
+        sketches: The batch.
+        classes: Masks [n, n] by label, full planning's as ``full``.
+        batch: Conversations per gradient step, B; default as many as were read.
+        other_batches: More batch sizes to give a verdict for. The statistics are those of the batch that was read;
+            only B changes.
+        discount: γ, per turn.
+        baseline: ``leave-one-out`` or ``none``.
+        cosine: In (0, 1]; see above.
+        resamples: Of the bootstrap over personas.
+        rng: Of the bootstrap.
+
+    Raises:
+        ValueError: Fewer than two personas, no class ``full``, a mask that does not fit, or a cosine out of (0, 1].
+    """
+    if not 0 < cosine <= 1:
+        raise ValueError(f"expected a cosine in (0, 1], got {cosine}")
+    n = sketches.valid.shape[1]
+    if FULL not in classes:
+        raise ValueError(f"expected full planning, {FULL!r}, among the classes, got {', '.join(classes) or 'none'}")
+    labels = sorted(classes, key=lambda label: (label == FULL, int(classes[label].sum())))
+    masks = [classes[label] for label in labels]
+    lags = [lag_mask(n, d) for d in range(min(n, MOST_LAGS))]
+    found = products(sketches, [*lags, *masks], discount=discount, baseline=baseline)
+    drawn = resample(found, resamples, rng or np.random.default_rng(0))
+    point = estimate(found)
+    size = batch or len(sketches.personas)
+    part = slice(len(lags), None)
+    verdicts = [_verdict(labels, point, drawn, part, b)[0] for b in dict.fromkeys((size, *other_batches))]
+    behind = _verdict(labels, point, drawn, part, size)[1]
+    of = {
+        "mean_square": _values(point.mean_square, drawn.mean_square),
+        "variance": _values(point.variance, drawn.variance),
+        "snr": _values(point.snr(size), drawn.snr(size)),
+        "cosine": _cosines(point.cosine(), drawn.cosine()),
+        "progress": _values(point.progress(size), drawn.progress(size)),
+    }
+    of = {name: values[part] for name, values in of.items()} | {"behind": behind}
+    reports = [
+        ClassReport(label, int(mask.sum()), **{name: values[c] for name, values in of.items()})
+        for c, (label, mask) in enumerate(zip(labels, masks, strict=True))
+    ]
+    ahead, ahead_drawn = ((e.alignment / e.rms(size)[..., -1:])[..., : len(lags)] for e in (point, drawn))
+    return Horizon(
+        conversations=len(sketches.personas),
+        personas=len(set(sketches.personas)),
+        turns=n,
+        parameters=sketches.parameters,
+        baseline=baseline,
+        batch=size,
+        classes=tuple(reports),
+        lags=tuple(_values(ahead, ahead_drawn)),
+        reach=_reach(ahead, ahead_drawn),
+        aligned=_aligned(labels, masks, np.array([c.cosine.low for c in reports]), cosine),
+        verdicts=tuple(verdicts),
+    )
+
+
+def _values(point: Array, drawn: Array) -> list[Value]:
+    low, high = (_quantiles(drawn, q) for q in (0.025, 0.975))
+    return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
+
+
+def _cosines(point: Array, drawn: Array) -> list[Value]:
+    """Return cosines with intervals; a resample that shows no direction allows every cosine."""
+    low, high = (_quantiles(np.nan_to_num(drawn, nan=end), q) for end, q in ((-1.0, 0.025), (1.0, 0.975)))
+    return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
+
+
+def _quantiles(drawn: Array, q: float) -> Array:
+    """Return the quantile of every column over its finite entries, NaN where there is none."""
+    columns = [column[np.isfinite(column)] for column in drawn.T]
+    return np.array([np.quantile(column, q) if len(column) else np.nan for column in columns])
+
+
+def _reach(value: Array, drawn: Array) -> int:
+    """Return 1 + the last index whose value is above 0 by the simultaneous one-sided bootstrap error, 0 for none."""
+    drawn = drawn[np.isfinite(drawn).all(1)]
+    spread = drawn.std(0, ddof=1) if len(drawn) > 1 else np.zeros(len(value))
+    some = spread > 0
+    if not some.any():
+        return 0
+    q = float(np.quantile(((drawn - value)[:, some] / spread[some]).max(1), 0.95))
+    return int(1 + np.flatnonzero(some & (value > q * spread)).max(initial=-1))
+
+
+def _aligned(labels: Sequence[str], masks: Sequence[Mask], low: Array, least: float) -> tuple[str, ...]:
+    """Return the aligned ones of classes that are sorted from few credited rewards to many, full planning last.
+
+    Args:
+        labels: C classes.
+        masks: Theirs.
+        low: [C], lower ends of the cosines' intervals.
+        least: The cosine that is asked for.
+    """
+    passed = {len(labels) - 1}
+    for c in reversed(range(len(labels) - 1)):
+        wider = {d for d in range(len(labels)) if d != c and (masks[d] >= masks[c]).all()}
+        if low[c] >= least and wider <= passed:
+            passed.add(c)
+    return tuple(labels[c] for c in sorted(passed))
+
+
+def _verdict(
+    labels: Sequence[str], point: Estimates, drawn: Estimates, part: slice, batch: int
+) -> tuple[Verdict, list[Value]]:
+    """Return the verdict, and how far each class is behind the best.
+
+    Multiple comparisons with the best (Hsu 1981) by bootstrap: with D_ij = progress_j − progress_i and its standard
+    error s_ij, q is the 95% quantile of max_ij (D*_ij − D_ij) / s_ij; class i is out when D_ij > q s_ij for some j.
+    """
+    value, samples = point.progress(batch)[part], drawn.progress(batch)[:, part]
+    best = int(np.nanargmax(value)) if np.isfinite(value).any() else len(value) - 1
+    samples = samples[np.isfinite(samples).all(1)]
+    gap, gaps = value[None, :] - value[:, None], samples[:, None, :] - samples[:, :, None]  # [i, j] = j less i
+    spread = gaps.std(0, ddof=1) if len(gaps) > 1 else np.full(gap.shape, np.inf)
+    apart = np.isfinite(spread) & (spread > 1e-12 * (1e-300 + np.abs(value).max()))
+    largest = np.where(apart, (gaps - gap) / np.where(apart, spread, 1.0), -np.inf).max((1, 2), initial=-np.inf)
+    q = float(np.quantile(largest, 0.95)) if apart.any() else 0.0
+    out = (apart & (gap > q * spread)).any(1)
+    margin = q * np.where(apart, spread, 0.0)[:, best]
+    behind = [Value(float(g), float(g - m), float(g + m)) for g, m in zip(gap[:, best], margin, strict=True)]
+    left = tuple(label for label, gone in zip(labels, out, strict=True) if not gone)
+    return Verdict(batch, labels[best], left), behind

@@ -1,0 +1,253 @@
+"""Low-rank adaptation (arXiv 2106.09685) on a causal LM: made by PEFT, merged for sampling, fused for learning.
+
+Swaps how PEFT's layers compute, never what they compute: what is swapped returns bit for bit. Nothing here
+knows a token or a reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ppg_agents.config.settings import LoraSettings
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A LoRA layer and where it sits.
+
+    Attributes:
+        parent: The module that holds it.
+        name: Its name there.
+        module: PEFT's layer.
+        base: The layer below, with the frozen weight.
+        adapter: PEFT's name of the active adapter.
+        plain: Whether it computes ``W + s · B A`` and no more; otherwise DoRA or a trained bias.
+        quantised: Whether the base weight is stored in 4 or 8 bits.
+    """
+
+    parent: nn.Module
+    name: str
+    module: Any
+    base: Any
+    adapter: str
+    plain: bool = True
+    quantised: bool = False
+
+
+Originals = list[tuple[Adapted, list[tuple[nn.Parameter, Tensor]]]]
+"""Layers that are merged, each with its base parameters and what they held before."""
+
+
+def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
+    """Return `model` with LoRA on it; the global random state is left as it was.
+
+    The update is scaled by ``alpha / rank``, with rsLoRA (arXiv 2312.03732) by ``alpha / √rank``. DoRA
+    (arXiv 2402.09353) also trains the length of every output's weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def adapted_layers(model: Any) -> list[Adapted]:
+    """Return the LoRA layers of a PEFT model; none for a plain one.
+
+    Raises:
+        ValueError: A layer has a variant that no single weight can hold, its base weight belongs to another
+            layer as well (tied embeddings), so that merging would change both, or the adapter replaces modules.
+    """
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    adapter = str(model.active_adapter)
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"expected an adapter of LoRA layers alone, got one that replaces {path}; merge that first"
+            )
+        if not isinstance(module, LoraLayer):
+            continue
+        variant = module.lora_variant.get(adapter)
+        kind = "LoRA" if variant is None else type(variant).__name__.removesuffix("Variant")
+        if not (kind == "LoRA" or kind.startswith("Dora")) or not hasattr(module, "get_delta_weight"):
+            raise ValueError(f"expected LoRA, rsLoRA or DoRA at {path}, got {kind}, which cannot be merged; use one")
+        base = module.get_base_layer()
+        if len(shared := owners.get(id(base.weight), [])) > 1:
+            raise ValueError(f"expected a weight of its own at {path}, got one that is tied: {shared}; drop the target")
+        parent, _, name = path.rpartition(".")
+        layers.append(
+            Adapted(
+                parent=model.get_submodule(parent),
+                name=name,
+                module=module,
+                base=base,
+                adapter=adapter,
+                plain=variant is None and not module.lora_bias.get(adapter),
+                quantised=not base.weight.is_floating_point(),
+            )
+        )
+    return layers
+
+
+@contextmanager
+def merge(layers: Sequence[Adapted]) -> Iterator[Originals]:
+    """Swap every layer for its base layer with the update in the weight; put both back afterwards.
+
+    The original weight tensors are set aside, not subtracted from, so they return bit for bit. A layer
+    whose base weight is quantised stays as it is: adding to it would round the update away.
+
+    Yields:
+        What was set aside, for `bypass`.
+    """
+    kept: Originals = []
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                if layer.quantised:
+                    continue
+                kept.append((layer, [(p, p.data) for p in layer.base.parameters(recurse=False)]))
+                if layer.plain:
+                    weight = layer.base.weight
+                    weight.data = weight.data + layer.module.get_delta_weight(layer.adapter).to(weight.dtype)
+                else:
+                    layer.module.merge(safe_merge=True, adapter_names=[layer.adapter])
+                    layer.module.merged_adapters.clear()
+                    layer.module._caches.clear()  # what PEFT would need to undo it by arithmetic
+                setattr(layer.parent, layer.name, layer.base)
+        yield kept
+    finally:
+        for layer, parameters in kept:
+            layer.module.merged_adapters.clear()
+            for parameter, data in parameters:
+                parameter.data = data
+            setattr(layer.parent, layer.name, layer.module)
+
+
+@contextmanager
+def bypass(layers: Sequence[Adapted], merged: Originals) -> Iterator[None]:
+    """Swap every layer for its base layer as it was before LoRA, whether or not it is merged; copies nothing."""
+    inside = [(parameter, parameter.data) for _, parameters in merged for parameter, _ in parameters]
+    present = [(layer, getattr(layer.parent, layer.name)) for layer in layers]
+    try:
+        for _, parameters in merged:
+            for parameter, data in parameters:
+                parameter.data = data
+        for layer in layers:
+            setattr(layer.parent, layer.name, layer.base)
+        yield
+    finally:
+        for parameter, data in inside:
+            parameter.data = data
+        for layer, module in present:
+            setattr(layer.parent, layer.name, module)
+
+
+@contextmanager
+def dropout(layers: Sequence[Adapted], active: bool) -> Iterator[None]:
+    """Switch LoRA's dropout on or off; off only for the duration, on until it is switched off.
+
+    Gradient checkpointing computes a layer again during the backward pass, and then needs the dropout as it was.
+    """
+    before = [layer.module.training for layer in layers]
+    _set_dropout(layers, [active] * len(layers))
+    try:
+        yield
+    finally:
+        if not active:
+            _set_dropout(layers, before)
+
+
+def _set_dropout(layers: Sequence[Adapted], modes: Sequence[bool]) -> None:
+    for layer, mode in zip(layers, modes, strict=True):
+        if layer.module.training != mode:
+            layer.module.training = mode  # of this module alone: DoRA looks here
+            layer.module.lora_dropout.train(mode)
+
+
+@contextmanager
+def fuse(layers: Sequence[Adapted]) -> Iterator[None]:
+    """Let plain linear layers compute base and update in one go, forward and backward.
+
+    DoRA, and layers with dropout, of another type, or quantised, keep PEFT's own computation. LoRA weights that are
+    wider than the base weight (float32 on bfloat16) are rounded to it for computing, as merging rounds them.
+    Entering again (to compute a layer once more in the backward pass) is harmless.
+    """
+    fused = []
+    try:
+        for layer in layers:
+            if "forward" not in vars(layer.module) and (forward := _fused_forward(layer)) is not None:
+                layer.module.forward = forward
+                fused.append(layer.module)
+        yield
+    finally:
+        for module in fused:
+            del module.forward
+
+
+def _fused_forward(layer: Adapted) -> Callable[[Tensor], Tensor] | None:
+    module, base, key = layer.module, layer.base, layer.adapter
+    if type(base) is not nn.Linear or not layer.plain or not isinstance(module.lora_dropout[key], nn.Identity):
+        return None
+    lower, upper, scale = module.lora_A[key], module.lora_B[key], module.scaling[key]
+    if layer.quantised or any(p.requires_grad for p in base.parameters(recurse=False)):
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        tensors = (base.weight, base.bias, lower.weight, upper.weight)  # as they are now: a shard may be gathered
+        out: Tensor = _LoraLinear.apply(x, *tensors, scale)  # type: ignore[no-untyped-call]
+        return out
+
+    return forward
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with W and bias frozen; no intermediate of y's size is made or kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.scale, ctx.shape, ctx.kinds = scale, x.shape, (down.dtype, up.dtype)
+        down, up = down.to(weight.dtype), up.to(weight.dtype)
+        low = rows @ down.T
+        ctx.save_for_backward(rows, weight, down, up, low)
+        out = nn.functional.linear(rows, weight, bias).addmm_(low, up.T, alpha=scale)
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, down, up, low = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_low = (grad @ up).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, down).view(ctx.shape)
+        grad_down, grad_up = grad_low.T @ rows, (grad.T @ low).mul_(ctx.scale)
+        return grad_x, None, None, grad_down.to(ctx.kinds[0]), grad_up.to(ctx.kinds[1]), None

@@ -1,0 +1,399 @@
+"""A causal language model with LoRA as a policy: its prompts and replies as tokens, and their log-probabilities.
+
+One conversation is one token sequence, scored in one forward pass. Replies come in as the token ids that
+were sampled; nothing here draws a token or takes an optimiser step. Files are the business of `models`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ppg_agents.config.settings import LoraSettings
+from ppg_agents.models import saving
+from ppg_agents.models.finding import TINY, base_of
+from ppg_agents.models.loading import Kernels, Quantisation, load_base
+from ppg_agents.policy.lora import Originals, adapted_layers, add_lora, bypass, dropout, fuse, merge
+from ppg_agents.policy.prompts import trainable_format
+
+DEFAULT_LORA = LoraSettings()
+
+__all__ = ["TINY", "LoraSettings", "Policy", "add_lora"]
+
+
+class Policy:
+    """A causal language model that speaks for a persona.
+
+    Attributes:
+        model: The transformers model, wrapped by PEFT when it has LoRA.
+        tokenizer: Its tokenizer.
+        name: What was loaded; saved as the adapter's base model.
+        format: The chat template around what is said (see `prompts`).
+        config: The language model's own configuration, as transformers has it.
+        device: Where the weights are.
+        end_of_turn_id: The token that closes a reply.
+        pad_id: The token that fills a batch.
+        context_length: Most tokens that a conversation may have.
+        version: Number of optimiser steps taken; whoever steps increments it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "",
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Wrap a model (with or without LoRA) and its tokenizer.
+
+        Args:
+            model: A transformers causal LM or a PEFT model around one.
+            tokenizer: A tokenizer with a chat template.
+            name: Name or path of the base model.
+            template_options: Extra variables for the chat template.
+
+        Raises:
+            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), the
+                model's head is more than a linear layer with known scalings, or the LoRA variant cannot be
+                merged.
+        """
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.version = 0
+        self.format = trainable_format(tokenizer, template_options)
+        self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.format.end_of_turn))
+        if self._encode(f"{self.format.end_of_turn}\n")[:1] != [self.end_of_turn_id]:
+            raise ValueError(f"expected a tokenizer that reads {self.format.end_of_turn!r} as one token, got several")
+        self.pad_id = int(self.end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self._lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.config = self._lm.config.get_text_config()
+        self.context_length = int(getattr(self.config, "max_position_embeddings", None) or 2**31 - 1)
+        self.device = next(model.parameters()).device
+        self._lora = adapted_layers(model)
+        self._merged: Originals | None = None
+        self._checkpointed: list[nn.Module] = []
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path = TINY,
+        *,
+        lora: LoraSettings | None = DEFAULT_LORA,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        quantisation: Quantisation = "none",
+        chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        kernels: Kernels = "none",
+    ) -> Policy:
+        """Load a model folder or hub name, and put LoRA on it. Code that comes with a model is never run.
+
+        Args:
+            name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save`
+                wrote, whose base model is then loaded first.
+            lora: LoRA to create, or None to train all weights; a folder that holds an adapter keeps its own.
+            device: Default: CUDA when there, else CPU.
+            dtype: Default: bfloat16 on CUDA, else float32. LoRA weights are float32 either way.
+            seed: Seed of LoRA's random half.
+            quantisation: ``"4bit"`` keeps the base weights in 4 bits (bitsandbytes, CUDA); with LoRA only.
+            chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+            template_options: Extra variables for the template; ``{"enable_thinking": True}`` lets a model
+                that can reason do so.
+            kernels: ``"liger"`` computes norms and MLPs with liger-kernel (CUDA).
+
+        Raises:
+            FileNotFoundError: Neither a model folder nor a model of the hub.
+            ConnectionError: The hub cannot be reached, and the model is not in the local cache.
+            ModuleNotFoundError: An option needs a package that is not installed.
+            ValueError: See `Policy`; or an option that cannot be had here.
+        """
+        name, adapter = base_of(name_or_path)
+        if quantisation != "none" and lora is None and adapter is None:
+            raise ValueError(f"quantisation {quantisation!r}: expected LoRA, got training of all weights; give a rank")
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, tokenizer = load_base(
+            name,
+            device=where,
+            dtype=dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32),
+            quantisation=quantisation,
+            adapter=adapter,
+            chat_template=chat_template,
+            kernels=kernels,
+        )
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        elif lora is not None:
+            model = add_lora(model, lora, seed)
+        return cls(model, tokenizer, name=name, template_options=template_options)
+
+    def first_prompt(self, instruction: str, message: str) -> list[int]:
+        """Return the tokens from the start of the conversation to the first reply.
+
+        Args:
+            instruction: The role-play instruction.
+            message: The partner's opening line; may be empty.
+        """
+        return self._encode(self.format.first(instruction, message))
+
+    def next_prompt(self, message: str) -> list[int]:
+        """Return the tokens between a reply's end-of-turn token and the next reply."""
+        return self._encode(self.format.end_of_turn + self.format.next(message))[1:]
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Return the tokens of a logged reply, end-of-turn included; never for a reply that was sampled.
+
+        Where the template starts every reply by an empty reasoning block, so does this one.
+        """
+        return [*self._encode(self.format.lead + self.format.plain(text)), self.end_of_turn_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a reply, without control tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def spoken(self, token_ids: Sequence[int]) -> str:
+        """Return what the partner and the judge hear of a reply: its text without control tokens and reasoning.
+
+        A reply that is cut while it reasons says nothing: ``""``.
+        """
+        if self.format.reasoning is None:
+            return self.decode(token_ids)
+        text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        heard = self.format.heard(str(text))
+        return self.decode(token_ids) if heard == text else self.format.control_free(heard)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable weights."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def transformer(self, **inputs: Any) -> Tensor:
+        """Run the model without its head; return hidden states [B, L, hidden].
+
+        LoRA's dropout and gradient checkpointing are active only while gradients are recorded.
+        """
+        learning = torch.is_grad_enabled()
+        with dropout(self._lora, learning), _training(self._checkpointed if learning else []):
+            return cast(Tensor, self._lm.base_model(**inputs).last_hidden_state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return next-token logits [..., vocab] of hidden states [..., hidden], in float32 or wider."""
+        logits: Tensor = self._lm.get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if scale := getattr(self.config, "logit_scale", None):
+            logits = logits * scale
+        if scale := getattr(self.config, "logits_scaling", None):
+            logits = logits / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def log_probs(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Return ``log p(ids[:, i] | ids[:, :i])`` at the selected positions, 0 elsewhere.
+
+        The head runs on selected positions only and in chunks that are recomputed in the backward pass, so
+        that logits [B, L, vocab] are never held. Differentiable in `parameters`.
+
+        Args:
+            ids: Token ids [B, L], padded on the right.
+            attention: Bool [B, L], True on real tokens.
+            token_mask: Bool [B, L], the positions to score; default every real token. Position 0 has no
+                past and is never scored.
+            temperature: Logits are divided by it.
+            chunk: Positions per chunk; default as many as keep a chunk's logits at 32 MiB (CPU) or
+                512 MiB (CUDA).
+
+        Returns:
+            Float32 (float64 for a float64 model) [B, L].
+
+        Raises:
+            ValueError: Shapes differ, or a row is padded on the left.
+        """
+        ids, token_mask = self._select(ids, attention, attention if token_mask is None else token_mask)
+        if not bool(token_mask.any()):
+            return torch.zeros(ids.shape, device=self.device)
+        hidden = self._states(ids, token_mask)
+        targets = ids[token_mask]
+        size = chunk or max(1, (2**27 if self.device.type == "cuda" else 2**23) // self.config.vocab_size)
+        pieces = [
+            self._score(hidden[i : i + size], targets[i : i + size], temperature, len(targets) > size)
+            for i in range(0, len(targets), size)
+        ]
+        selected = torch.cat(pieces)
+        return selected.new_zeros(ids.shape).masked_scatter(token_mask, selected)
+
+    def states(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> Tensor:
+        """Return the last hidden states that the selected tokens are predicted from: what a value head reads.
+
+        Args:
+            ids: Token ids [B, L], padded on the right.
+            attention: Bool [B, L], True on real tokens.
+            token_mask: Bool [B, L], N tokens; the state of each is that of the token before it.
+
+        Returns:
+            [N, hidden], row by row, in the model's own precision.
+
+        Raises:
+            ValueError: Shapes differ, or a row is padded on the left.
+        """
+        return self._states(*self._select(ids, attention, token_mask))
+
+    def _select(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ids and the mask of tokens to score on the policy's device; a row's first token has no past."""
+        if ids.ndim != 2 or attention.shape != ids.shape or token_mask.shape != ids.shape:
+            shapes = (tuple(ids.shape), tuple(attention.shape), tuple(token_mask.shape))
+            raise ValueError(f"expected ids, attention and token_mask of one shape [B, L], got {shapes}")
+        ids, attention, token_mask = (x.to(self.device) for x in (ids, attention.bool(), token_mask.bool()))
+        if bool((attention[:, 1:] & ~attention[:, :-1]).any()):
+            raise ValueError("expected rows padded on the right, got padding before a token; pad at the end")
+        token_mask = token_mask & attention
+        token_mask[:, 0] = False
+        return ids, token_mask
+
+    def _states(self, ids: Tensor, token_mask: Tensor) -> Tensor:
+        with fuse(self._lora):
+            return self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, recompute: bool) -> Tensor:
+        """Return log-probabilities [N] of `targets` [N] given `hidden` [N, hidden]."""
+
+        def score(h: Tensor) -> Tensor:
+            logits = self.logits(h)
+            logits = logits if temperature == 1.0 else logits / temperature
+            return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+        if not recompute or not torch.is_grad_enabled():
+            return score(hidden)
+        return cast(Tensor, checkpoint(score, hidden, use_reentrant=False, preserve_rng_state=False))
+
+    def reference_log_probs(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Return what `log_probs` gives without LoRA: those of the reference model of a KL term, without gradients.
+
+        The same weights are used, with the adapter off; there is no second copy of the model.
+
+        Raises:
+            ValueError: The policy trains all weights, so that nothing is left of the model it started from.
+        """
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
+        if trained or not self._lora:
+            raise ValueError(
+                f"expected a policy with LoRA, whose base model is the reference, got one that trains {trained[:1]} "
+                "and so on; use LoRA, or load the reference as a second policy"
+            )
+        with torch.no_grad(), bypass(self._lora, self._merged or []):
+            return self.log_probs(ids, attention, token_mask, temperature=temperature)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Fold LoRA into the base weights for the duration, for fast sampling.
+
+        The base weights return bit for bit (see `lora.merge`). Holds a second copy of the adapted weights
+        meanwhile. Entering twice is harmless. Quantised base weights are left alone, so that sampling computes
+        what learning computes: it then costs two small matrix products more per adapted layer and token.
+        """
+        if self._merged is not None or not self._lora:
+            yield
+            return
+        try:
+            with merge(self._lora) as self._merged:
+                yield
+        finally:
+            self._merged = None
+
+    def gradient_checkpointing(self, active: bool = True) -> None:
+        """Keep only each block's input while gradients are recorded, and compute the block again for them.
+
+        Costs about a third more time per step; sampling and scoring without gradients stay as they are.
+
+        Raises:
+            ValueError: The architecture does not support it.
+        """
+        if not active:
+            self._lm.gradient_checkpointing_disable()
+            self._checkpointed = []
+            return
+        again = lambda: (nullcontext(), fuse(self._lora))  # noqa: E731 (what is computed again is fused again)
+        self._lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
+        self._lm.disable_input_require_grads()  # embeddings need no gradient unless they are trained
+        self._checkpointed = [m for m in self._lm.modules() if getattr(m, "gradient_checkpointing", False)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the PEFT adapter (or, without LoRA, the model) and the tokenizer, as safetensors and JSON."""
+        saving.save(self.model, self.tokenizer, self.name, Path(folder))
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Write the model with LoRA folded into its weights, and the tokenizer, as a plain Hugging Face folder.
+
+        Raises:
+            ValueError: The base weights are quantised.
+        """
+        if any(layer.quantised for layer in self._lora):
+            raise ValueError(
+                "expected base weights in 16 or 32 bits to merge into, got quantised ones; "
+                "save the adapter and load it without quantisation"
+            )
+        with self.merged():
+            self._lm.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+    def load_weights(self, folder: str | Path) -> None:
+        """Read back what `save` wrote, into the weights of this policy.
+
+        Raises:
+            FileNotFoundError: No weights in the folder.
+            ValueError: They belong to another architecture or another LoRA.
+        """
+        saving.read_into(self.model, Path(folder), self.device)
+
+    def _check_head(self) -> None:
+        """Raise unless `transformer` and `logits` together are the model."""
+        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
+        with torch.no_grad():
+            expected = self._lm(input_ids=ids, use_cache=False).logits.float()
+            got = self.logits(self.transformer(input_ids=ids, use_cache=False)).float()
+        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-2, atol=1e-2):
+            raise ValueError(
+                f"expected a causal LM whose logits are its head on the last hidden state, got "
+                f"{type(self._lm).__name__}, whose logits differ; choose another architecture"
+            )
+
+
+@contextmanager
+def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let these modules alone (not what is in them) believe that they are in training mode."""
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False

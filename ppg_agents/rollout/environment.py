@@ -1,0 +1,212 @@
+"""Make the environment of a run, through Gymnasium's API alone.
+
+Nothing here knows what the environment is about: PersonaChat-v0 gets the run's domain, personas, partner and
+judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+
+from ppg_agents.config.settings import PERSONA_CHAT, ConfigError, TrainConfig
+from ppg_agents.runs.run import RunError
+
+TRAIN, HELD_OUT = "train", "held-out"
+
+
+def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
+    """Return what ``gym.make`` gets besides the id.
+
+    Args:
+        config: The run's settings.
+        personas: ``train``, ``held-out`` or a path; held-out adds ``env.held_out_kwargs``.
+    """
+    env = config.env
+    given: dict[str, Any] = {}
+    if env.id.rpartition(":")[2] == PERSONA_CHAT.rpartition(":")[2]:
+        given = {
+            "domain": config.domain,
+            "personas": personas,
+            "partner": env.partner,
+            "partner_options": env.partner_options,
+            "judge": env.judge,
+            "judge_options": env.judge_options,
+            "on_judge_failure": env.on_judge_failure,
+            "max_failure_rate": env.max_failure_rate,
+        }
+        if env.max_turns is not None:
+            given["max_turns"] = env.max_turns
+    return given | env.kwargs | (env.held_out_kwargs if personas == HELD_OUT else {})
+
+
+class ConversationError(RunError):
+    """The environment can not go on: its judge fails too often, a server is gone, a budget is used up."""
+
+
+@contextmanager
+def _one_name() -> Iterator[None]:
+    """Give an environment's failures one name, whichever of its parts they come from."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConversationError(str(error)) from error
+
+
+class Conversations(gym.vector.VectorWrapper):
+    """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        super().__init__(env)
+        self.reset_info: dict[str, Any] = {}
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset, and remember the info unless only some conversations were reset.
+
+        Raises:
+            ConversationError: The environment raised a RuntimeError.
+        """
+        partial = "reset_mask" in (options or {})
+        with _one_name():
+            observations, info = self.env.reset(seed=seed, options=options)
+        self.reset_info = self.reset_info if partial else info
+        return observations, info
+
+    def step(self, actions: Any) -> Any:
+        """Step.
+
+        Raises:
+            ConversationError: The environment raised a RuntimeError.
+        """
+        with _one_name():
+            return self.env.step(actions)
+
+    def reachable(self) -> NDArray[np.float64]:
+        """Return the best mean reward per turn that each conversation can reach, NaN where unknown, [N]."""
+        values: NDArray[np.float64] = np.full(self.num_envs, np.nan)
+        if "reachable" in self.reset_info:
+            values[:] = self.reset_info["reachable"]
+        return values
+
+
+class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
+    """A single environment whose failures have one name, as `Conversations` gives it."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Reset; raises a ConversationError for a RuntimeError of the environment."""
+        with _one_name():
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        """Step; raises a ConversationError for a RuntimeError of the environment."""
+        with _one_name():
+            return self.env.step(action)
+
+
+def make_env(config: TrainConfig, personas: str) -> OneConversation:
+    """Return one conversation, to be stepped at its own pace.
+
+    Raises:
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+    """
+    name, given = _found(config, personas)
+    with _making(config):
+        env = gym.make(name, **{**given, "disable_env_checker": True})
+    _check_text(config, env.observation_space)
+    return OneConversation(env)
+
+
+def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
+    """Import the environment's module; return the registered name and the keyword arguments."""
+    module, _, name = config.env.id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        message = f"env.id: expected a registered environment, got {config.env.id!r}: {error}"
+        raise ConfigError(message) from error
+    return name, keyword_arguments(config, personas)
+
+
+@contextmanager
+def _making(config: TrainConfig) -> Iterator[None]:
+    """Name the setting that an environment could not be made by.
+
+    Raises:
+        ConfigError: In place of Gymnasium's error for an id, and of Python's for an argument.
+    """
+    try:
+        yield
+    except gym.error.Error as error:
+        todo = (
+            "" if ":" in config.env.id else f"; one of another package is named with its module: MODULE:{config.env.id}"
+        )
+        message = f"env.id: expected a registered environment, got {config.env.id!r}: {str(error).rstrip('.')}{todo}"
+        raise ConfigError(message) from error
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        named = ", ".join(config.env.kwargs) or "none"
+        raise ConfigError(f"env.kwargs: expected arguments of {config.env.id}, got {named}: {error}") from error
+
+
+def _check_text(config: TrainConfig, space: gym.Space[Any]) -> None:
+    """Raise a ConfigError unless an environment shows what a policy reads."""
+    shown = list(space.spaces) if isinstance(space, gym.spaces.Dict) else []
+    if not {"instruction", "message"} <= set(shown):
+        raise ConfigError(
+            f"env.id: expected an environment of conversations, whose observations are a dict with 'instruction' and "
+            f"'message', got {config.env.id!r} with {f'the keys {shown}' if shown else space}; put a wrapper around it"
+        )
+
+
+def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
+    """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
+
+    Raises:
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+    """
+    name, given = _found(config, personas)
+    with _making(config):
+        if gym.spec(name).vector_entry_point is not None:
+            envs = gym.make_vec(name, num_envs=num_envs, **given)
+        else:  # an unjudged reward is NaN, which Gymnasium's checker takes for a mistake
+            vector = {"autoreset_mode": AutoresetMode.DISABLED}
+            given["disable_env_checker"] = True
+            envs = gym.make_vec(name, num_envs, "sync", vector, **given)
+    _check_text(config, envs.single_observation_space)
+    return Conversations(envs)
+
+
+def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | None:
+    """Return how many turns a conversation is planned to have, None where the environment does not say.
+
+    Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
+    """
+    limits = (
+        config.env.max_turns,
+        config.env.kwargs.get("max_turns"),
+        getattr(envs.unwrapped, "max_turns", None),
+        envs.spec.max_episode_steps if envs.spec else None,
+    )
+    return next((int(limit) for limit in limits if limit), None)
+
+
+def check_segments(config: TrainConfig, turns: int | None) -> None:
+    """Compare the segments with the conversation's real length, where that is known.
+
+    Raises:
+        ConfigError: They do not sum to it.
+    """
+    if config.segments is not None and turns is not None and sum(config.segments) != turns:
+        raise ConfigError(
+            f"segments: expected lengths that sum to the {turns} turns of a conversation, "
+            f"got {list(config.segments)} = {sum(config.segments)}; change --segments"
+        )

@@ -1,0 +1,198 @@
+"""The picture of a run. Draws from plain numbers; reads no model and opens no window."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ppg_agents.runs.files import writing
+from ppg_agents.runs.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart by everybody
+BEFORE, AFTER, LINE, LIMIT = "#E69F00", "#0072B2", "#0072B2", "#009E73"
+
+
+def curve(run: Run) -> Path:
+    """Draw ``curve.png`` of a run from its metrics and evaluations; return the file."""
+    figure, offline = _figure(), bool(run.config.offline.files)
+    what = "offline" if offline else run.config.domain
+    figure.suptitle(f"{what}, policy class: {run.config.label}, seed {run.config.seed}", fontweight="bold")
+    draw_results(figure, run.metrics(), run.evaluations(), offline=offline)
+    path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
+    with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
+        figure.savefig(temporary, dpi=150, format="png")
+        os.replace(temporary, path)  # whole or not at all
+    return path
+
+
+def draw_results(
+    figure: Figure, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any], *, offline: bool
+) -> None:
+    """Draw the learning curve, and the held-out results beside it."""
+    from matplotlib.ticker import MaxNLocator
+
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    if offline:
+        draw_likelihood(left, metrics, evaluations)
+        draw_likelihood_per_file(right, evaluations)
+    else:
+        draw_consistency(left, metrics, evaluations)
+        draw_turns(right, evaluations)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="x" if ax is right and offline else "y", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+
+
+def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
+    """Draw consistency against iterations, the held-out results, and the reachable value."""
+    steps, values = _series(metrics, "consistency")
+    if len(steps):
+        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
+        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
+    last = max((int(m["iteration"]) for m in metrics), default=0)
+    for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
+        if when in evaluations and evaluations[when]["persona_consistency"] is not None:
+            point = evaluations[when]
+            ax.errorbar(
+                [at],
+                [point["persona_consistency"]],
+                yerr=_errors([point["persona_consistency"]], [point["ci95"]]).tolist(),
+                fmt="o" if when == "before" else "D",
+                color=color,
+                markeredgecolor="white",
+                markersize=8,
+                capsize=4,
+                zorder=5,
+                label=f"held out, {when}: {point['persona_consistency']:.2f}",
+            )
+    reachable = next((e["reachable"] for e in evaluations.values() if e.get("reachable") is not None), None)
+    if reachable is not None:
+        ax.axhline(reachable, color=LIMIT, linestyle="--", linewidth=1.5, label=f"reachable: {reachable:.2f}")
+    ax.set(xlabel="iteration", ylabel="persona consistency (judge's mean score)", ylim=(0, 1.02))
+    ax.set_xlim(-0.03 * max(last, 1), 1.03 * max(last, 1))
+    ax.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
+    ax.set_title("Consistency", fontsize=11)
+
+
+def draw_turns(ax: Axes, evaluations: Mapping[str, Any]) -> None:
+    """Draw the reward of each turn on held-out personas, before and after."""
+    shown = [when for when in ("before", "after") if when in evaluations]
+    n = max((len(evaluations[when]["per_turn"]) for when in shown), default=1)
+    lines = n > 12
+    for k, when in enumerate(shown):
+        result = evaluations[when]
+        turns = np.arange(1, len(result["per_turn"]) + 1)
+        means = np.array([np.nan if v is None else v for v in result["per_turn"]], dtype=float)
+        color = BEFORE if when == "before" else AFTER
+        errors = _errors(means.tolist(), result["per_turn_ci95"])
+        if lines:
+            ax.plot(turns, means, color=color, linewidth=2, label=when)
+            ax.fill_between(turns, means - errors[0], means + errors[1], color=color, alpha=0.2, linewidth=0)
+        else:
+            width = 0.8 / len(shown)
+            ax.bar(
+                turns + (k - (len(shown) - 1) / 2) * width,
+                means,
+                width * 0.92,
+                yerr=errors.tolist(),  # matplotlib takes a row of one for a number
+                color=color,
+                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
+                label=when,
+            )
+    if not lines:
+        ax.set_xticks(range(1, n + 1))
+    ax.set(xlabel="turn", ylabel="mean reward (95% CI over personas)", ylim=(0, 1.18))
+    ax.set_yticks(np.arange(0, 1.01, 0.2))
+    if shown:
+        ax.legend(loc="upper center", ncols=2, frameon=False, fontsize=9)
+    ax.set_title("Per turn, held-out personas", fontsize=11)
+
+
+def draw_likelihood(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
+    """Draw the reward-weighted log-likelihood of every step, and of the held-out part before and after."""
+    steps, values = _series(metrics, "weighted_token_log_prob")
+    if len(steps):
+        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
+        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
+    last = max((int(m["iteration"]) for m in metrics), default=0)
+    for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
+        if when in evaluations and evaluations[when]["weighted_token_log_prob"] is not None:
+            value = evaluations[when]["weighted_token_log_prob"]
+            ax.plot(
+                [at],
+                [value],
+                linestyle="",
+                marker="o" if when == "before" else "D",
+                markersize=8,
+                markeredgecolor="white",
+                color=color,
+                zorder=5,
+                label=f"held out, {when}: {value:.2f}",
+            )
+    ax.set(xlabel="step", ylabel="reward-weighted mean log-prob per token")
+    ax.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
+    ax.set_title("Logged dialogues", fontsize=11)
+
+
+def draw_likelihood_per_file(ax: Axes, evaluations: Mapping[str, Any]) -> None:
+    """Draw the held-out likelihood of every file, before and after."""
+    shown = [when for when in ("before", "after") if when in evaluations]
+    names = list(evaluations[shown[0]]["per_file"]) if shown else []
+    for k, when in enumerate(shown):
+        width = 0.8 / len(shown)
+        values = [evaluations[when]["per_file"][name]["weighted_token_log_prob"] for name in names]
+        heights = np.array([np.nan if value is None else value for value in values], dtype=float)
+        place = np.arange(len(names)) + (k - (len(shown) - 1) / 2) * width
+        ax.barh(place, heights, width * 0.92, color=BEFORE if when == "before" else AFTER, label=when)
+    ax.set_yticks(range(len(names)), [textwrap.fill(Path(name).stem, 20) for name in names], fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel="reward-weighted mean log-prob per token")
+    if shown:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=9)
+    ax.set_title("Held-out personas, per file", fontsize=11)
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the centred mean over about a tenth of the series, narrower at its ends, [len(values)]."""
+    half = max(len(values) // 20, 1)
+    return np.array([_nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _figure() -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    points = [(m["iteration"], m[key]) for m in metrics if m.get(key) is not None]
+    table = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _errors(means: Sequence[float], intervals: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    """Return distances below and above the mean, [2, n]; 0 where there is no interval."""
+    pairs = [
+        (0.0, 0.0) if low is None or high is None else (max(mean - low, 0.0), max(high - mean, 0.0))
+        for mean, (low, high) in zip(means, intervals, strict=True)
+    ]
+    return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+
+
+def _nanmean(values: NDArray[np.float64]) -> float:
+    return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else float("nan")

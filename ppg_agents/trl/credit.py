@@ -1,0 +1,131 @@
+"""Credit by turn in TRL: a GRPOTrainer with a policy class of the partial policy gradient.
+
+    chat = PersonaChat(domain="therapy", on_judge_failure="nan")
+    trainer = PartialCreditTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=GRPOConfig(max_completion_length=64, num_generations=8, ...),
+        train_dataset=chat.dataset(512),
+        rollout_func=chat.rollout,
+        reward_funcs=chat.reward,
+        policy_class="k-step",
+        lookahead=3,
+    )
+
+GRPOTrainer has one advantage per completion, but its loss takes one per token as well, "to support subclasses": that is
+all this one changes. Sampling, losses, clipping, KL term and logging are TRL's. With the conversations b of one group,
+
+    credit[b, t] = Σ_{ℓ ∈ R_t} γ^(ℓ−t) · r[b, ℓ]                                                    [P], γ [D]
+    A[b, t] = (credit[b, t] − mean over the group of credit[·, t]) / (σ_t + 1e-4)                   [D]
+
+[P] is arXiv 2603.06138, [D] this project's definition: TRL's own rule, for every turn by itself. σ_t is the deviation
+of credit[·, t] in the group (``scale_rewards="group"``) or in the batch (``"batch"``); with ``"none"`` nothing is
+divided. So conversations of one turn are trained by GRPO to the last bit, and with full planning so are those that earn
+nothing before their last turn. A conversation is part of its group's mean: where G of them play a turn, A is (G−1)/G
+times the credit less the mean of the others. With ``scale_rewards="none"`` and ``loss_type="dr_grpo"`` the gradient
+is that of the partial policy gradient with the baseline ``leave-one-out``, times (G−1)/G and over
+``max_completion_length``.
+
+A turn without a verdict has no credit: it is left out of the group's mean, of σ_t and of other turns' credit, and its
+tokens have the advantage 0 (they count where a loss is divided by a number of tokens). What `PersonaChat.reward`
+returns, the mean or the sum of a conversation, is logged and not learned from.
+
+It reads what the rollout function returns as ``env_mask`` and ``turn_rewards``, and nothing else of `PersonaChat`: any
+rollout function that returns both will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl import GRPOTrainer
+from trl.trainer.utils import nanstd
+
+from ppg_agents.credit import credit, policy_class
+from ppg_agents.losses import broadcast_credit
+
+
+class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types are not read
+    """TRL's GRPOTrainer, in which every turn of a conversation has an advantage of its own.
+
+    Args:
+        policy_class: ``full``, ``greedy``, ``k-step`` or ``segment``, see `ppg_agents.credit`.
+        lookahead: K of ``k-step``.
+        segments: Lengths of ``segment``.
+        discount: γ, per turn.
+        *args: Of GRPOTrainer, as are all other names.
+
+    Raises:
+        ValueError: An option that is not what it should be, or one of TRL's that does not go with credit by turn.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        policy_class: str = "full",
+        lookahead: int | None = None,
+        segments: Sequence[int] | None = None,
+        discount: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        if not hasattr(GRPOTrainer, "_generate_and_score_completions"):  # else credit would be TRL's, without a word
+            raise ValueError("expected TRL 1.16, or one that makes advantages in the same place; change its version")
+        self._class = (policy_class, lookahead, segments)
+        self._discount = discount
+        self._credit(np.zeros((1, 1)))  # a wrong option is an error now, not at the first step
+        super().__init__(*args, **kwargs)
+        if len(self.reward_funcs) != 1 or self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"expected one reward function and sum_then_normalize, got {self.reward_func_names} and "
+                f"{self.multi_objective_aggregation}: credit is made of turn_rewards alone; put the others into those"
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if "turn_rewards" not in inputs[0]:
+            raise ValueError("expected a rollout_func that returns turn_rewards, got none; see ppg_agents.trl.rollouts")
+        mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
+        before = torch.nn.functional.pad(mask, (1, -1))
+        turn = (mask & ~before).cumsum(1) - 1  # a reply is a run of sampled tokens
+        own = [row["turn_rewards"] for row in inputs]
+        for rewards, replies in zip(own, (turn[:, -1] + 1).tolist(), strict=True):
+            if replies not in (len(rewards), 0):  # 0: mask_truncated_completions
+                raise ValueError(f"expected turn_rewards for {replies} replies, as in env_mask, got {len(rewards)}")
+        every = gather_object(own)  # of all processes: they may share a group
+        advantages = self._advantages(every).to(mask.device)
+        start = self.accelerator.process_index * len(own)
+        here = advantages[start : start + len(own)].nan_to_num(0.0)
+        output["advantages"] = broadcast_credit(here, mask, turn)
+        logged = self._logs["advantages"]  # TRL's, of the newest conversations; now their mean over turns
+        kept = list(logged)[: -len(every)]
+        logged.clear()
+        logged.extend(kept + advantages.nanmean(1).nan_to_num(0.0).tolist())
+        return output
+
+    def _advantages(self, turn_rewards: list[list[float | None]]) -> Tensor:
+        """Return A [B, n] of the conversations of whole groups; NaN where a turn was not played or not judged."""
+        n = max(len(rewards) for rewards in turn_rewards)
+        table = np.full((len(turn_rewards), n), np.nan)
+        for row, rewards in zip(table, turn_rewards, strict=True):
+            row[: len(rewards)] = [np.nan if reward is None else reward for reward in rewards]
+        value = torch.from_numpy(np.where(np.isfinite(table), self._credit(table), np.nan)).float()
+        value = value * self.reward_weights[0].item()
+        members = self.num_generations if self.model.training else self.num_generations_eval
+        group = value.unflatten(0, (-1, members))
+        centred: Tensor = group - group.nanmean(1, keepdim=True)
+        if self.scale_rewards != "none":
+            deviation = nanstd(value, dim=0) if self.scale_rewards == "batch" else nanstd(group, dim=1, keepdim=True)
+            centred = centred / (deviation + 1e-4)
+        return centred.flatten(0, 1)
+
+    def _credit(self, rewards: Any) -> Any:
+        """Return the credit [B, n] of rewards [B, n], which are NaN where there is none."""
+        name, lookahead, segments = self._class
+        n = rewards.shape[1] if segments is None else max(rewards.shape[1], sum(segments))
+        padded = np.pad(rewards, ((0, 0), (0, n - rewards.shape[1])), constant_values=np.nan)
+        made = credit(padded, policy_class(name, n, lookahead, segments), np.isfinite(padded), self._discount)
+        return made[:, : rewards.shape[1]]

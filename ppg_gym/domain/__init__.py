@@ -1,0 +1,1 @@
+"""A domain: its data, what its words mean, and its exact twin."""

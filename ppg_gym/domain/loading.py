@@ -1,0 +1,300 @@
+"""A domain: its personas' facts, its rule table and its lines, read from data.
+
+The embedded domains are the folders under ``envs/``; anybody's own is a TOML file, given by its path. One rule table
+drives the scripted partner, the facts judge and the exact twin. This module knows what a domain is and where it is
+found; :mod:`ppg_gym.domain.files` reads and checks the files. Nothing here talks, judges or draws.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import os
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from ppg_gym.conversation import Persona
+from ppg_gym.domain import files as domain_files
+
+_EMBEDDED = importlib.resources.files("ppg_gym.domains")
+DOMAINS = tuple(sorted(entry.name for entry in _EMBEDDED.iterdir() if (entry / "domain.toml").is_file()))
+"""Names of the embedded domains: the folders that hold a ``domain.toml``."""
+SPLITS = ("train", "held-out")
+TRICKS = (
+    "silence",
+    "gibberish",
+    "meta",
+    "slip",
+    "copying",
+    "repeating",
+    "listing",
+    "evasion",
+    "question_back",
+    "vague",
+    "off_topic",
+)
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Reply kinds x states: what a reply scores and where the partner goes next.
+
+    Attributes:
+        states: The first is where a conversation begins.
+        kinds: Every kind that a reply can be read as.
+        score: (state, kind) -> reward in [0, 1].
+        next: (state, kind) -> state.
+    """
+
+    states: tuple[str, ...]
+    kinds: tuple[str, ...]
+    score: Mapping[tuple[str, str], float]
+    next: Mapping[tuple[str, str], str]
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], where: str) -> RuleTable:
+        """Read ``[tricks]`` (scores that hold in every state) and ``[states.NAME]`` from a domain file.
+
+        A state's entry ``kind = [score, next]`` overrides the trick's score; a trick without an entry
+        leads to the state's ``otherwise`` (default: no move).
+
+        Raises:
+            ValueError: A score outside [0, 1], an unknown next state, or a kind that a state lacks.
+        """
+        tricks: dict[str, float] = data["tricks"]
+        states: dict[str, dict[str, Any]] = data["states"]
+        missing = set(TRICKS) - set(tricks)
+        if missing:
+            raise ValueError(f"{where}: expected a score for every trick, missing {sorted(missing)}")
+        own = {kind for state in states.values() for kind in state if kind != "otherwise"}
+        kinds = tuple(sorted(own - set(tricks))) + tuple(tricks)
+        score: dict[tuple[str, str], float] = {}
+        follow: dict[tuple[str, str], str] = {}
+        for name, entries in states.items():
+            stay = entries.get("otherwise", name)
+            for kind in kinds:
+                if kind not in entries and kind not in tricks:
+                    raise ValueError(f"{where}: state {name!r} has no entry for kind {kind!r}")
+                entry = entries.get(kind, [tricks.get(kind), stay])
+                scored = isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in (int, float)
+                if not scored or not 0.0 <= entry[0] <= 1.0 or entry[1] not in states:
+                    form = f"[score in [0, 1], one of {sorted(states)}]"
+                    raise ValueError(f"{where}: states.{name}.{kind}: expected {form}, got {entry}")
+                score[name, kind], follow[name, kind] = float(entry[0]), entry[1]
+        return cls(tuple(states), kinds, score, follow)
+
+
+@dataclass(frozen=True)
+class ReadRule:
+    """A reply that shows all of ``needs`` and none of ``without`` is of this kind."""
+
+    kind: str
+    needs: frozenset[str]
+    without: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Everything that is known of one domain.
+
+    Attributes:
+        name: Of the embedded domain's folder, or of one's own file.
+        source: What `load` takes in any process: the name, or the absolute path of one's own.
+        file: What holds it, for messages.
+        turns: Default length of a conversation, in turns of the policy.
+        scenario: One sentence for people and for a model that plays the partner.
+        instruction: Template of the role-play instruction.
+        table: The rule table.
+        mix: Reply kinds of the untrained embedded model: kind -> weight.
+        tilt: state -> kind -> factor on that weight; see :meth:`mix_in`.
+        rules: How a reply is read, first match wins.
+        slots: slot -> value -> phrases by which the value is recognised.
+        cues: slot -> phrases by which a partner's question is recognised.
+        asked_only: Slots whose values claim something only when they were asked for.
+        markers: marker -> phrases.
+        statements: slot -> sentence of the instruction.
+        lines: The partner's lines.
+        replies: kind -> templates (or slot -> templates): ways in which a reply of that kind is said.
+        why: kind -> what the facts judge says of a reply of that kind; ``{slot}`` and ``{fact}`` are filled in.
+        partner: The other speaker, when a language model plays it; see `ppg_gym.partners.scenes`. None if unsaid.
+        persona_seed: Of the domain's own personas.
+        options: Everything else in ``domain.toml``'s ``[options]``.
+    """
+
+    name: str
+    source: str
+    file: str
+    turns: int
+    scenario: str
+    instruction: str
+    table: RuleTable
+    mix: Mapping[str, float]
+    tilt: Mapping[str, Mapping[str, float]]
+    rules: tuple[ReadRule, ...]
+    slots: Mapping[str, Mapping[str, tuple[str, ...]]]
+    cues: Mapping[str, tuple[str, ...]]
+    asked_only: frozenset[str]
+    markers: Mapping[str, tuple[str, ...]]
+    statements: Mapping[str, str]
+    lines: Mapping[str, Any]
+    replies: Mapping[str, Any]
+    why: Mapping[str, str]
+    partner: Any
+    persona_seed: int
+    options: Mapping[str, Any]
+
+    def mix_in(self, state: str) -> dict[str, float]:
+        """Return the untrained embedded model's mixture of reply kinds in a state; it sums to 1."""
+        tilt = self.tilt.get(state, {})
+        weights = {kind: weight * tilt.get(kind, 1.0) for kind, weight in self.mix.items()}
+        total = sum(weights.values())
+        return {kind: weight / total for kind, weight in weights.items()}
+
+    def words(self) -> Iterator[str]:
+        """Yield every text of the domain's data: together they are its vocabulary."""
+        yield self.instruction
+        yield from _texts(self.slots)
+        yield from _texts(self.cues)
+        yield from _texts(self.markers)
+        yield from _texts(self.statements)
+        yield from _texts(self.lines)
+        yield from _texts({kind: said for kind, said in self.replies.items() if kind != "gibberish"})
+
+    def instruct(self, name: str, facts: Mapping[str, str]) -> str:
+        """Return the role-play instruction for a persona with these facts."""
+        said = " ".join(text.format(**facts) for text in self.statements.values())
+        return self.instruction.format(name=name, facts=said)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key).replace("_", " ")
+            yield from _texts(item)
+    else:
+        for item in value:
+            yield from _texts(item)
+
+
+def folder(name: str) -> Traversable:
+    """Return the data folder of an embedded domain.
+
+    Raises:
+        ValueError: There is no such domain; the nearest name is offered.
+    """
+    if name not in DOMAINS:
+        near = get_close_matches(str(name), DOMAINS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        if isinstance(name, str) and Path(name).is_dir():
+            hint = f"; for the folder write {f'./{name}'!r}"
+        own = "or the path of your own (FILE.toml)"
+        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, {own}, got {name!r}{hint}")
+    return _EMBEDDED / name
+
+
+def is_path(name: object) -> bool:
+    """Return whether a domain's name is the path of one's own: it ends in ``.toml``, or holds a slash."""
+    return isinstance(name, str) and (name.endswith(".toml") or "/" in name or os.sep in name)
+
+
+def load(name: str) -> Domain:
+    """Return a domain; read once per process.
+
+    Args:
+        name: Of an embedded domain; or the path of one's own, a TOML file or a folder with ``domain.toml`` in it. A
+            path is anything that ends in ``.toml`` or holds a slash, and relative to the working directory.
+
+    Raises:
+        ValueError: There is no such domain, or its files are not what they should be: every fault is a line with file
+            and key.
+    """
+    return _load(str(Path(name).resolve()) if is_path(name) else name)
+
+
+@functools.cache
+def _load(source: str) -> Domain:
+    own = is_path(source)
+    name = Path(source).name.removesuffix(".toml") if own else source
+    data, where = domain_files.read(Path(source) if own else folder(source), "" if own else name)
+    common = domain_files.toml(_EMBEDDED / "common.toml", "common.toml")
+    domain_files.check_shape(data, where)
+    data["tricks"] = common["tricks"] | data.get("tricks", {})
+    data["replies"] |= {kind: said for kind, said in common["replies"].items() if kind not in data["replies"]}
+    table = RuleTable.parse(data, where["domain"])
+    data.setdefault("mix", _even_mix(table.kinds, data["tricks"]))
+    markers = common["markers"] | data.get("markers", {})
+    domain_files.check(data, where, table.kinds, markers)
+    slots = data["slots"]
+    return Domain(
+        name=name,
+        source=source,
+        file=where["domain"],
+        turns=data["turns"],
+        scenario=data["scenario"],
+        instruction=data["instruction"],
+        table=table,
+        mix=data["mix"],
+        tilt=data.get("tilt", {}),
+        rules=tuple(
+            ReadRule(rule["kind"], frozenset(rule["needs"]), frozenset(rule.get("without", ())))
+            for rule in data["read"]
+        ),
+        slots={s: {v: tuple(p) for v, p in entry["values"].items()} for s, entry in slots.items()},
+        cues={s: tuple(entry["cues"]) for s, entry in slots.items()},
+        asked_only=frozenset(s for s, entry in slots.items() if entry.get("asked_only", False)),
+        markers={k: tuple(v) for k, v in markers.items()},
+        statements={s: entry["statement"] for s, entry in slots.items()},
+        lines=data["lines"],
+        replies=data["replies"],
+        why=data.get("why", {}),
+        partner=data.get("partner"),
+        persona_seed=data.get("persona_seed", zlib.crc32(name.encode())),
+        options=data.get("options", {}) | {"common_words": tuple(common["words"].split())},
+    )
+
+
+def _even_mix(kinds: Sequence[str], tricks: Collection[str]) -> dict[str, float]:
+    """Return the mixture of a domain that states none: four fifths for its own kinds, evenly, the rest for tricks."""
+    own = [kind for kind in kinds if kind not in tricks]
+    shares = {kind: 0.8 / len(own) if kind in own else (0.2 if own else 1.0) / len(tricks) for kind in kinds}
+    return {kind: shares[kind] for kind in (*own, *tricks)}
+
+
+def personas(name: str, split: str) -> tuple[Persona, ...]:
+    """Return the personas that come with a domain, of the split ``train`` or ``held-out``.
+
+    They are read from ``personas-SPLIT.jsonl`` in its folder; where one's own domain has none, they are made from its
+    facts: 384 of them, two thirds for training, or as many as there are sets of facts.
+
+    Raises:
+        ValueError: No such domain, an embedded one without its files, or too few values for two splits.
+    """
+    return _personas(load(name).source, split)
+
+
+@functools.cache
+def _personas(source: str, split: str) -> tuple[Persona, ...]:
+    if not is_path(source):
+        try:
+            text = (folder(source) / f"personas-{split}.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            todo = "scripts/make_personas.py makes it"
+            raise ValueError(f"{error.filename}: expected a file of personas, got none; {todo}") from error
+        return tuple(Persona(**json.loads(line)) for line in text.splitlines())
+    own = load(source)
+    files = {name: Path(source) / f"personas-{name}.jsonl" for name in SPLITS}
+    if any(file.is_file() for file in files.values()):
+        from ppg_gym.domain.personas import read_personas
+
+        return tuple(read_personas(files[split], own.name))
+    from ppg_gym.data.persona_maker import own_personas
+
+    return tuple(own_personas(own)[split])

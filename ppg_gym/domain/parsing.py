@@ -1,0 +1,330 @@
+"""Parsing: from a text to what its words hold, whoever says them: values named, topics, markers.
+
+Knows words, not conversations: what a reply *is* depends on what was asked and said before, and
+:mod:`ppg_gym.domain.reading` decides that. Deterministic; nothing here may score, speak or draw.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ppg_gym.domain.loading import Domain
+
+REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
+MOST_LIKE = 4  # words from which on half of them have to differ
+FEW_COMMAS = 4  # below it, nothing is enumerated
+SHORT_PIECE = 3  # words that an item of an enumeration has at most
+
+_TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
+_STOPS = frozenset(".!?;\n")
+_PAUSES = frozenset(",:()\u2013\u2014")
+_CONTROL = re.compile(
+    r"[<{\[][|/\\a-zA-Z\"'_ :]|\|>|\]\]|\"\s*:|###|```|^\s*(?:system|assistant|user)\s*:", re.M | re.I
+)
+
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SELF = _set("i my me we")  # the speaker is the subject again
+_ASKING = _set(
+    "do does did is are was were have has can could would will should may what which who whom where when why how"
+)
+_LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
+_HAVING = _set("have own do play keep got any a an one real")
+_TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
+_SCOPES = _set("negation contrast other_person unreal past")
+_ENDINGS = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
+_IS = _set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
+_SHORT = {
+    "can't": "can not", "cannot": "can not", "won't": "will not", "ain't": "is not", "let's": "let us", "im": "i am",
+    "ive": "i have", "dont": "do not", "doesnt": "does not", "didnt": "did not", "isnt": "is not", "cant": "can not",
+}  # fmt: skip
+_QUOTES = str.maketrans("\u2018\u2019\u02bc\u0060\u00b4", "'''''")
+
+
+class Claim(NamedTuple):
+    """A fact value named in a text.
+
+    Attributes:
+        slot: What it is a value of.
+        value: The value; "" (negated) denies that there is any: "I do not have a pet".
+        negated: It is denied.
+        asked: It stands inside a question.
+        passing: An everyday word that claims something only when the slot was asked for.
+    """
+
+    slot: str
+    value: str
+    negated: bool
+    asked: bool
+    passing: bool = False
+
+
+class Parsed(NamedTuple):
+    """What the words of a text hold, whoever says them.
+
+    Attributes:
+        text: Normalised words, joined by single spaces, punctuation dropped.
+        length: Number of words.
+        claims: Fact values named, in order.
+        marks: Markers present.
+        cue: The slot that the text's last cue phrase asks about, or "".
+        points: Lesson keywords named, in order.
+        known: Share of words in the domain's vocabulary.
+        question: The text ends as a question.
+        listed: Items of the longest enumeration: short pieces in a row, of anything.
+    """
+
+    text: str
+    length: int
+    claims: tuple[Claim, ...]
+    marks: frozenset[str]
+    cue: str
+    points: tuple[str, ...]
+    known: float
+    question: bool
+    listed: int
+
+
+def _enumerated(tokens: list[str]) -> int:
+    """Return how many pieces of at most ``SHORT_PIECE`` words stand in a row, parted by commas; 0 below four commas."""
+    longest = run = piece = 0
+    if tokens.count(",") < FEW_COMMAS:
+        return 0
+    for token in [*tokens, "and"]:
+        if token not in _PAUSES and token not in _STOPS and token not in ("and", "or"):
+            piece += 1
+            continue
+        if piece:
+            run = run + 1 if piece <= SHORT_PIECE else 0
+        longest, piece = max(longest, run), 0
+    return longest
+
+
+def words(text: str) -> list[str]:
+    """Return lower-case words and punctuation; accents and invisible signs dropped, contractions opened."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text.translate(_QUOTES))
+        text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
+    found: list[str] = []
+    for word in _TOKEN.findall(text.lower()):
+        if word in _SHORT:
+            found += _SHORT[word].split(" ")
+        elif "'" in word:
+            found += _open(word)
+        else:
+            found.append(word)
+    return found
+
+
+def _open(word: str) -> list[str]:
+    """Return the words of a contraction: "i'm", "don't", "it's"; a possessive loses its s."""
+    base, _, end = word.partition("'")
+    if end == "t" and base.endswith("n"):
+        return [base[:-1], "not"] if base != "n" else ["not"]
+    if end == "s":
+        return [base, "is"] if base in _IS else [base]
+    return [base, _ENDINGS[end]] if end in _ENDINGS else [word]
+
+
+def spoken(text: str) -> list[str]:
+    """Return the words of a text without its punctuation."""
+    return [word for word in words(text) if word not in _STOPS and word not in _PAUSES]
+
+
+class _Phrase(NamedTuple):
+    """A phrase's words after its first, and what it stands for."""
+
+    rest: tuple[str, ...]
+    tag: str
+    name: str
+    value: str
+    passing: bool
+
+
+class _Scope:
+    """What holds at a word of a sentence: denied, asked, or said of somebody else, another time or a wish."""
+
+    def __init__(self, tokens: list[str], asked: bool) -> None:
+        self._tokens = tokens
+        self._question = asked
+        self._last = -1
+        if asked:
+            self._last = max((i for i, token in enumerate(tokens) if token in _PAUSES), default=-1)
+        self.asked = asked and (self._last < 0 or tokens[0] in _ASKING)
+        self._whole = self.asked
+        self._denied = -1  # where the last negation ends
+        self._used = False  # it has denied something
+        self._aside = -1  # the last word that is not about the speaker here and now
+        self._other = False  # ... because it is about somebody else
+        self._self = False  # the speaker is a subject of the sentence
+
+    def word(self, at: int) -> None:
+        """Move on to a word: pauses and a new subject end what was open."""
+        token, tokens = self._tokens[at], self._tokens
+        if token in _PAUSES:
+            if self._used:
+                self._denied = -1
+            if self._aside < len(tokens):
+                self._aside = -1
+            if self._question and not self._whole:
+                first = tokens[at + 1] if at + 1 < len(tokens) else ""
+                self.asked = at == self._last or first in _ASKING
+        elif token in _SELF:
+            if self._used or (at and tokens[at - 1] in _PAUSES):
+                self._denied = -1
+            self._aside, self._self = -1, self._self or token in ("i", "we")
+        elif token in ("and", "or"):
+            goes_on = at + 1 < len(tokens) and tokens[at + 1] not in _SELF
+            if self._used and goes_on:
+                self._denied, self._used = at, False
+            if self._other and self._aside < len(tokens):
+                self._aside = -1
+        elif token in ("who", "that") and self._other and self._aside >= at:
+            self._aside = len(tokens)
+
+    def mark(self, name: str, at: int, end: int) -> None:
+        """Take in a marker that spans the words ``at`` to ``end``."""
+        tokens = self._tokens
+        if name == "contrast":
+            self._denied = self._aside = -1
+        elif name == "negation":
+            follows = tokens[at + 1] if at + 1 < len(tokens) else ","
+            if tokens[at] == "no" and (follows in _PAUSES or follows in _SELF or follows in ("it", "not", "that")):
+                return  # an answer, not a denial of what comes next
+            undone = tokens[at] == "without" and self._denied >= 0 and not self._used
+            self._denied, self._used = -1 if undone else end, False
+        else:
+            self._other = name == "other_person"
+            self._aside = len(tokens) if self._other and not self._self else end + 1 + REACH
+
+    def claims(self, at: int, end: int) -> bool:
+        """Return whether a value named here is claimed of the speaker."""
+        if at > self._aside:
+            return True
+        if not self._other:  # "from Lima to Oslo": the first value only, unless the next is joined to it
+            follows = self._tokens[end + 1] if end + 1 < len(self._tokens) else ""
+            self._aside = end + 1 + REACH if follows in ("and", "or") else -1
+        return False
+
+    def denies(self, at: int) -> bool:
+        """Return whether a value named here is denied."""
+        if self._denied < 0:
+            return False
+        if sum(token not in _LIGHT for token in self._tokens[self._denied + 1 : at]) > REACH:
+            return False
+        self._used = True
+        return True
+
+    def lacks(self, at: int) -> bool:
+        """Return whether a topic named here is said not to be there: "no pet", "not have a pet"."""
+        if self._denied < 0 or self._used:
+            return False
+        between = self._tokens[self._denied + 1 : at]
+        return all(w in _HAVING for w in between) if between else self._tokens[self._denied] == "no"
+
+
+class Parser:
+    """Finds a domain's phrases in texts."""
+
+    def __init__(self, domain: Domain) -> None:
+        self._phrases: dict[str, list[_Phrase]] = {}
+        ordinary = frozenset(domain.markers.get("ordinary", ()))
+        for slot, values in domain.slots.items():
+            for value, phrases in values.items():
+                for phrase in phrases:
+                    self._add((phrase,), "value", slot, value, phrase in ordinary)
+        for slot, phrases in domain.cues.items():
+            self._add(phrases, "cue", slot)
+        for mark, phrases in domain.markers.items():
+            if mark != "ordinary":
+                self._add(phrases, "scope" if mark in _SCOPES else "mark", mark)
+        for points in domain.lines.get("points", {}).values():
+            for key in points:
+                self._add((key,), "point", key)
+        for entries in self._phrases.values():
+            entries.sort(key=lambda entry: -len(entry.rest))
+        vocabulary = {w for text in domain.words() for w in words(text)}
+        self._vocabulary = vocabulary | set(domain.options["common_words"])
+
+    def _add(self, phrases: Iterable[str], tag: str, name: str, value: str = "", passing: bool = False) -> None:
+        for phrase in phrases:
+            first, *rest = spoken(phrase)
+            self._phrases.setdefault(first, []).append(_Phrase(tuple(rest), tag, name, value, passing))
+
+    def parse(self, text: str) -> Parsed:
+        """Return what a text holds."""
+        tokens = words(text)
+        claims: list[Claim] = []
+        marks, points = set[str](), dict[str, None]()
+        said = [token for token in tokens if token not in _STOPS and token not in _PAUSES]
+        cue, start = "", 0
+        if _CONTROL.search(text):
+            marks.add("meta")
+        last_question = False
+        for end, token in enumerate([*tokens, "\n"]):
+            if token not in _STOPS:
+                continue
+            if end > start:
+                last_question = token == "?"
+                cue = self._sentence(tokens[start:end], last_question, claims, marks, points) or cue
+            start = end + 1
+        known = sum(word in self._vocabulary for word in said) / max(len(said), 1)
+        if len(said) >= MOST_LIKE and len(set(said)) * 2 <= len(said):
+            known = 0.0  # the same few words over and over
+        return Parsed(
+            " ".join(said),
+            len(said),
+            tuple(claims),
+            frozenset(marks),
+            cue,
+            tuple(points),
+            known,
+            last_question,
+            _enumerated(tokens),
+        )
+
+    def _sentence(
+        self, tokens: list[str], asked: bool, claims: list[Claim], marks: set[str], points: dict[str, None]
+    ) -> str:
+        """Collect what one sentence holds; return the slot it asks about, or ""."""
+        scope = _Scope(tokens, asked)
+        cues: list[str] = []
+        begun = len(claims)
+        at = 0
+        while at < len(tokens):
+            width = 1
+            token = tokens[at]
+            if token in _TURNS:
+                scope.word(at)
+            for rest, tag, name, value, passing in self._phrases.get(token, ()):
+                if rest and tuple(tokens[at + 1 : at + 1 + len(rest)]) != rest:
+                    continue
+                if tag == "value":
+                    if scope.claims(at, at + len(rest)):
+                        claims.append(Claim(name, value, scope.denies(at), scope.asked, passing))
+                elif tag == "cue":
+                    cues.append(name)
+                    if scope.lacks(at):
+                        claims.append(Claim(name, "", True, scope.asked))
+                elif tag == "point":
+                    points[name] = None
+                elif tag == "scope":
+                    scope.mark(name, at, at + len(rest))
+                    marks.add(name)
+                else:
+                    marks.add(name)
+                if rest:  # a phrase is one thing: its words are not read again
+                    width = 1 + len(rest)
+                    break
+            at += width
+        if cues:
+            for i in range(begun, len(claims)):
+                if claims[i].passing and claims[i].slot in cues:
+                    claims[i] = claims[i]._replace(passing=False)
+        return cues[-1] if cues else ""

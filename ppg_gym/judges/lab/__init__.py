@@ -1,0 +1,1 @@
+"""Judges put to the test: labels, other verdicts, tricks."""

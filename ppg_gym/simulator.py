@@ -1,0 +1,257 @@
+"""One turn of many conversations: the rules that the single and the vector environment share.
+
+Reply in, verdict and the partner's next line out. No spaces, no seeds, no episodes: those are the
+environments'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ppg_gym import judges, partners
+from ppg_gym.conversation import Conversation, Persona, Verdict
+from ppg_gym.domain import loading as domains
+from ppg_gym.domain.twin import Twin
+from ppg_gym.judges.failure_limit import FailureLimit
+
+ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
+UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
+
+
+class Outcome(NamedTuple):
+    """What one turn led to.
+
+    Attributes:
+        conversation: With the reply, its verdict and the partner's next line.
+        reward: The judge's score, NaN when there is none.
+        terminated: The planned conversation is over.
+        truncated: A lost judge or partner ended it.
+        message: The partner's next line; empty when the conversation is over.
+        partner_status: ``ok``, or what is wrong with the partner.
+    """
+
+    conversation: Conversation
+    reward: float
+    terminated: bool
+    truncated: bool
+    message: str
+    partner_status: str
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on the reply."""
+        return self.conversation.verdicts[-1]
+
+
+class Game:
+    """A domain with its personas, partner and judge, made from plain options.
+
+    Args:
+        domain: ``chatting``, ``education`` or ``therapy``, or the path of your own (see `domain.loading.load`).
+        personas: ``train``, ``held-out``, or a path to a persona file.
+        partner: Name of a partner.
+        partner_options: Its options.
+        judge: Name of a judge.
+        judge_options: Its options.
+        max_turns: Turns of the policy per conversation; None for the domain's own length.
+        on_judge_failure: ``raise``, ``nan`` or ``truncate``.
+        max_failure_rate: Largest share of replies that the judge may leave without a score.
+
+    Raises:
+        ValueError: An option is not what it should be.
+    """
+
+    def __init__(
+        self,
+        domain: str = "chatting",
+        personas: str = "train",
+        partner: str = "scripted",
+        partner_options: Mapping[str, Any] | None = None,
+        judge: str = "facts",
+        judge_options: Mapping[str, Any] | None = None,
+        max_turns: int | None = None,
+        on_judge_failure: str = "raise",
+        max_failure_rate: float = 0.05,
+    ) -> None:
+        self.domain = domains.load(domain)
+        if on_judge_failure not in ON_JUDGE_FAILURE:
+            raise ValueError(
+                f"expected on_judge_failure out of {', '.join(ON_JUDGE_FAILURE)}, got {on_judge_failure!r}"
+            )
+        if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
+            raise ValueError(f"expected max_turns to be a positive integer or None, got {max_turns!r}")
+        self.on_judge_failure = on_judge_failure
+        self.failures = FailureLimit(max_failure_rate)
+        self.max_turns = max_turns or self.domain.turns
+        self.partner = partners.make(partner, domain, partner_options or {})
+        self.judge = judges.make(judge, domain, judge_options or {})
+        self.personas = _personas(self.domain, personas)
+        embedded = partner == "scripted" and judge == "facts"
+        self.reachable = Twin.of(self.domain.table).best(self.max_turns) if embedded else math.nan
+
+    def persona(self, wanted: object, rng: np.random.Generator) -> Persona:
+        """Return the persona that ``reset``'s options ask for, or one drawn from ``rng``.
+
+        Args:
+            wanted: None, an id, a :class:`Persona`, or a dict with its fields.
+            rng: The conversation's generator.
+
+        Raises:
+            ValueError: No persona has that id, a dict lacks an instruction or has an unknown field (the nearest name is
+                offered), or the judge can not take it.
+        """
+        if wanted is None:
+            chosen = self.personas[int(rng.integers(len(self.personas)))]
+        elif isinstance(wanted, Persona):
+            chosen = wanted
+        elif isinstance(wanted, str):
+            found = [persona for persona in self.personas if persona.id == wanted]
+            if not found:
+                raise ValueError(_no_such_persona(self.domain.source, self.personas, wanted))
+            chosen = found[0]
+        elif isinstance(wanted, Mapping) and isinstance(wanted.get("instruction"), str):
+            refuse_unknown('fields of options["persona"]', wanted, [field.name for field in fields(Persona)])
+            chosen = Persona(**{"id": "custom", "domain": self.domain.name, **wanted})
+        else:
+            raise ValueError(
+                f'expected options["persona"] to be an id, a Persona or a dict with an "instruction", got {wanted!r}'
+            )
+        self.judge.check(chosen)
+        return chosen
+
+    def open(
+        self, chosen: Sequence[Persona], rngs: Sequence[np.random.Generator]
+    ) -> list[tuple[Conversation, partners.Said]]:
+        """Return new conversations that hold the partner's first line, none where the partner failed."""
+        fresh = [Conversation(persona) for persona in chosen]
+        said = self.partner.speak(fresh, rngs)
+        return [(c.add("partner", s.text) if s.status == "ok" else c, s) for c, s in zip(fresh, said, strict=True)]
+
+    def turn(
+        self, conversations: Sequence[Conversation], replies: Sequence[str], rngs: Sequence[np.random.Generator]
+    ) -> list[Outcome]:
+        """Judge one reply per conversation and let the partner speak where the conversation goes on.
+
+        A judge or partner that waits for a server works while the other does: the partner hears replies, not
+        verdicts. A conversation that the partner never opened is truncated, unjudged.
+
+        Raises:
+            JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
+            FailureRateError: Too many replies were not scored.
+        """
+        spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
+        if all(c.lines for c in conversations):
+            return self._turn(spoken, rngs)
+        opened = [i for i, c in enumerate(conversations) if c.lines]
+        played = self._turn([spoken[i] for i in opened], [rngs[i] for i in opened])
+        others = [Outcome(c.judged(UNOPENED), math.nan, False, True, "", "no_opening") for c in spoken]
+        return [dict(zip(opened, played, strict=True)).get(i, other) for i, other in enumerate(others)]
+
+    def _turn(self, spoken: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Outcome]:
+        last = self.max_turns - 1
+        said: dict[int, partners.Said] = {}
+        if self._overlap():
+            with ThreadPoolExecutor(1) as aside:
+                going = [i for i, c in enumerate(spoken) if len(c.verdicts) < last]
+                speaking = aside.submit(self.partner.speak, [spoken[i] for i in going], [rngs[i] for i in going])
+                try:
+                    verdicts = self.judge.judge(spoken)
+                    said = dict(zip(going, speaking.result(), strict=True))
+                except BaseException:  # the partner's thread is waited for: what it waits for must end
+                    getattr(self.partner, "abandon", lambda: None)()
+                    raise
+        else:
+            verdicts = self.judge.judge(spoken)
+        judged: list[Conversation] = []
+        ends: list[tuple[bool, bool]] = []  # terminated, truncated
+        for conversation, verdict in zip(spoken, verdicts, strict=True):
+            lost = verdict.score is None
+            if lost and self.on_judge_failure == "raise":
+                raise judges.JudgeError(verdict)
+            self.failures.count(conversation, verdict)
+            judged.append(conversation.judged(verdict))
+            over = len(conversation.verdicts) >= last
+            ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
+        going = [i for i, end in enumerate(ends) if end == (False, False)]
+        if not said:
+            lines = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
+            said = dict(zip(going, lines, strict=True))
+        silent = partners.Said("")
+        heard = [silent if any(end) else said[i] for i, end in enumerate(ends)]
+        return [
+            Outcome(
+                conversation=c.add("partner", line.text) if line.text else c,
+                reward=math.nan if c.verdicts[-1].score is None else c.verdicts[-1].score,
+                terminated=over,
+                truncated=cut or line.status != "ok",
+                message=line.text,
+                partner_status=line.status,
+            )
+            for c, line, (over, cut) in zip(judged, heard, ends, strict=True)
+        ]
+
+    def _overlap(self) -> bool:
+        """Return whether judge and partner work at the same time."""
+        waits = getattr(self.judge, "waits", False) or getattr(self.partner, "waits", False)
+        return waits and not getattr(self.partner, "hears_verdicts", False)
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """Return what judge and partner have asked for so far in this process, where they ask a server.
+
+        Returns:
+            ``{"judge": {"calls": …, "prompt_tokens": …, …}, "partner": {…}}``; environments of equal options share
+            their counts. Empty without servers.
+        """
+        parts = {"judge": self.judge, "partner": self.partner}
+        counted = {name: getattr(getattr(part, "chat", None), "counts", None) for name, part in parts.items()}
+        return {name: asdict(counts) for name, counts in counted.items() if counts is not None}
+
+    def close(self) -> None:
+        """Let go of what judge and partner hold."""
+        for part in (self.judge, self.partner):
+            if callable(close := getattr(part, "close", None)):
+                close()
+
+
+def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:
+    if source in domains.SPLITS:
+        return domains.personas(domain.source, source)
+    if not isinstance(source, str) or not Path(source).exists() or Path(source).is_dir():
+        what = "a folder" if isinstance(source, str) and Path(source).is_dir() else "no such file"
+        raise ValueError(
+            f"expected personas to be {' or '.join(map(repr, domains.SPLITS))} or a path to a persona file,"
+            f" got {source!r}: {what}{_hint(source, domains.SPLITS)}"
+        )
+    from ppg_gym.domain.personas import read_personas
+
+    return tuple(read_personas(Path(source), domain.name))
+
+
+def _no_such_persona(domain: str, personas: Sequence[Persona], wanted: str) -> str:
+    """Return what is wrong with an id: which is nearest, or which embedded split has it."""
+    for split in domains.SPLITS:
+        if any(persona.id == wanted for persona in domains.personas(domain, split)):
+            return f"expected the id of one of {len(personas)} personas, got {wanted!r}, which is in personas={split!r}"
+    ids = [persona.id for persona in personas]
+    hint = _hint(wanted, ids) or f"; the first is {ids[0]!r}"
+    return f"expected the id of one of {len(personas)} personas, got {wanted!r}{hint}"
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a ValueError for the first name that is not among the known ones; the nearest of these is offered."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"expected {what} out of {', '.join(known)}, got {name!r}{_hint(name, known)}")
+
+
+def _hint(given: object, known: Sequence[str]) -> str:
+    near = get_close_matches(str(given), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
