@@ -17,6 +17,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from ppg_agents.batch import batch
 from ppg_agents.generation import Sample, draw_seeds
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
@@ -24,7 +25,7 @@ from ppg_agents.rollout import collect
 from ppg_agents.rollout.metrics import partner_faults
 from ppg_agents.rollout.threads import Envs as Singles
 from ppg_agents.rollout.threads import collect_each
-from ppg_agents.trajectory import Trajectory, batch, from_json, to_json
+from ppg_agents.trajectory import Trajectory, from_json, to_json
 
 Envs = Callable[..., SyncVectorEnv]
 MIXED = ({"turns": 3}, {"turns": 1}, {"turns": 4, "unjudged": 2}, {"turns": 2, "truncate": True})
