@@ -54,7 +54,7 @@ def test_every_conversation_goes_to_its_own_end(policy: Policy, toy_envs: Envs, 
             score = None if unjudged else turn.reward
             status = "timeout" if unjudged else "scored"
             assert turn.verdict == {"status": status, "score": score, "rationale": "vowels"}
-            assert turn.reply == policy.decode(turn.token_ids)
+            assert turn.reply == policy.spoken(turn.token_ids)
     to_json(got[2])
 
 
@@ -146,7 +146,7 @@ class Echo:
     max_new_tokens, temperature, own_model = 6, 1.0, False
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.context_length = policy, policy.context_length
         self.cancelled = threading.Event()
 
     def start(self, n: int) -> None:
