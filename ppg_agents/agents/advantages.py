@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
-from ppg_agents.agents.gradient import Whole
+from ppg_agents.agents.gradient import Array, Whole, trained_tokens
 from ppg_agents.agents.methods import Options
+from ppg_agents.batch import Batch
+from ppg_agents.distributed import Workers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,27 @@ class Turns:
     groups: list[Any]
     lengths: Tensor
     entropy: Tensor
+
+
+def turns_of(data: Batch, whole: Whole, baselined: Array, entropy: Tensor | None, workers: Workers) -> Turns:
+    """Return what an advantage function reads.
+
+    Args:
+        data: This process's conversations.
+        whole: The batch of all processes.
+        baselined: [B, n], the credit less the run's baseline.
+        entropy: [N], of this process's trained tokens, row by row; None where nobody asks for it.
+        workers: The processes that learn together.
+    """
+    mask, valid = trained_tokens(data), torch.from_numpy(whole.valid)
+    lengths = alt.turn_sum(mask.double(), mask, data.turn_index, valid.shape[1])
+    of_turns = torch.zeros_like(lengths)
+    if entropy is not None:
+        per_token = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, entropy.cpu().double())
+        of_turns = alt.turn_mean(per_token, mask, data.turn_index, valid.shape[1])
+    parts = workers.gather([(lengths.numpy(), of_turns.numpy())])
+    everywhere = [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
+    return Turns(torch.from_numpy(whole.credit), torch.from_numpy(baselined), valid, whole.groups, *everywhere)
 
 
 def rloo(turns: Turns, options: Options) -> Tensor:

@@ -25,15 +25,17 @@ from torch import Tensor
 
 from ppg_agents import alternatives as alt
 from ppg_agents import baselines, ledger, losses
-from ppg_agents.agents.advantages import Turns
-from ppg_agents.agents.gradient import Array, Descent, Loss, Objective, Scored, Whole, agree, score, trained_tokens
+from ppg_agents.agents.advantages import turns_of
+from ppg_agents.agents.gradient import Array, Descent, Loss, Objective, Whole, agree, score, trained_tokens
 from ppg_agents.agents.measure import Measurement, entropies, measure, references, states
 from ppg_agents.agents.methods import METHODS, Method, resolve
 from ppg_agents.agents.pairs import compared_turns, pair_loss
 from ppg_agents.agents.protocol import Needs, OfflineAgent
 from ppg_agents.agents.settings import LearnerSettings
+from ppg_agents.agents.shaping import less_divergence, less_overlong
 from ppg_agents.agents.state import load_state, save_state
 from ppg_agents.agents.surrogates import token_loss
+from ppg_agents.agents.trial import try_out
 from ppg_agents.agents.value_head import FILE, Critique, Estimation, ValueHead
 from ppg_agents.batch import Batch, batch
 from ppg_agents.credit import credit, full
@@ -223,22 +225,13 @@ class Learner(OfflineAgent):
 
     def _shape(self, data: Batch, temperature: float) -> tuple[Batch, dict[str, float]]:
         """Take off the rewards what the method takes off them before credit is formed."""
-        metrics = {}
-        if self.method.kl == "reward" and self.settings.kl_coefficient:
-            mask = trained_tokens(data)
-            measured = self._measure(data, references(self.policy, temperature), mask)
-            reference = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, measured.cpu().double())
-            arrays = (torch.from_numpy(data.rewards), data.sampling_log_probs.double(), reference, mask)
-            shaped = alt.kl_shaped_reward(*arrays, data.turn_index, beta=self.settings.kl_coefficient).numpy()
-            divergence = np.where(data.valid, data.rewards - shaped, 0.0).sum() / self.settings.kl_coefficient
-            total, turns = (self._workers.sum_number(float(x)) for x in (divergence, data.valid.sum()))
-            metrics = {"kl": total / max(1.0, turns)}
-            data = replace(data, rewards=shaped)
-        if self.options.get("overlong_buffer"):
-            lengths = torch.from_numpy((data.spans[..., 2] - data.spans[..., 1]).astype(np.float64))
-            buffer = self.options["overlong_buffer"]
-            penalty = alt.overlong_penalty(lengths, max_length=self._longest_reply(), buffer=buffer)
-            data = replace(data, rewards=data.rewards + penalty.numpy())
+        metrics: dict[str, float] = {}
+        beta, buffer = self.settings.kl_coefficient, int(self.options.get("overlong_buffer", 0))
+        if self.method.kl == "reward" and beta:
+            measured = self._measure(data, references(self.policy, temperature), trained_tokens(data))
+            data, metrics = less_divergence(data, measured, beta, self._workers)
+        if buffer:
+            data = less_overlong(data, self._longest_reply(), buffer)
         return data, metrics
 
     def _credit(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
@@ -295,7 +288,10 @@ class Learner(OfflineAgent):
             advantage = baselines.advantage(whole.credit, subtracted, whole.valid)
             advantage = baselines.standardise(advantage, whole.valid) if self.settings.standardise else advantage
         if self.method.advantage:
-            turns = self._turns(data, whole, advantage, temperature)
+            entropy = None
+            if self.method.entropy:
+                entropy = self._measure(data, entropies(self.policy, temperature), trained_tokens(data))
+            turns = turns_of(data, whole, advantage, entropy, self._workers)
             advantage = resolve(self.method.advantage)(turns, self.options).numpy()
         return Critique(torch.from_numpy(advantage[whole.own]), per_token=False)
 
@@ -399,19 +395,6 @@ class Learner(OfflineAgent):
             return self._average(whole.credit, whole.valid)
         return baselines.none(whole.credit, whole.valid)
 
-    def _turns(self, data: Batch, whole: Whole, baselined: Array, temperature: float) -> Turns:
-        """Return what an advantage function reads."""
-        mask, valid = trained_tokens(data), torch.from_numpy(whole.valid)
-        lengths = alt.turn_sum(mask.double(), mask, data.turn_index, valid.shape[1])
-        entropy = torch.zeros_like(lengths)
-        if self.method.entropy:
-            measured = self._measure(data, entropies(self.policy, temperature), mask).cpu().double()
-            per_token = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, measured)
-            entropy = alt.turn_mean(per_token, mask, data.turn_index, valid.shape[1])
-        parts = self._workers.gather([(lengths.numpy(), entropy.numpy())])
-        everywhere = [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
-        return Turns(torch.from_numpy(whole.credit), torch.from_numpy(baselined), valid, whole.groups, *everywhere)
-
     def _measure(self, data: Batch, of: Measurement, mask: Tensor) -> Tensor:
         return measure(data, mask, of, budget=self.settings.micro_batch_tokens, workers=self._workers)
 
@@ -456,22 +439,14 @@ class Learner(OfflineAgent):
         return self.sampler.max_new_tokens
 
     def _try_out(self) -> None:
-        """Compute made-up losses, so that an option out of range is found before anything is sampled."""
+        """Find what cannot work before anything is sampled."""
+        try_out(self.method, self.options)
+        if self.options.get("overlong_buffer"):
+            longest = torch.tensor([float(self._longest_reply())])
+            alt.overlong_penalty(longest, max_length=int(longest), buffer=self.options["overlong_buffer"])
         if self._objective.reference or (self.settings.kl_coefficient and self.method.kl != "none"):
             every = torch.ones((1, 2), dtype=torch.bool)
             self.policy.reference_log_probs(every.long(), every)  # refuses a policy without a reference
-        zeros, ones = torch.zeros((1, 2)), torch.ones((1, 2), dtype=torch.bool)
-        one, yes = torch.ones((2, 1), dtype=torch.float64), torch.ones((2, 1), dtype=torch.bool)
-        if self.method.pair_loss:
-            resolve(self.method.pair_loss)(*[zeros] * 4, ~ones, self.options)
-        elif self.method.learns:
-            part = Scored([0], zeros.long(), ones, zeros, zeros, ones, zeros.long())
-            resolve(self.method.loss)(part, zeros + 1, self.options)
-        if self.method.advantage:
-            resolve(self.method.advantage)(Turns(one, one, yes, [0, 0], one, one), self.options)
-        if self.options.get("overlong_buffer"):
-            buffer = self.options["overlong_buffer"]
-            alt.overlong_penalty(one, max_length=self._longest_reply(), buffer=buffer)
 
 
 def _described(whole: Whole) -> dict[str, float]:

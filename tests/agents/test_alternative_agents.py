@@ -14,11 +14,13 @@ import torch
 
 from ppg_agents import credit
 from ppg_agents.agents import METHODS, make_agent
-from ppg_agents.agents.advantages import best_share
+from ppg_agents.agents.advantages import best_share, turns_of
 from ppg_agents.agents.gradient import trained_tokens
 from ppg_agents.agents.learner import Learner
+from ppg_agents.agents.measure import entropies
 from ppg_agents.agents.methods import resolve
 from ppg_agents.batch import batch
+from ppg_agents.distributed import Alone
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
@@ -183,12 +185,13 @@ def test_statistics_are_of_what_was_judged(double: Policy) -> None:
     agent = agent_of("rebn", double)
     data = batch(conversations, double.pad_id)
     whole = agent._credit(conversations, data)
-    turns = agent._turns(data, whole, whole.credit, 1.0)
+    turns = turns_of(data, whole, whole.credit, None, Alone())
     advantage = resolve(agent.method.advantage)(turns, agent.options)
     assert float(advantage.mean()) == pytest.approx(0, abs=1e-12)
     assert float(advantage.std(correction=0)) == pytest.approx(1)
     assert int(turns.lengths.sum()) == int(trained_tokens(data).sum())
-    entropy = agent_of("empg", double)._turns(data, whole, whole.credit, 1.0).entropy
+    measured = agent._measure(data, entropies(double, 1.0), trained_tokens(data))
+    entropy = turns_of(data, whole, whole.credit, measured, Alone()).entropy
     logits = double.model(input_ids=data.ids[:1]).logits[0].double().log_softmax(-1)
     span = conversations[0].spans()[1]
     of_turn = [-(logits[i - 1].exp() * logits[i - 1]).sum().detach() for i in range(span.start, span.end)]
