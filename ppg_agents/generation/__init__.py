@@ -1,4 +1,4 @@
-"""Sampled replies and what can make them. No sampler here decides what a conversation is about."""
+"""Samplers, which turn prompts into sampled replies. None of them decides what a conversation is about."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 
 class GenerationError(RuntimeError):
-    """No reply was to be had, or not the one that was asked for; the message says what to do."""
+    """No reply came back, or not the one asked for; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A reply as it was sampled.
+    """A sampled reply.
 
     Attributes:
         token_ids: The sampled tokens, end-of-turn included when it was sampled.
-        log_probs: Their log-probabilities under the distribution that was sampled from, temperature applied;
-            for a greedy reply (temperature 0) those at temperature 1.
-        ended: Whether end-of-turn was sampled, rather than the length limit reached.
-        policy_version: Optimiser steps that the policy which spoke had taken.
-        temperature: Of the distribution that was sampled from.
-        sampler: What sampled: ``hf`` or ``vllm``.
+        log_probs: Their log-probabilities under the distribution sampled from, temperature applied; at
+            temperature 1 for a greedy reply (temperature 0).
+        ended: True if end-of-turn was sampled, False if the reply hit the length limit.
+        policy_version: Optimiser steps the policy had taken when it spoke.
+        temperature: Sampling temperature.
+        sampler: What sampled it: ``hf`` or ``vllm``.
     """
 
     token_ids: tuple[int, ...]
@@ -44,29 +44,29 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Speaks for n conversations in lockstep, and remembers their tokens from turn to turn.
+    """Speaks for n conversations in lockstep and remembers their tokens from turn to turn.
 
-    One whose conversations need not be in lockstep is a `SingleSampler` too.
+    A sampler that can also serve each conversation at its own pace is a `SingleSampler` too.
     """
 
     @property
     def own_model(self) -> bool:
-        """Whether the policy's own model samples, so that its LoRA is worth merging meanwhile."""
+        """Whether the policy's own model samples, which makes merging its LoRA worthwhile."""
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens in a reply."""
+        """Longest reply, in tokens."""
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a conversation, prompt and reply; may be less than the policy's."""
+        """Longest conversation, prompt and reply, in tokens; may be less than the policy's."""
 
     @property
     def temperature(self) -> float:
-        """Of sampling; 0 takes the most likely token."""
+        """Sampling temperature; 0 takes the most likely token."""
 
     def start(self, n: int) -> None:
-        """Begin n new conversations and forget the old ones."""
+        """Start n new conversations and forget the old ones."""
 
     def reply(self, prompts: Sequence[Sequence[int] | None], generator: torch.Generator | None) -> list[Sample | None]:
         """Return one reply per conversation; None in, None out.
@@ -77,10 +77,10 @@ class Sampler(Protocol):
         """
 
     def sync(self, policy: Policy | None = None) -> None:
-        """Speak as the policy is now; nothing to do where the policy's own model samples."""
+        """Take over the policy's current weights; does nothing where the policy's own model samples."""
 
     def close(self) -> None:
-        """Let go of what is held: servers, engines, files."""
+        """Release servers, engines and files."""
 
 
 @runtime_checkable
@@ -89,22 +89,22 @@ class SingleSampler(Protocol):
 
     @property
     def max_new_tokens(self) -> int:
-        """Most tokens in a reply."""
+        """Longest reply, in tokens."""
 
     @property
     def context_length(self) -> int:
-        """Most tokens of a conversation, prompt and reply."""
+        """Longest conversation, prompt and reply, in tokens."""
 
     @property
     def temperature(self) -> float:
-        """Of sampling; 0 takes the most likely token."""
+        """Sampling temperature; 0 takes the most likely token."""
 
     @property
     def own_model(self) -> bool:
         """Whether the policy's own model samples."""
 
     def start(self, n: int) -> None:
-        """Begin n new conversations and forget the old ones."""
+        """Start n new conversations and forget the old ones."""
 
     def reply_one(self, conversation: int, prompt: Sequence[int], seed: int | None) -> Sample:
         """Return a conversation's next reply.
@@ -112,11 +112,11 @@ class SingleSampler(Protocol):
         Args:
             conversation: Its number; only one thread at a time speaks for it.
             prompt: The tokens since its last sampled token.
-            seed: Of this reply; None only for greedy sampling.
+            seed: Seed of this reply; None only for greedy sampling.
         """
 
     def cancel(self) -> None:
-        """Make every `reply_one` under way raise a GenerationError."""
+        """Make every running `reply_one` raise a GenerationError."""
 
 
 BACKENDS = ("hf", "vllm")
@@ -125,20 +125,20 @@ BACKENDS = ("hf", "vllm")
 def make_sampler(
     policy: Policy, settings: SamplingSettings, folder: str | Path, *, run: str | None = None, write: bool = True
 ) -> Sampler:
-    """Return the sampler that the settings name.
+    """Return the sampler that the settings ask for.
 
     Args:
-        policy: Who speaks.
+        policy: The policy that speaks.
         settings: ``backend`` ``hf`` samples with the policy's own model, ``vllm`` with an engine in this process,
             or with servers when there are ``endpoints``.
-        folder: Where a sampler with weights of its own may write them; for nothing else.
-        run: With servers and several learner processes: the same word in all of them.
+        folder: Where a sampler with its own weights writes them; use it for nothing else.
+        run: With servers and several learner processes: one name, the same in all of them.
         write: With servers and several learner processes: True in exactly one of them.
 
     Raises:
-        ValueError: Settings that contradict one another or do not suit the policy.
+        ValueError: The settings contradict one another or do not suit the policy.
         ModuleNotFoundError: The backend's library is not installed.
-        GenerationError: A server is not there, or not what it should be.
+        GenerationError: A server cannot be reached, or is not what it should be.
     """
     if settings.backend not in BACKENDS:
         raise ValueError(not_one_of("the sampling backend", settings.backend, BACKENDS))
@@ -171,12 +171,12 @@ def make_sampler(
 
 
 def speaking(policy: Policy, sampler: Sampler | SingleSampler) -> AbstractContextManager[None]:
-    """Return the context to sample in: LoRA merged where the policy's own model samples, else nothing."""
+    """Return the context to sample in: LoRA merged if the policy's own model samples, else an empty one."""
     return policy.merged() if sampler.own_model else nullcontext()
 
 
 def draw_seeds(generator: torch.Generator | None, n: int) -> list[int | None]:
-    """Return n seeds for one turn of n conversations; None each without a generator."""
+    """Return n seeds for one turn of n conversations; all None without a generator."""
     if generator is None:
         return [None] * n
     return [int(s) for s in torch.randint(2**62, (n,), generator=generator, device=generator.device).tolist()]

@@ -1,6 +1,6 @@
-"""Rollout servers on the wire: how each is doing, and calls to it from any thread over one event loop.
+"""HTTP calls to rollout servers, from any thread over one event loop, and a record of how each server is doing.
 
-Knows HTTP and vLLM's way of saying no; nothing of tokens, versions or conversations.
+Knows HTTP and vLLM's error replies; nothing about tokens, versions or conversations.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ T = TypeVar("T")
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 _RETRY = (429, 502, 503, 504)
-_SHORT, _LONG = 0.1, 5.0  # seconds to leave a server alone that did not answer, doubled from one to the other
-_LOOK = 0.1  # seconds between looks for a signal
+_SHORT, _LONG = 0.1, 5.0  # seconds to leave a silent server alone, doubled each time from the first to the second
+_LOOK = 0.1  # seconds between checks for a signal
 
 
 class ServerRefusedError(GenerationError):
-    """A server answered, and the answer was no."""
+    """A server answered with a refusal."""
 
 
 class ServersGoneError(GenerationError):
-    """No server has answered for as long as the sampler was told to be patient."""
+    """No server has answered for longer than the sampler's patience."""
 
 
 class UnreachableError(Exception):
-    """A server did not answer this time; ``gone`` when its connection broke, so that it may have started anew."""
+    """A server did not answer this time; ``gone`` if the connection broke, so it may have restarted."""
 
     def __init__(self, message: str, *, gone: bool = False) -> None:
         super().__init__(message)
@@ -44,21 +44,21 @@ class UnreachableError(Exception):
 
 
 class UnknownAdapterError(Exception):
-    """A server does not know the adapter: it has started anew."""
+    """A server does not know the adapter: it has restarted."""
 
 
 @dataclass
 class Endpoint:
-    """A server and how it is doing; touched on the event loop alone.
+    """A server and how it is doing; only touched on the event loop.
 
     Attributes:
         url: Without ``/v1``.
-        model: The name of its base model.
-        loaded: The name of the version that it has loaded.
-        rest: Time (monotonic) before which it is left alone.
-        since: Time (monotonic) since which it has not answered; None when it does.
+        model: Name of its base model.
+        loaded: Name of the version it has loaded.
+        rest: Monotonic time until which it is left alone.
+        since: Monotonic time since which it has been silent; None while it answers.
         failures: Calls in a row that it did not answer.
-        reason: Why it did not.
+        reason: Why the last of them failed.
         loading: Held while a version is being loaded.
     """
 
@@ -72,11 +72,11 @@ class Endpoint:
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def answered(self) -> None:
-        """Note that it is well."""
+        """Record that it answered."""
         self.rest, self.since, self.failures = 0.0, None, 0
 
     def silent(self, error: UnreachableError) -> None:
-        """Note that it did not answer; when it is gone, so is what it had loaded."""
+        """Record that it did not answer; if it is gone, so is the version it had loaded."""
         now = time.monotonic()
         self.rest = now + min(_LONG, _SHORT * 2**self.failures)
         self.since = now if self.since is None else self.since
@@ -85,19 +85,19 @@ class Endpoint:
 
 
 class Wire:
-    """An event loop in a thread of its own, with connections to the servers."""
+    """An event loop in its own thread, with connections to the servers."""
 
     def __init__(self, timeout: float, key_env: str) -> None:
-        """Open no connection yet.
+        """Start the loop; connections open with the first call.
 
         Args:
-            timeout: Seconds that one answer may take.
-            key_env: Name of the environment variable with the servers' key; unset for servers without keys.
+            timeout: Seconds allowed for one answer.
+            key_env: Name of the environment variable that holds the servers' key; leave it unset if they need none.
         """
         key = os.environ.get(key_env)
         self._key_env, self._has_key = key_env, bool(key)
         self._under_way: set[Future[Any]] = set()
-        self._listed = threading.RLock()  # what is started is listed, before anyone may cancel all that is listed
+        self._listed = threading.RLock()  # a call is listed before `cancel` can run, so none is missed
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ppg-rollouts", daemon=True)
         self._thread.start()
@@ -105,23 +105,23 @@ class Wire:
         atexit.register(self.close)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop and wait; an exception in the waiting thread cancels it.
+        """Run a coroutine on the loop and wait for it; an exception in the waiting thread cancels it.
 
         Raises:
-            GenerationError: `cancel` was called, or the wire is closed.
+            GenerationError: `cancel` was called, or the connections are closed.
         """
         if not self._thread.is_alive():
             coroutine.close()
-            raise GenerationError("expected a sampler that is open, got one that was closed; make another")
+            raise GenerationError("expected an open sampler, got a closed one; make a new one")
         with self._listed:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             self._under_way.add(future)
         try:
-            while not wait([future], timeout=_LOOK).done:  # a signal is heard between waits
+            while not wait([future], timeout=_LOOK).done:  # signals get through between waits
                 pass
             return future.result()
         except CancelledError:
-            raise GenerationError("expected to wait for the servers, got cancelled") from None
+            raise GenerationError("expected an answer from the servers, got cancelled while waiting") from None
         except BaseException:
             future.cancel()
             raise
@@ -129,14 +129,14 @@ class Wire:
             self._under_way.discard(future)
 
     def cancel(self) -> None:
-        """Cancel whatever `run` waits for; the servers stop working on it."""
+        """Cancel everything `run` waits for; the servers stop working on it."""
         with self._listed:
             under_way = list(self._under_way)
         for future in under_way:
             future.cancel()
 
     def close(self) -> None:
-        """Close the connections and end the thread; a second time does nothing."""
+        """Close the connections and end the thread; a second call does nothing."""
         if not self._thread.is_alive():
             return
         atexit.unregister(self.close)
@@ -147,18 +147,18 @@ class Wire:
         self._loop.close()
 
     async def call(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """Return a server's answer as JSON; empty where it sends something else.
+        """Return a server's JSON answer; empty if it sends something else.
 
         Raises:
-            UnreachableError: It did not answer, or is too busy or broken to.
-            UnknownAdapterError: It was asked for an adapter that it does not know.
-            ServerRefusedError: It said no.
+            UnreachableError: It did not answer, is too busy, or has a fault.
+            UnknownAdapterError: It does not know the adapter it was asked for.
+            ServerRefusedError: It refused.
         """
         status, text = await self._send(endpoint, method, path, body)
-        asked = path == COMPLETIONS
-        if status >= 500 and asked:
+        wants_reply = path == COMPLETIONS
+        if status >= 500 and wants_reply:
             raise UnreachableError(f"HTTP {status} {text[:200]}")
-        if status == 404 and asked and body["model"] != endpoint.model:
+        if status == 404 and wants_reply and body["model"] != endpoint.model:
             raise UnknownAdapterError
         if status >= 400:
             raise ServerRefusedError(f"{endpoint.url}{path}: expected success, got HTTP {status}: {_message(text)}")
@@ -172,13 +172,13 @@ class Wire:
         """Return the name of a server's base model, and its context length in tokens.
 
         Raises:
-            UnreachableError: It did not answer, or is too busy to.
-            ServerRefusedError: It said no, or is no vLLM server; the message says what to check.
+            UnreachableError: It did not answer, or is too busy.
+            ServerRefusedError: It refused, or is not a vLLM server; the message says what to check.
         """
         where = f"{endpoint.url}{MODELS}"
         status, text = await self._send(endpoint, "GET", MODELS)
         if status >= 400:
-            todo = "check the URL, which ends in /v1" if status in (404, 405) else "see what the server's log says"
+            todo = "check the URL, which must end in /v1" if status in (404, 405) else "look in the server's log"
             if status in (401, 403):
                 state = "holds the key that was sent" if self._has_key else "is not set"
                 todo = f"check the key: the environment variable {self._key_env} {state}"
@@ -188,22 +188,22 @@ class Wire:
             name = str(base["id"])
         except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError):
             raise ServerRefusedError(
-                f"{where}: expected a list of models, got {' '.join(text.split())[:80]!r}; check the URL, which ends "
-                "in /v1"
+                f"{where}: expected a list of models, got {' '.join(text.split())[:80]!r}; check the URL, which must "
+                "end in /v1"
             ) from None
         length = base.get("max_model_len")
         if not isinstance(length, int):
             raise ServerRefusedError(
-                f"{where}: expected a vLLM server, which says max_model_len, got {name!r} with "
+                f"{where}: expected a vLLM server, which reports max_model_len, got {name!r} with "
                 f"{', '.join(sorted(base))}; rollouts need vLLM (vllm serve), other servers can be judge or partner"
             )
         return name, length
 
     async def _send(self, endpoint: Endpoint, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        """Return the status and the text of a server's answer.
+        """Return status and text of a server's answer.
 
         Raises:
-            UnreachableError: It did not answer, or is too busy to.
+            UnreachableError: It did not answer, or is too busy.
         """
         import aiohttp
 
@@ -219,7 +219,7 @@ class Wire:
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return what all of them return; when one raises, the others are cancelled first."""
+    """Return the results of all of them; if one raises, cancel the others first."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return list(await asyncio.gather(*tasks))
@@ -230,10 +230,10 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def check_patience(endpoints: Sequence[Endpoint], patience: float) -> None:
-    """Raise once none of these servers has answered for so many seconds.
+    """Raise if none of these servers has answered for ``patience`` seconds.
 
     Raises:
-        ServersGoneError: Which, for how long, and what to do.
+        ServersGoneError: None has; the message says which, for how long, and what to do.
     """
     now = time.monotonic()
     waited = [now - e.since for e in endpoints if e.since is not None]
@@ -249,12 +249,12 @@ def root(url: str) -> str:
     """Return an endpoint's URL without ``/v1``.
 
     Raises:
-        ValueError: It is no URL.
+        ValueError: It is not an HTTP URL.
     """
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none
+    except ValueError:  # a port that is not a number
         usable = False
     if not usable:
         raise ValueError(f"expected an endpoint's URL such as http://localhost:8000/v1, got {url!r}")
@@ -272,7 +272,7 @@ async def _session(timeout: float, key: str | None) -> Any:
 
 
 def _message(text: str) -> str:
-    """Return what an error answer says."""
+    """Return the message in an error answer."""
     try:
         answer = json.loads(text)
         error = answer.get("error", answer)

@@ -1,8 +1,6 @@
-"""Sampling with the transformers model itself, its key-value cache kept from turn to turn.
+"""Sampling with the transformers model itself; its key-value cache is kept from turn to turn.
 
-Every conversation has a row of slots, slot j holding the key and value of its token j: no holes, whatever
-the lengths of prompts and replies. Padding is written past a row's end, where the mask hides it until the
-row's next tokens overwrite it. Nothing here learns or talks to an environment.
+Nothing here learns or talks to an environment.
 """
 
 from __future__ import annotations
@@ -17,15 +15,18 @@ from transformers.cache_utils import Cache
 from ppg_agents.generation import Sample
 from ppg_agents.policy.policy import Policy
 
-_SLOTS = 128  # of a row at first; doubled when a conversation outgrows them
-_FEW = 1 / 3  # rows that have ended ride along until so few go on that gathering those is cheaper
+_SLOTS = 128  # per row at first; doubled when a conversation outgrows them
+_FEW = 1 / 3  # finished rows ride along until so few are left that gathering those is cheaper
 
 
+# Why slots: conversations have prompts and replies of different lengths, so a cache that only appends would leave
+# padding between the turns of the shorter ones. Slot j of a row always holds token j of that conversation, so positions
+# need no correction and no turn is read twice. Padding goes past the row's end: the causal mask hides it there, and the
+# row's next tokens overwrite it.
 class SlotCache(Cache):  # type: ignore[misc]
     """Keys and values of n conversations, addressed by (row, slot).
 
-    `aim` chooses where the next forward pass writes and how far it reads; the model then calls `update`
-    once per layer.
+    `aim` sets where the next forward pass writes and how far it reads; the model then calls `update` once per layer.
     """
 
     def __init__(self, n: int) -> None:
@@ -39,12 +40,12 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._width = 0
 
     def aim(self, rows: Tensor | None, positions: Tensor, width: int) -> None:
-        """Choose the cells of the next pass.
+        """Set the cells of the next pass.
 
         Args:
             rows: Conversations in the pass, long [A]; None for all of them in order.
             positions: Slots to write, long [A, Q].
-            width: Slots to read, counted from 0; all written slots lie below.
+            width: Slots to read, from slot 0; every slot written lies below it.
         """
         if width > self.slots:
             self._grow(width)
@@ -56,25 +57,25 @@ class SlotCache(Cache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [A, H, Q, D] keys and values; return those to attend to, [A, H, width, D]."""
+        """Store keys and values [A, H, Q, D]; return those to attend to, [A, H, width, D]."""
         if layer_idx == len(self._stores):
             self._stores.append((self._empty(key_states), self._empty(value_states)))
         keys, values = self._stores[layer_idx]
         return self._through(keys, key_states), self._through(values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of slots in use by the longest conversation."""
+        """Return how many slots the longest conversation uses."""
         return self._width
 
     def _through(self, store: Tensor, states: Tensor) -> Tensor:
         if self._cells is None or len(self._cells) != states.shape[:3].numel():
             self._cells = self._index(heads=states.shape[1])
         store.view(-1, store.shape[3]).index_copy_(0, self._cells, states.reshape(-1, store.shape[3]))
-        seen = store[:, :, : self._width]
-        return seen if self._rows is None else seen.index_select(0, self._rows)
+        visible = store[:, :, : self._width]
+        return visible if self._rows is None else visible.index_select(0, self._rows)
 
     def _index(self, heads: int) -> Tensor:
-        """Return where states [A, H, Q, D] go in a store seen as [n * H * slots, D]."""
+        """Return where states [A, H, Q, D] go in a store viewed as [n * H * slots, D]."""
         device = self._positions.device
         rows = torch.arange(self.n, device=device) if self._rows is None else self._rows
         lines = rows[:, None] * heads + torch.arange(heads, device=device)
@@ -98,7 +99,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 class HFSampler:
     """Samples replies for n conversations in lockstep.
 
-    Log-probabilities are those of the distribution that is sampled from, temperature applied. Sample inside
+    Log-probabilities are those of the distribution sampled from, temperature applied. Sample inside
     `Policy.merged` for speed.
     """
 
@@ -108,12 +109,12 @@ class HFSampler:
         """Make a sampler.
 
         Args:
-            policy: Who speaks.
+            policy: The policy that speaks.
             max_new_tokens: A reply is cut at this length.
-            temperature: Of sampling; 0 takes the most likely token.
+            temperature: Sampling temperature; 0 takes the most likely token.
 
         Raises:
-            ValueError: A limit out of range, or an attention pattern other than full and sliding-window.
+            ValueError: A limit is out of range, or a layer's attention is neither full nor sliding-window.
         """
         if max_new_tokens >= policy.context_length:
             raise ValueError(
@@ -136,17 +137,17 @@ class HFSampler:
         self.start(0)
 
     def start(self, n: int) -> None:
-        """Begin n new conversations and forget the old ones."""
+        """Start n new conversations and forget the old ones."""
         self._cache = SlotCache(n)
         self._lengths = [0] * n
         self._pending: list[list[int]] = [[] for _ in range(n)]
         self._version = self.policy.version
 
     def sync(self, policy: Policy | None = None) -> None:
-        """The policy's own model samples: there is nothing to bring up to date."""
+        """Do nothing: the policy's own model samples."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
     @torch.inference_mode()
     def reply(
@@ -155,13 +156,13 @@ class HFSampler:
         """Return one sampled reply per conversation; None in, None out.
 
         Args:
-            prompts: n token lists: what was added since the conversation's last sampled token (the
-                sampler remembers everything before); None when the conversation is finished.
-            generator: On the policy's device; may be None when the temperature is 0.
+            prompts: n token lists: what was added since the conversation's last sampled token (the sampler
+                remembers everything before it); None when the conversation is finished.
+            generator: On the policy's device; may be None at temperature 0.
 
         Raises:
             ValueError: Not n prompts, an empty prompt, or no generator.
-            RuntimeError: The policy has learned since `start`: its cache is of another policy.
+            RuntimeError: The policy has learned since `start`, so the cache is stale.
         """
         if len(prompts) != len(self._lengths):
             raise ValueError(f"expected {len(self._lengths)} prompts, as started, got {len(prompts)}")
@@ -185,7 +186,7 @@ class HFSampler:
         return result
 
     def _prefill(self, rows: list[int], fed: list[list[int]]) -> Tensor:
-        """Read the new tokens of all rows; return the hidden state of each row's last one, [A, hidden]."""
+        """Read the new tokens of all rows; return the hidden state of each row's last one [A, hidden]."""
         device = self.policy.device
         counts = torch.tensor([len(tokens) for tokens in fed], device=device)
         width = max(len(tokens) for tokens in fed)
@@ -200,7 +201,7 @@ class HFSampler:
     def _decode(
         self, rows: list[int], hidden: Tensor, generator: torch.Generator | None
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Sample token by token until every row has ended; return tokens and log-probs per row."""
+        """Sample token by token until every row is done; return tokens and log-probs per row."""
         tokens: list[list[int]] = [[] for _ in rows]
         scores: list[list[float]] = [[] for _ in rows]
         passing = list(range(len(rows)))
@@ -243,19 +244,19 @@ class HFSampler:
     def _forward(self, rows: list[int], ids: Tensor, positions: Tensor) -> Tensor:
         """Run tokens [A, Q] at positions [A, Q] of the given rows; return hidden states [A, Q, hidden]."""
         width = max(self._lengths[i] for i in rows) + ids.shape[1]
-        everyone = len(rows) == len(self._lengths)
-        index = None if everyone else torch.tensor(rows, device=ids.device)
+        all_rows = len(rows) == len(self._lengths)
+        index = None if all_rows else torch.tensor(rows, device=ids.device)
         self._cache.aim(index, positions, width)
         return self.policy.transformer(
             input_ids=ids,
-            position_ids=positions.clamp(max=self.policy.context_length - 1),  # of padding only
+            position_ids=positions.clamp(max=self.policy.context_length - 1),  # only padding is clamped
             attention_mask=self._mask(positions, width),
             past_key_values=self._cache,
             use_cache=True,
         )
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """Return the additive mask [A, 1, Q, width]: a token sees its own slot and the ones before."""
+        """Return the additive mask [A, 1, Q, width]: a token sees its own slot and those before it."""
         dtype = self.policy.model.dtype
         ahead = torch.arange(width, device=positions.device) - positions[:, None, :, None]
         full = torch.zeros(ahead.shape, dtype=dtype, device=ahead.device)

@@ -1,9 +1,9 @@
-"""Sampling with vLLM servers: token ids in, token ids out, every conversation at its own pace.
+"""Sampling with vLLM servers: token ids in, token ids out, each conversation at its own pace.
 
-A conversation keeps to one server, whose prefix cache knows it, as long as that server answers. A server that does
-not is tried again and its conversations go to the others meanwhile; when none answers any more, that is an error.
-Nothing here learns, and nothing but rollouts of one run may be asked of these servers: rows of the base model in
-one batch with an adapter's would get that adapter.
+A conversation stays with one server, whose prefix cache holds it, as long as that server answers. A silent server is
+tried again while its conversations go to the others; when none answers any more, that is an error. Use these servers
+for one run's rollouts and nothing else: requests for the base model that share a batch with an adapter's would get
+that adapter. Nothing here learns.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ppg_agents.terminal.progress import say
 
 log = logging.getLogger(__name__)
 
-_WORDS, _ALTERNATIVES = 8, 5  # of a server's first reply, which is compared
-_FAR = 0.3  # mean gap in nats that says: not this model
+_TOKENS, _ALTERNATIVES = 8, 5  # tokens of a server's first reply that are compared, and alternatives to each
+_FAR = 0.3  # a mean gap in nats above this means another model
 
 FIRST_LOOK = 15.0
-"""Seconds that a server has to answer at all when a run begins: longer, and its URL is probably wrong."""
+"""Seconds a server has to answer when a run begins; after that its URL is probably wrong."""
 
 QUIET = 2.0
-"""Seconds of waiting for a server when a run begins, after which the person at the terminal is told."""
+"""Seconds of waiting for a server when a run begins before the terminal says so."""
 
 
 class VLLMServerSampler(SyncedSampler):
@@ -52,7 +52,7 @@ class VLLMServerSampler(SyncedSampler):
     For ``sync="adapter"`` a server needs ``--enable-lora --max-lora-rank R`` and the environment variable
     ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=1``; for ``sync="merged"`` it needs ``VLLM_SERVER_DEV_MODE=1``.
     With a temperature other than 1 it needs ``--logprobs-mode processed_logprobs``. All servers
-    must see ``folder`` under the same path. A server that has loaded whole weights keeps them until it is started anew.
+    must see ``folder`` under the same path. A server that has loaded whole weights keeps them until it is restarted.
     """
 
     def __init__(
@@ -70,25 +70,25 @@ class VLLMServerSampler(SyncedSampler):
         run: str | None = None,
         write: bool = True,
     ) -> None:
-        """Find the servers.
+        """Connect to the servers.
 
         Args:
-            policy: Who speaks.
-            folder: For the versions' files, and nothing else; the servers read them there.
+            policy: The policy that speaks.
+            folder: For the versions' files and nothing else; the servers read them there.
             endpoints: URLs such as ``http://localhost:8000/v1``.
             max_new_tokens: A reply is cut at this length.
-            temperature: Of sampling; 0 takes the most likely token.
+            temperature: Sampling temperature; 0 takes the most likely token.
             sync: ``adapter`` has the servers load the LoRA adapter, ``merged`` the whole weights.
-            timeout: Seconds that one answer may take.
-            patience: Seconds without an answer from any server after which it is an error; at the first look at most
-                ``FIRST_LOOK``.
-            api_key_env: Name of the environment variable that holds the servers' key; unset is right without one.
+            timeout: Seconds allowed for one answer.
+            patience: Seconds without an answer from any server before it is an error; at most ``FIRST_LOOK`` when
+                the run begins.
+            api_key_env: Name of the environment variable that holds the servers' key; leave it unset if they need none.
             run: See `make_sampler`.
             write: See `make_sampler`.
 
         Raises:
-            ValueError: See `SyncedSampler`; or endpoints that are not URLs, none, or one twice.
-            GenerationError: A server is not there.
+            ValueError: See `SyncedSampler`; or there is no endpoint, one is not a URL, or one is given twice.
+            GenerationError: A server cannot be reached.
         """
         super().__init__(policy, folder, max_new_tokens, temperature, sync, run=run, write=write)
         roots = [root(url) for url in endpoints]
@@ -109,23 +109,23 @@ class VLLMServerSampler(SyncedSampler):
         self.context_length = min([policy.context_length, *lengths])
 
     def start(self, n: int) -> None:
-        """Begin n new conversations and forget the old ones."""
+        """Start n new conversations and forget the old ones."""
         super().start(n)
         for endpoint in self._endpoints:
-            endpoint.since = None  # patience is counted anew
+            endpoint.since = None  # patience starts again
 
     def reply_one(self, conversation: int, prompt: Sequence[int], seed: int | None) -> Sample:
-        """Return one conversation's next reply; several threads may ask, each for another conversation.
+        """Return one conversation's next reply; several threads may call this, each for another conversation.
 
         Args:
             conversation: Its number, below the n of `start`.
             prompt: What was added since its last sampled token.
-            seed: Of this reply; may be None when the temperature is 0.
+            seed: Seed of this reply; may be None at temperature 0.
 
         Raises:
             ValueError: An empty prompt, or no seed.
             RuntimeError: The policy has learned since the last `sync`.
-            GenerationError: No reply was to be had, or `cancel` was called.
+            GenerationError: No reply came back, or `cancel` was called.
         """
         if seed is None and self.temperature > 0:
             raise ValueError("expected a seed for sampling, got None; pass one or use temperature 0")
@@ -134,17 +134,17 @@ class VLLMServerSampler(SyncedSampler):
         return self._sample(job, self._wire.run(self._ask(job, version)), version)
 
     def cancel(self) -> None:
-        """Stop what is under way, on the servers too; it raises a GenerationError where it was waited for."""
+        """Stop all running calls, on the servers too; each of them raises a GenerationError."""
         self._wire.cancel()
 
     def close(self) -> None:
-        """Let go of the connections and of the files."""
+        """Close the connections and remove the files."""
         self._wire.close()
         self._version = None
         self._versions.prune(keep=0)
 
     async def _meet(self, endpoint: Endpoint) -> int:
-        """Return a server's context length; say whom one waits for when that takes a while."""
+        """Return a server's context length; if that takes a while, tell the terminal what it waits for."""
         limit = min(self._patience, FIRST_LOOK)
         notice = asyncio.ensure_future(_say_waiting(endpoint, limit))
         began = time.monotonic()
@@ -155,7 +155,7 @@ class VLLMServerSampler(SyncedSampler):
                         endpoint.model, length = await self._wire.base_model(endpoint)
                     endpoint.answered()
                     return length
-                except TimeoutError:  # it takes the connection and says nothing
+                except TimeoutError:  # it accepts the connection and stays silent
                     endpoint.since, endpoint.reason = began, "no answer"
                     check_patience([endpoint], 0.0)
                 except UnreachableError as error:
@@ -172,7 +172,7 @@ class VLLMServerSampler(SyncedSampler):
             self._probed = True
 
     async def _load_everywhere(self, version: Version, former: Version | None) -> list[Endpoint]:
-        """Load a version on all servers that answer; return them."""
+        """Load a version on every server that answers; return those."""
         for endpoint in self._endpoints:
             endpoint.since = None
         while True:
@@ -191,7 +191,7 @@ class VLLMServerSampler(SyncedSampler):
         return ready
 
     async def _ensure(self, endpoint: Endpoint, version: Version) -> None:
-        """Have a server load a version unless it has."""
+        """Have a server load a version, unless it already has."""
         async with endpoint.loading:
             if endpoint.loaded == version.name:
                 return
@@ -212,7 +212,7 @@ class VLLMServerSampler(SyncedSampler):
         try:
             await self._wire.call(endpoint, "POST", "/v1/load_lora_adapter", body)
         except ServerRefusedError as error:
-            if "has already been loaded" in str(error):  # by another process of this run, from the same folder
+            if "has already been loaded" in str(error):  # another process of this run did, from the same folder
                 return
             raise ServerRefusedError(
                 f"{error}; start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, --enable-lora and a "
@@ -223,7 +223,7 @@ class VLLMServerSampler(SyncedSampler):
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(version.path)}}
         try:
             await self._wire.call(endpoint, "POST", "/collective_rpc", body)
-            for pause in (0.0, 0.1, 0.5, 2.0, 5.0):  # a request that was cancelled holds its blocks for a moment
+            for pause in (0.0, 0.1, 0.5, 2.0, 5.0):  # a cancelled request holds its blocks for a moment
                 await asyncio.sleep(pause)
                 if (await self._wire.call(endpoint, "POST", "/reset_prefix_cache")).get("success", True):
                     return
@@ -233,7 +233,7 @@ class VLLMServerSampler(SyncedSampler):
                 f"{version.path}; or use sync 'adapter'"
             ) from None
         raise ServerRefusedError(
-            f"{endpoint.url}: expected the prefix cache to be reset, got a refusal; is anybody else using the server?"
+            f"{endpoint.url}: expected the prefix cache to be reset, got a refusal; is anyone else using the server?"
         )
 
     async def _unload(self, endpoint: Endpoint, version: Version) -> None:
@@ -246,7 +246,7 @@ class VLLMServerSampler(SyncedSampler):
         return self._wire.run(together(self._ask(job, version) for job in jobs))
 
     async def _ask(self, job: Job, version: Version) -> Reply:
-        """Return a reply, from whichever server gives one."""
+        """Return a reply from whichever server gives one."""
         forgotten = 0
         while True:
             endpoint = self._route(job.conversation)
@@ -262,26 +262,26 @@ class VLLMServerSampler(SyncedSampler):
                 endpoint.loaded, forgotten = "", forgotten + 1
                 if forgotten > 2:
                     raise ServerRefusedError(
-                        f"{endpoint.url}: expected the server to keep the adapter {version.name}, got it forgotten "
-                        "again and again; is another run using the server?"
+                        f"{endpoint.url}: expected the server to keep the adapter {version.name}, got a server "
+                        "that keeps losing it; is another run using it?"
                     ) from None
                 continue
             endpoint.answered()
             return self._read(answer, job, endpoint, version)
 
     def _route(self, conversation: int) -> Endpoint:
-        """Return the conversation's own server; while it is being left alone, the next one that is not."""
+        """Return the conversation's own server or, while that is left alone, the next one that is not."""
         count, now = len(self._endpoints), time.monotonic()
         order = [self._endpoints[(conversation + k) % count] for k in range(count)]
         return next((e for e in order if e.rest <= now), min(order, key=lambda e: e.rest))
 
-    def _spoken(self, endpoint: Endpoint, version: Version) -> str:
+    def _model(self, endpoint: Endpoint, version: Version) -> str:
         """Return the name of the model to ask for."""
         return version.name if self._versions.sync == "adapter" else endpoint.model
 
     def _body(self, job: Job, endpoint: Endpoint, version: Version) -> dict[str, Any]:
         return {
-            "model": self._spoken(endpoint, version),
+            "model": self._model(endpoint, version),
             "prompt": job.tokens,
             "cache_salt": version.name,
             "add_special_tokens": False,
@@ -291,43 +291,43 @@ class VLLMServerSampler(SyncedSampler):
         }
 
     def _read(self, answer: dict[str, Any], job: Job, endpoint: Endpoint, version: Version) -> Reply:
-        """Return the reply in an answer that is what was asked for."""
+        """Return the reply in an answer, after checking that it answers this job."""
         choice = answer["choices"][0]
         if choice.get("token_ids") is None or choice.get("prompt_token_ids") is None:
             raise ServerRefusedError(f"{endpoint.url}: expected token ids back, got none; the server needs vllm>=0.20")
-        if choice["prompt_token_ids"] != job.tokens or answer["model"] != self._spoken(endpoint, version):
+        if choice["prompt_token_ids"] != job.tokens or answer["model"] != self._model(endpoint, version):
             raise ServerRefusedError(
-                f"{endpoint.url}: expected {self._spoken(endpoint, version)} to answer the tokens that were sent, got "
+                f"{endpoint.url}: expected {self._model(endpoint, version)} to answer the tokens that were sent, got "
                 f"{answer['model']} or other tokens; no proxy may change what is asked"
             )
         return Reply(tuple(choice["token_ids"]), tuple(float(p) for p in choice["logprobs"]["token_logprobs"]))
 
     def _check_distribution(self, version: Version, endpoints: Sequence[Endpoint]) -> None:
-        """Compare the log-probs of every server's first words, and of their alternatives, with the policy's own.
+        """Compare the log-probs of every server's first tokens, and of their alternatives, with the policy's own.
 
         Raises:
-            ServerRefusedError: They are of another model, or of another temperature.
+            ServerRefusedError: They come from another model or another temperature.
         """
         prompt = self.policy.first_prompt("You are a persona.", "Hello, how are you?")
         temperature = self.temperature or 1.0
         for endpoint in endpoints:
             body = self._body(Job(0, prompt, 0), endpoint, version)
-            body |= {"max_tokens": _WORDS, "logprobs": _ALTERNATIVES, "temperature": temperature}
+            body |= {"max_tokens": _TOKENS, "logprobs": _ALTERNATIVES, "temperature": temperature}
             try:
                 answer = self._wire.run(self._wire.call(endpoint, "POST", COMPLETIONS, body))
             except (UnreachableError, UnknownAdapterError) as error:
                 raise ServerRefusedError(f"{endpoint.url}: expected a first reply, got none: {error}") from None
             choice = answer["choices"][0]
             rows: list[list[int]] = []
-            given: list[float] = []
+            reported: list[float] = []
             for at, tops in enumerate(choice["logprobs"]["top_logprobs"]):
-                spoken = [*prompt, *choice["token_ids"][:at]]
-                rows += [[*spoken, int(name.partition(":")[2])] for name in tops]
-                given += [float(p) for p in tops.values()]
-            got = torch.tensor(given)
-            gap = float((got - self._own(rows, temperature)).abs().mean())
-            raw = float((got - self._own(rows, 1.0)).abs().mean())
-            if temperature != 1 and gap > 0.01 and raw < gap / 2:
+                prefix = [*prompt, *choice["token_ids"][:at]]
+                rows += [[*prefix, int(name.partition(":")[2])] for name in tops]
+                reported += [float(p) for p in tops.values()]
+            theirs = torch.tensor(reported)
+            gap = float((theirs - self._policy_log_probs(rows, temperature)).abs().mean())
+            gap_at_one = float((theirs - self._policy_log_probs(rows, 1.0)).abs().mean())
+            if temperature != 1 and gap > 0.01 and gap_at_one < gap / 2:
                 raise ServerRefusedError(
                     f"{endpoint.url}: expected log-probs at temperature {temperature}, got those at 1; start the "
                     "server with --logprobs-mode processed_logprobs"
@@ -335,11 +335,11 @@ class VLLMServerSampler(SyncedSampler):
             if gap > _FAR:
                 raise ServerRefusedError(
                     f"{endpoint.url}: expected the log-probs of {self.policy.name}, got others (mean gap {gap:.2f} "
-                    "nats); serve that model, started anew if whole weights were loaded into it, with "
+                    "nats); serve that model, restarted if whole weights were loaded into it, with "
                     "--logprobs-mode processed_logprobs"
                 )
 
-    def _own(self, rows: list[list[int]], temperature: float) -> torch.Tensor:
+    def _policy_log_probs(self, rows: list[list[int]], temperature: float) -> torch.Tensor:
         """Return the policy's log-prob of each row's last token."""
         length = max(map(len, rows))
         ids = torch.tensor([row + [self.policy.pad_id] * (length - len(row)) for row in rows])

@@ -1,8 +1,8 @@
-"""What every sampler that has weights of its own has in common: histories, seeds, versions, checks.
+"""What samplers with their own weights share: histories, seeds, versions, checks.
 
-Such a sampler speaks as the version of the policy that it was last synced to, and says so in every sample. It
-samples from the policy's distribution at the temperature and from nothing else: no top-p, top-k, min-p or
-penalty, whatever the model's generation config says, and a reply ends at the policy's end-of-turn token alone.
+Such a sampler speaks as the policy version it was last synced to, and every sample says which. It samples from the
+policy's distribution at the temperature and nothing else: no top-p, top-k, min-p or penalty, whatever the model's
+generation config says, and a reply ends only at the policy's end-of-turn token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Job:
     """One reply to sample.
 
     Attributes:
-        conversation: Its number.
+        conversation: Number of the conversation.
         tokens: The conversation so far, up to and including the prompt.
-        seed: Of this reply; None for greedy sampling.
+        seed: Seed of this reply; None for greedy sampling.
     """
 
     conversation: int
@@ -46,11 +46,11 @@ class Reply:
 
 
 class SyncedSampler(ABC):
-    """Samples replies with weights of its own, kept equal to the policy's by `sync`.
+    """Samples replies with its own weights, which `sync` keeps equal to the policy's.
 
     Attributes:
-        own_model: False: the policy's own model does not take part in sampling.
-        context_length: Most tokens of a conversation, prompt and reply.
+        own_model: False: the policy's own model takes no part in sampling.
+        context_length: Longest conversation, prompt and reply, in tokens.
     """
 
     own_model = False
@@ -66,14 +66,14 @@ class SyncedSampler(ABC):
         run: str | None = None,
         write: bool = True,
     ) -> None:
-        """Take what every such sampler needs; see `Versions` for ``folder``, ``sync``, ``run`` and ``write``.
+        """Keep what every such sampler needs; see `Versions` for ``folder``, ``sync``, ``run`` and ``write``.
 
         Raises:
-            ValueError: A limit out of range, or a ``sync`` that does not suit the policy.
+            ValueError: A limit is out of range, or ``sync`` does not suit the policy.
         """
         if max_new_tokens < 1 or not 0 <= temperature <= _HOTTEST:
             raise ValueError(
-                f"expected max_new_tokens >= 1 and a temperature in [0, {_HOTTEST:g}], which is all that vLLM takes, "
+                f"expected max_new_tokens >= 1 and a temperature in [0, {_HOTTEST:g}], the range vLLM takes, "
                 f"got {max_new_tokens} and {temperature}"
             )
         self.policy = policy
@@ -85,27 +85,29 @@ class SyncedSampler(ABC):
         self._histories: list[list[int]] = []
 
     def sync(self, policy: Policy | None = None) -> None:
-        """Speak as the policy is now; does nothing when its weights have not changed.
+        """Take over the policy's current weights; does nothing when they have not changed.
 
         Args:
-            policy: The one that the sampler was made for, or None.
+            policy: The policy the sampler was made for, or None.
 
         Raises:
-            ValueError: Another policy.
-            RuntimeError: Called inside of ``policy.merged()``.
+            ValueError: Another policy was given.
+            RuntimeError: Called inside ``policy.merged()``.
             GenerationError: The new weights could not be loaded.
         """
         if policy is not None and policy is not self.policy:
-            raise ValueError("expected the policy that the sampler was made for, got another; make a sampler for it")
+            raise ValueError("expected the policy the sampler was made for, got another; make a sampler for it")
         version = self._versions.publish()
         if version != self._version:
+            # No version while loading: if that fails, `reply` must refuse rather than speak with half-loaded weights.
+            # The former version's files and adapter go only once the new one is in place.
             former, self._version = self._version, None
             self._load(version, former)
             self._version = version
             self._versions.prune()
 
     def start(self, n: int) -> None:
-        """Begin n new conversations and forget the old ones."""
+        """Start n new conversations and forget the old ones."""
         self._histories = [[] for _ in range(n)]
 
     def reply(
@@ -116,12 +118,12 @@ class SyncedSampler(ABC):
         Args:
             prompts: n token lists: what was added since the conversation's last sampled token; None when the
                 conversation is finished.
-            generator: Gives every reply its seed; may be None when the temperature is 0.
+            generator: Draws a seed for every reply; may be None at temperature 0.
 
         Raises:
             ValueError: Not n prompts, an empty prompt, or no generator.
             RuntimeError: The policy has learned since the last `sync`.
-            GenerationError: No reply was to be had.
+            GenerationError: No reply came back.
         """
         if len(prompts) != len(self._histories):
             raise ValueError(f"expected {len(self._histories)} prompts, as started, got {len(prompts)}")
@@ -142,7 +144,7 @@ class SyncedSampler(ABC):
         return Job(conversation, [*self._histories[conversation], *prompt], seed)
 
     def _sample(self, job: Job, reply: Reply, version: Version) -> Sample:
-        """Check a reply, remember it, and return it as a sample."""
+        """Check a reply, add it to the history, and return it as a sample."""
         ended = bool(reply.token_ids) and reply.token_ids[-1] == self.policy.end_of_turn_id
         if len(reply.log_probs) != len(reply.token_ids):
             raise GenerationError(
@@ -161,7 +163,7 @@ class SyncedSampler(ABC):
         """Return the version that speaks.
 
         Raises:
-            RuntimeError: It is not the policy as it is now.
+            RuntimeError: It is not the policy's current version.
         """
         if self._version is None or self._version.number != self.policy.version:
             got = "none" if self._version is None else f"version {self._version.number}"
@@ -172,7 +174,7 @@ class SyncedSampler(ABC):
         return self._version
 
     def _parameters(self, seed: int | None) -> dict[str, Any]:
-        """Return vLLM's sampling parameters, every one that a generation config could set among them."""
+        """Return vLLM's sampling parameters, including all that a generation config could set."""
         return {
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -190,7 +192,7 @@ class SyncedSampler(ABC):
 
     @abstractmethod
     def _load(self, version: Version, former: Version | None) -> None:
-        """Load a version that was written, in place of the former one."""
+        """Load a published version in place of the former one."""
 
     @abstractmethod
     def _generate(self, jobs: Sequence[Job], version: Version) -> list[Reply]:
@@ -198,4 +200,4 @@ class SyncedSampler(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what the sampler holds."""
+        """Release what the sampler holds."""

@@ -1,7 +1,6 @@
-"""The policy's weights as files that another process can load: every version in a folder of its own.
+"""The policy's weights as files that another process can load, every version in its own folder.
 
-A name and a path are never used twice, because what loads them remembers both: vLLM's prefix cache is keyed by
-(adapter name, adapter path), and an adapter id that is known keeps its weights. Nothing here samples or learns.
+Nothing here samples or learns.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import shutil
 import uuid
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
 from ppg_agents.models.loading import quiet
+from ppg_agents.nearest import did_you_mean
 from ppg_agents.policy.policy import Policy
 
 Sync = Literal["adapter", "merged"]
@@ -27,9 +26,9 @@ class Version:
 
     Attributes:
         number: The policy's version: optimiser steps taken.
-        serial: Counts what was written, from 1; a serial is given once.
-        name: Given once, in any run.
-        path: The folder, absolute; given once.
+        serial: Counts the versions published, from 1; never used twice.
+        name: Never used twice, in any run.
+        path: The folder, absolute; never used twice.
     """
 
     number: int
@@ -39,27 +38,31 @@ class Version:
 
 
 class Versions:
-    """Writes a policy's weights whenever they have changed, and removes what nobody needs any more."""
+    """Writes a policy's weights whenever they have changed, and removes old versions."""
+
+    # vLLM caches by name: a known adapter id keeps its old weights, and the prefix cache is keyed by (adapter name,
+    # path), so a name used twice would continue from keys and values of older weights. Hence a new serial (the id),
+    # name and path for every version, with the run in the name because servers outlive runs.
 
     def __init__(
         self, policy: Policy, folder: str | Path, sync: Sync, *, run: str | None = None, write: bool = True
     ) -> None:
-        """Say what is to be written where.
+        """Set what is written where; nothing is written yet.
 
         Args:
-            policy: Whose weights.
-            folder: For this alone; what an earlier run left in it is removed.
+            policy: The policy whose weights are written.
+            folder: Used for nothing else; versions that an earlier run left in it are removed.
             sync: ``adapter`` writes the LoRA adapter, ``merged`` the whole weights with LoRA merged.
-            run: Part of every name; default random. Processes that learn the same thing together share one.
-            write: Whether this process writes; False where another one of the same ``run`` does.
+            run: Part of every name; random by default. Processes that learn together share one.
+            write: Whether this process writes; False where another process of the same ``run`` does.
 
         Raises:
-            ValueError: An unknown ``sync``, or one that does not suit the policy.
+            ValueError: ``sync`` is unknown or does not suit the policy.
         """
         if sync not in get_args(Sync):
-            near = get_close_matches(str(sync), get_args(Sync), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected sync to be one of {get_args(Sync)}, got {sync!r}{hint}")
+            raise ValueError(
+                f"expected sync to be one of {get_args(Sync)}, got {sync!r}{did_you_mean(sync, get_args(Sync))}"
+            )
         if sync == "adapter":
             _check_adapter(policy)
         elif getattr(policy.model, "is_quantized", False):
@@ -73,18 +76,18 @@ class Versions:
         self.current: Version | None = None
         self._write = write
         self._state: tuple[int, ...] = ()
-        self._kept: list[Version] = []
+        self._written: list[Version] = []
 
     def publish(self) -> Version:
-        """Return the version of the weights as they are, written now unless they were already.
+        """Return the version of the current weights, written now unless it already was.
 
         Raises:
-            RuntimeError: LoRA is merged at the moment, so that there is no adapter to write.
+            RuntimeError: LoRA is merged at the moment, so there is no adapter to write.
             OSError: The folder cannot be written.
         """
         parameters = self.policy.parameters()
         if not parameters:
-            raise RuntimeError("expected trainable weights, got none; call sync() outside of policy.merged()")
+            raise RuntimeError("expected trainable weights, got none; call sync() outside policy.merged()")
         state = (self.policy.version, *(parameter._version for parameter in parameters))
         if self.current is not None and state == self._state:
             return self.current
@@ -93,28 +96,28 @@ class Versions:
         version = Version(self.policy.version, serial, name, self.folder / name)
         if self._write:
             self._save(version)
-        self._kept.append(version)
+        self._written.append(version)
         self.current, self._state = version, state
         return version
 
     def prune(self, keep: int = 1) -> None:
-        """Remove the folders of all versions but the newest ``keep``."""
-        while len(self._kept) > keep:
-            version = self._kept.pop(0)
+        """Remove the folders of all but the newest ``keep`` versions."""
+        while len(self._written) > keep:
+            version = self._written.pop(0)
             if self._write:
                 shutil.rmtree(version.path, ignore_errors=True)
 
     def _save(self, version: Version) -> None:
-        if not self._kept:
-            for left in self.folder.glob(f"{_PREFIX}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        if not self._written:
+            for leftover in self.folder.glob(f"{_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         version.path.mkdir(parents=True)
-        with quiet():  # once per learning step
+        with quiet():  # this runs at every learning step
             (self.policy.save if self.sync == "adapter" else self.policy.save_merged)(version.path)
 
 
 def lora_rank(policy: Policy) -> int:
-    """Return the largest rank of the policy's adapters; 0 without LoRA."""
+    """Return the largest LoRA rank of the policy; 0 without LoRA."""
     configs = getattr(policy.model, "peft_config", {}).values()
     return max((r for c in configs for r in (c.r, *(c.rank_pattern or {}).values())), default=0)
 

@@ -1,7 +1,7 @@
-"""Sampling with vLLM in this process, on weights of its own that are kept equal to the policy's.
+"""Sampling with a vLLM engine started by this process; its weights are kept equal to the policy's.
 
-Every request of a version names the same adapter (or none, when whole weights are loaded), so a batch never
-mixes rows with and without one, to which vLLM would give the same adapter.
+All requests for one version name the same adapter (or none, when whole weights are loaded): vLLM would apply the
+adapter to every row of a mixed batch.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from ppg_agents.generation.synced import Job, Reply, SyncedSampler
 from ppg_agents.generation.versions import Sync, Version, lora_rank
 from ppg_agents.policy.policy import TINY, Policy
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks vLLM can make room for
 _OURS = ("model", "enable_lora", "max_lora_rank", "max_loras", "logprobs_mode", "generation_config", "dtype")
 
 
 class VLLMSampler(SyncedSampler):
-    """Samples replies for n conversations in lockstep with a vLLM engine of its own.
+    """Samples replies for n conversations in lockstep with its own vLLM engine.
 
-    vLLM reads the base weights a second time, next to the policy's. With the setting
-    ``VLLM_ENABLE_V1_MULTIPROCESSING=1``, its default, the engine runs in a process of its own.
+    vLLM loads its own copy of the base weights. With ``VLLM_ENABLE_V1_MULTIPROCESSING=1``, the default, the engine
+    runs in a separate process.
     """
 
     def __init__(
@@ -39,21 +39,21 @@ class VLLMSampler(SyncedSampler):
         """Start the engine.
 
         Args:
-            policy: Who speaks; its name is a model that vLLM can load.
-            folder: For the versions' files, and nothing else.
+            policy: The policy that speaks; its name must be a model that vLLM can load.
+            folder: For the versions' files and nothing else.
             max_new_tokens: A reply is cut at this length.
-            temperature: Of sampling; 0 takes the most likely token.
+            temperature: Sampling temperature; 0 takes the most likely token.
             sync: ``adapter`` hands vLLM the LoRA adapter, ``merged`` the whole weights with LoRA merged.
-            engine: Further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization`` (default 0.4, which
+            engine: More arguments for ``vllm.LLM``, such as ``gpu_memory_utilization`` (default 0.4, which
                 leaves room for the learner), ``max_model_len``, ``tensor_parallel_size``.
 
         Raises:
-            ValueError: See `SyncedSampler`; or an argument in ``engine`` that the sampler sets itself.
+            ValueError: See `SyncedSampler`; or ``engine`` holds an argument that the sampler sets itself.
         """
         super().__init__(policy, folder, max_new_tokens, temperature, sync)
-        taken = sorted(set(engine or {}) & set(_OURS))
-        if taken:
-            raise ValueError(f"expected engine arguments other than {', '.join(_OURS)}, got {taken}; drop them")
+        reserved = sorted(set(engine or {}) & set(_OURS))
+        if reserved:
+            raise ValueError(f"expected engine arguments other than {', '.join(_OURS)}, got {reserved}; drop them")
         from vllm import LLM
 
         arguments: dict[str, Any] = {
@@ -70,20 +70,22 @@ class VLLMSampler(SyncedSampler):
         }
         if sync == "adapter":
             rank = lora_rank(policy)
-            room = next((r for r in _RANKS if r >= rank), None)
-            if room is None:
+            max_rank = next((r for r in _RANKS if r >= rank), None)
+            if max_rank is None:
                 raise ValueError(f"expected a LoRA rank of at most {_RANKS[-1]}, got {rank}; use sync 'merged'")
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_rank}
         self._llm = LLM(**arguments)
         self.context_length = min(policy.context_length, int(self._llm.model_config.max_model_len))
 
     def close(self) -> None:
-        """Let go of the engine and of the files."""
+        """Release the engine and remove the files."""
         del self._llm
         self._version = None
         self._versions.prune(keep=0)
 
     def _load(self, version: Version, former: Version | None) -> None:
+        # An adapter's id is the serial of its version (see `Versions`). Whole weights have no id, so the prefix cache
+        # is emptied: no keys and values of the old weights may survive.
         engine = self._llm.llm_engine
         if self._versions.sync == "adapter":
             engine.add_lora(self._request(version))
@@ -92,7 +94,7 @@ class VLLMSampler(SyncedSampler):
             return
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(version.path)})
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("expected vLLM to reset its prefix cache, got a refusal; nothing may be running in it")
+            raise RuntimeError("expected vLLM to reset its prefix cache, got a refusal; let its requests finish first")
 
     def _request(self, version: Version) -> Any:
         from vllm.lora.request import LoRARequest
@@ -107,7 +109,7 @@ class VLLMSampler(SyncedSampler):
         parameters = [SamplingParams(detokenize=False, **self._parameters(job.seed)) for job in jobs]
         try:
             outputs = self._llm.generate(prompts, parameters, lora_request=adapter, use_tqdm=False)
-        except BaseException:  # what was interrupted would otherwise go on, and come back with the next replies
+        except BaseException:  # else interrupted requests go on, and come back with the next replies
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise

@@ -1,6 +1,6 @@
-"""Low-rank adaptation (arXiv 2106.09685) on a causal LM: made by PEFT, merged for sampling, fused for learning.
+"""LoRA (arXiv 2106.09685) on a causal LM: made by PEFT, merged for sampling, fused for learning.
 
-Swaps how PEFT's layers compute, never what they compute: what is swapped returns bit for bit. Nothing here
+Changes how PEFT's layers compute, never what they compute; everything swapped comes back bit for bit. Nothing here
 knows a token or a reward.
 """
 
@@ -26,9 +26,9 @@ class Adapted:
         parent: The module that holds it.
         name: Its name there.
         module: PEFT's layer.
-        base: The layer below, with the frozen weight.
-        adapter: PEFT's name of the active adapter.
-        plain: Whether it computes ``W + s · B A`` and no more; otherwise DoRA or a trained bias.
+        base: The layer it wraps, with the frozen weight.
+        adapter: PEFT's name for the active adapter.
+        plain: Whether it computes just ``W + s · B A``; False with DoRA or a trained bias.
         quantised: Whether the base weight is stored in 4 or 8 bits.
     """
 
@@ -42,14 +42,14 @@ class Adapted:
 
 
 Originals = list[tuple[Adapted, list[tuple[nn.Parameter, Tensor]]]]
-"""Layers that are merged, each with its base parameters and what they held before."""
+"""Merged layers, each with its base parameters and the tensors they held before."""
 
 
 def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
-    """Return `model` with LoRA on it; the global random state is left as it was.
+    """Return `model` with LoRA on it; leaves the global random state as it was.
 
     The update is scaled by ``alpha / rank``, with rsLoRA (arXiv 2312.03732) by ``alpha / √rank``. DoRA
-    (arXiv 2402.09353) also trains the length of every output's weights.
+    (arXiv 2402.09353) also trains the norm of every output's weights.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -72,8 +72,8 @@ def adapted_layers(model: Any) -> list[Adapted]:
     """Return the LoRA layers of a PEFT model; none for a plain one.
 
     Raises:
-        ValueError: A layer has a variant that no single weight can hold, its base weight belongs to another
-            layer as well (tied embeddings), so that merging would change both, or the adapter replaces modules.
+        ValueError: A layer has a variant that cannot be merged into one weight, its base weight is tied to another
+            layer (so merging would change both), or the adapter replaces whole modules.
     """
     if not hasattr(model, "peft_config"):
         return []
@@ -88,7 +88,7 @@ def adapted_layers(model: Any) -> list[Adapted]:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(
-                f"expected an adapter of LoRA layers alone, got one that replaces {path}; merge that first"
+                f"expected an adapter with LoRA layers only, got one that replaces {path}; merge that first"
             )
         if not isinstance(module, LoraLayer):
             continue
@@ -98,7 +98,7 @@ def adapted_layers(model: Any) -> list[Adapted]:
             raise ValueError(f"expected LoRA, rsLoRA or DoRA at {path}, got {kind}, which cannot be merged; use one")
         base = module.get_base_layer()
         if len(shared := owners.get(id(base.weight), [])) > 1:
-            raise ValueError(f"expected a weight of its own at {path}, got one that is tied: {shared}; drop the target")
+            raise ValueError(f"expected an untied weight at {path}, got one that is tied: {shared}; drop the target")
         parent, _, name = path.rpartition(".")
         layers.append(
             Adapted(
@@ -118,30 +118,31 @@ def adapted_layers(model: Any) -> list[Adapted]:
 def merge(layers: Sequence[Adapted]) -> Iterator[Originals]:
     """Swap every layer for its base layer with the update in the weight; put both back afterwards.
 
-    The original weight tensors are set aside, not subtracted from, so they return bit for bit. A layer
-    whose base weight is quantised stays as it is: adding to it would round the update away.
+    A layer whose base weight is quantised is left alone: rounding would lose the update.
 
     Yields:
-        What was set aside, for `bypass`.
+        The original weights, for `bypass`.
     """
-    kept: Originals = []
+    # PEFT un-merges by subtracting the update, and (W + ΔW) − ΔW is not W in floating point: the base weights would
+    # drift a little with every rollout. So the merged weight is a new tensor, and the old one is put back.
+    originals: Originals = []
     try:
         with torch.no_grad():
             for layer in layers:
                 if layer.quantised:
                     continue
-                kept.append((layer, [(p, p.data) for p in layer.base.parameters(recurse=False)]))
+                originals.append((layer, [(p, p.data) for p in layer.base.parameters(recurse=False)]))
                 if layer.plain:
                     weight = layer.base.weight
                     weight.data = weight.data + layer.module.get_delta_weight(layer.adapter).to(weight.dtype)
                 else:
                     layer.module.merge(safe_merge=True, adapter_names=[layer.adapter])
                     layer.module.merged_adapters.clear()
-                    layer.module._caches.clear()  # what PEFT would need to undo it by arithmetic
+                    layer.module._caches.clear()  # PEFT would need these to subtract the update
                 setattr(layer.parent, layer.name, layer.base)
-        yield kept
+        yield originals
     finally:
-        for layer, parameters in kept:
+        for layer, parameters in originals:
             layer.module.merged_adapters.clear()
             for parameter, data in parameters:
                 parameter.data = data
@@ -150,8 +151,8 @@ def merge(layers: Sequence[Adapted]) -> Iterator[Originals]:
 
 @contextmanager
 def bypass(layers: Sequence[Adapted], merged: Originals) -> Iterator[None]:
-    """Swap every layer for its base layer as it was before LoRA, whether or not it is merged; copies nothing."""
-    inside = [(parameter, parameter.data) for _, parameters in merged for parameter, _ in parameters]
+    """Swap every layer for its base layer as it was before LoRA, merged or not; copies nothing."""
+    current = [(parameter, parameter.data) for _, parameters in merged for parameter, _ in parameters]
     present = [(layer, getattr(layer.parent, layer.name)) for layer in layers]
     try:
         for _, parameters in merged:
@@ -161,7 +162,7 @@ def bypass(layers: Sequence[Adapted], merged: Originals) -> Iterator[None]:
             setattr(layer.parent, layer.name, layer.base)
         yield
     finally:
-        for parameter, data in inside:
+        for parameter, data in current:
             parameter.data = data
         for layer, module in present:
             setattr(layer.parent, layer.name, module)
@@ -169,9 +170,9 @@ def bypass(layers: Sequence[Adapted], merged: Originals) -> Iterator[None]:
 
 @contextmanager
 def dropout(layers: Sequence[Adapted], active: bool) -> Iterator[None]:
-    """Switch LoRA's dropout on or off; off only for the duration, on until it is switched off.
+    """Switch LoRA's dropout on or off: off ends with the context, on stays until it is switched off.
 
-    Gradient checkpointing computes a layer again during the backward pass, and then needs the dropout as it was.
+    Gradient checkpointing recomputes layers in the backward pass, after the context has ended, with dropout still on.
     """
     before = [layer.module.training for layer in layers]
     _set_dropout(layers, [active] * len(layers))
@@ -185,7 +186,7 @@ def dropout(layers: Sequence[Adapted], active: bool) -> Iterator[None]:
 def _set_dropout(layers: Sequence[Adapted], modes: Sequence[bool]) -> None:
     for layer, mode in zip(layers, modes, strict=True):
         if layer.module.training != mode:
-            layer.module.training = mode  # of this module alone: DoRA looks here
+            layer.module.training = mode  # for this module alone; DoRA reads it
             layer.module.lora_dropout.train(mode)
 
 
@@ -193,10 +194,13 @@ def _set_dropout(layers: Sequence[Adapted], modes: Sequence[bool]) -> None:
 def fuse(layers: Sequence[Adapted]) -> Iterator[None]:
     """Let plain linear layers compute base and update in one go, forward and backward.
 
-    DoRA, and layers with dropout, of another type, or quantised, keep PEFT's own computation. LoRA weights that are
-    wider than the base weight (float32 on bfloat16) are rounded to it for computing, as merging rounds them.
-    Entering again (to compute a layer once more in the backward pass) is harmless.
+    DoRA layers, and layers with dropout, quantised or of another type, keep PEFT's own computation. LoRA weights wider
+    than the base weight (float32 on bfloat16) are rounded to its type to compute, as merging rounds them. Nesting (a
+    layer recomputed in the backward pass) is harmless.
     """
+    # PEFT computes the update apart and adds it to the base layer's output, which makes more tensors of that size per
+    # layer; `_LoraLinear` adds into the output and keeps only the [.., rank] product. The swapped forward is an
+    # instance attribute: deleting it brings PEFT's own back, and `vars` shows when an outer `fuse` has set it.
     fused = []
     try:
         for layer in layers:
@@ -218,7 +222,7 @@ def _fused_forward(layer: Adapted) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        tensors = (base.weight, base.bias, lower.weight, upper.weight)  # as they are now: a shard may be gathered
+        tensors = (base.weight, base.bias, lower.weight, upper.weight)  # read now: FSDP may have gathered a shard
         out: Tensor = _LoraLinear.apply(x, *tensors, scale)  # type: ignore[no-untyped-call]
         return out
 
@@ -226,7 +230,7 @@ def _fused_forward(layer: Adapted) -> Callable[[Tensor], Tensor] | None:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with W and bias frozen; no intermediate of y's size is made or kept."""
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ with W and bias frozen; makes and keeps no intermediate of y's size."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """A causal language model with LoRA as a policy: its prompts and replies as tokens, and their log-probabilities.
 
-One conversation is one token sequence, scored in one forward pass. Replies come in as the token ids that
-were sampled; nothing here draws a token or takes an optimiser step. Files are the business of `models`.
+One conversation is one token sequence, scored in one forward pass. Replies arrive as the token ids that were
+sampled; nothing here draws a token or takes an optimiser step. `models` handles files.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Policy:
     Attributes:
         model: The transformers model, wrapped by PEFT when it has LoRA.
         tokenizer: Its tokenizer.
-        name: What was loaded; saved as the adapter's base model.
-        format: The chat template around what is said (see `prompts`).
-        config: The language model's own configuration, as transformers has it.
+        name: Name of the model loaded; saved as the adapter's base model.
+        format: The chat template around the content (see `prompts`).
+        config: The language model's transformers configuration.
         device: Where the weights are.
         end_of_turn_id: The token that closes a reply.
-        pad_id: The token that fills a batch.
-        context_length: Most tokens that a conversation may have.
-        version: Number of optimiser steps taken; whoever steps increments it.
+        pad_id: The token that pads a batch.
+        context_length: Longest conversation, in tokens.
+        version: Optimiser steps taken; whoever takes a step increments it.
     """
 
     def __init__(
@@ -60,9 +60,8 @@ class Policy:
             template_options: Extra variables for the chat template.
 
         Raises:
-            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), the
-                model's head is more than a linear layer with known scalings, or the LoRA variant cannot be
-                merged.
+            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), the model's head
+                is more than a linear layer with known scalings, or the LoRA variant cannot be merged.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -71,7 +70,7 @@ class Policy:
         self.format = trainable_format(tokenizer, template_options)
         self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.format.end_of_turn))
         if self._encode(f"{self.format.end_of_turn}\n")[:1] != [self.end_of_turn_id]:
-            raise ValueError(f"expected a tokenizer that reads {self.format.end_of_turn!r} as one token, got several")
+            raise ValueError(f"expected a tokenizer that encodes {self.format.end_of_turn!r} as one token, got several")
         self.pad_id = int(self.end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self._lm = model.get_base_model() if hasattr(model, "peft_config") else model
         self.config = self._lm.config.get_text_config()
@@ -96,35 +95,35 @@ class Policy:
         template_options: Mapping[str, Any] | None = None,
         kernels: Kernels = "none",
     ) -> Policy:
-        """Load a model folder or hub name, and put LoRA on it. Code that comes with a model is never run.
+        """Load a model by folder or hub name and put LoRA on it. Code that comes with a model is never run.
 
         Args:
-            name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save`
-                wrote, whose base model is then loaded first.
-            lora: LoRA to create, or None to train all weights; a folder that holds an adapter keeps its own.
-            device: Default: CUDA when there, else CPU.
+            name_or_path: ``"tiny"`` (the embedded model), a Hugging Face model, or a folder that `save` wrote,
+                whose base model is loaded first.
+            lora: LoRA to create, or None to train all weights; ignored for a folder that holds an adapter.
+            device: Default: CUDA if available, else CPU.
             dtype: Default: bfloat16 on CUDA, else float32. LoRA weights are float32 either way.
-            seed: Seed of LoRA's random half.
-            quantisation: ``"4bit"`` keeps the base weights in 4 bits (bitsandbytes, CUDA); with LoRA only.
+            seed: Seed for LoRA's randomly initialised half.
+            quantisation: ``"4bit"`` keeps the base weights in 4 bits (bitsandbytes, CUDA); needs LoRA.
             chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
-            template_options: Extra variables for the template; ``{"enable_thinking": True}`` lets a model
-                that can reason do so.
+            template_options: Extra variables for the template; ``{"enable_thinking": True}`` turns
+                reasoning on.
             kernels: ``"liger"`` computes norms and MLPs with liger-kernel (CUDA).
 
         Raises:
-            FileNotFoundError: Neither a model folder nor a model of the hub.
+            FileNotFoundError: Neither a model folder nor a model on the hub.
             ConnectionError: The hub cannot be reached, and the model is not in the local cache.
             ModuleNotFoundError: An option needs a package that is not installed.
-            ValueError: See `Policy`; or an option that cannot be had here.
+            ValueError: See `Policy`; or an option does not work here.
         """
         name, adapter = base_of(name_or_path)
         if quantisation != "none" and lora is None and adapter is None:
             raise ValueError(f"quantisation {quantisation!r}: expected LoRA, got training of all weights; give a rank")
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, tokenizer = load_base(
             name,
-            device=where,
-            dtype=dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32),
+            device=target,
+            dtype=dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32),
             quantisation=quantisation,
             adapter=adapter,
             chat_template=chat_template,
@@ -152,16 +151,16 @@ class Policy:
         return self._encode(self.format.end_of_turn + self.format.next(message))[1:]
 
     def encode_reply(self, text: str) -> list[int]:
-        """Return the tokens of a logged reply, end-of-turn included; never for a reply that was sampled.
+        """Return the tokens of a logged reply, end-of-turn included. Sampled replies have their token ids: use those.
 
-        Where the template starts every reply by an empty reasoning block, so does this one.
+        If the template starts every reply with an empty reasoning block, so does this.
         """
         return [*self._encode(self.format.lead + self.format.plain(text)), self.end_of_turn_id]
 
     def spoken(self, token_ids: Sequence[int]) -> str:
-        """Return what the partner and the judge hear of a reply: its text without control tokens and reasoning.
+        """Return what partner and judge hear of a reply: its text without control tokens and reasoning.
 
-        A reply that is cut while it reasons says nothing: ``""``.
+        A reply cut off while it reasons says nothing: ``""``.
         """
         if self.format.reasoning is not None:
             text = str(self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
@@ -181,7 +180,7 @@ class Policy:
     def transformer(self, **inputs: Any) -> Tensor:
         """Run the model without its head; return hidden states [B, L, hidden].
 
-        LoRA's dropout and gradient checkpointing are active only while gradients are recorded.
+        LoRA's dropout and gradient checkpointing are only active while gradients are recorded.
         """
         learning = torch.is_grad_enabled()
         with dropout(self._lora, learning), _training(self._checkpointed if learning else []):
@@ -210,17 +209,16 @@ class Policy:
     ) -> Tensor:
         """Return ``log p(ids[:, i] | ids[:, :i])`` at the selected positions, 0 elsewhere.
 
-        The head runs on selected positions only and in chunks that are recomputed in the backward pass, so
-        that logits [B, L, vocab] are never held. Differentiable in `parameters`.
+        The head runs on selected positions only, in chunks that are recomputed in the backward pass, so logits
+        [B, L, vocab] are never held. Differentiable in `parameters`.
 
         Args:
             ids: Token ids [B, L], padded on the right.
             attention: Bool [B, L], True on real tokens.
-            token_mask: Bool [B, L], the positions to score; default every real token. Position 0 has no
-                past and is never scored.
+            token_mask: Bool [B, L], the positions to score; default every real token. Position 0 has no past and
+                is never scored.
             temperature: Logits are divided by it.
-            chunk: Positions per chunk; default as many as keep a chunk's logits at 32 MiB (CPU) or
-                512 MiB (CUDA).
+            chunk: Positions per chunk; by default as many as fit 32 MiB (CPU) or 512 MiB (CUDA) of logits.
 
         Returns:
             Float32 (float64 for a float64 model) [B, L].
@@ -242,15 +240,15 @@ class Policy:
         return selected.new_zeros(ids.shape).masked_scatter(token_mask, selected)
 
     def states(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> Tensor:
-        """Return the last hidden states that the selected tokens are predicted from: what a value head reads.
+        """Return the last hidden states that predict the selected tokens: what a value head reads.
 
         Args:
             ids: Token ids [B, L], padded on the right.
             attention: Bool [B, L], True on real tokens.
-            token_mask: Bool [B, L], N tokens; the state of each is that of the token before it.
+            token_mask: Bool [B, L], N tokens; each one's state is that of the token before it.
 
         Returns:
-            [N, hidden], row by row, in the model's own precision.
+            [N, hidden], row by row, in the model's precision.
 
         Raises:
             ValueError: Shapes differ, or a row is padded on the left.
@@ -258,7 +256,7 @@ class Policy:
         return self._states(*self._select(ids, attention, token_mask))
 
     def _select(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids and the mask of tokens to score on the policy's device; a row's first token has no past."""
+        """Return ids and mask on the policy's device, without padding and without each row's first token."""
         if ids.ndim != 2 or attention.shape != ids.shape or token_mask.shape != ids.shape:
             shapes = (tuple(ids.shape), tuple(attention.shape), tuple(token_mask.shape))
             raise ValueError(f"expected ids, attention and token_mask of one shape [B, L], got {shapes}")
@@ -293,12 +291,12 @@ class Policy:
         *,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Return what `log_probs` gives without LoRA: those of the reference model of a KL term, without gradients.
+        """Return `log_probs` without LoRA and without gradients: those of the reference model of a KL term.
 
-        The same weights are used, with the adapter off; there is no second copy of the model.
+        Uses the same weights with the adapter off; there is no second copy of the model.
 
         Raises:
-            ValueError: The policy trains all weights, so that nothing is left of the model it started from.
+            ValueError: The policy trains other weights than LoRA's, so the model it started from is gone.
         """
         trained = [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
         if trained or not self._lora:
@@ -311,12 +309,14 @@ class Policy:
 
     @contextmanager
     def merged(self) -> Iterator[None]:
-        """Fold LoRA into the base weights for the duration, for fast sampling.
+        """Fold LoRA into the base weights while the context lasts, for fast sampling.
 
-        The base weights return bit for bit (see `lora.merge`). Holds a second copy of the adapted weights
-        meanwhile. Entering twice is harmless. Quantised base weights are left alone, so that sampling computes
-        what learning computes: it then costs two small matrix products more per adapted layer and token.
+        The base weights come back bit for bit (see `lora.merge`). Holds a second copy of the adapted weights
+        meanwhile. Nesting is harmless. Quantised base weights are left alone, so sampling computes what learning
+        computes; that costs two more small matrix products per adapted layer and token.
         """
+        # A token costs one product per layer instead of three, which pays when thousands are sampled between two
+        # updates. `_merged` keeps the originals, so that `reference_log_probs` works in here too.
         if self._merged is not None or not self._lora:
             yield
             return
@@ -327,9 +327,9 @@ class Policy:
             self._merged = None
 
     def gradient_checkpointing(self, active: bool = True) -> None:
-        """Keep only each block's input while gradients are recorded, and compute the block again for them.
+        """Keep only each block's input while gradients are recorded, and recompute the block in the backward pass.
 
-        Costs about a third more time per step; sampling and scoring without gradients stay as they are.
+        Takes about a third more time per step; sampling and scoring without gradients are not affected.
 
         Raises:
             ValueError: The architecture does not support it.
@@ -338,9 +338,9 @@ class Policy:
             self._lm.gradient_checkpointing_disable()
             self._checkpointed = []
             return
-        again = lambda: (nullcontext(), fuse(self._lora))  # noqa: E731 (what is computed again is fused again)
-        self._lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": again})
-        self._lm.disable_input_require_grads()  # embeddings need no gradient unless they are trained
+        contexts = lambda: (nullcontext(), fuse(self._lora))  # noqa: E731 (the recomputation is fused too)
+        self._lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        self._lm.disable_input_require_grads()  # frozen embeddings need no gradient
         self._checkpointed = [m for m in self._lm.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def save(self, folder: str | Path) -> None:
@@ -363,11 +363,11 @@ class Policy:
         self.tokenizer.save_pretrained(str(folder))
 
     def load_weights(self, folder: str | Path) -> None:
-        """Read back what `save` wrote, into the weights of this policy.
+        """Load what `save` wrote into this policy's weights.
 
         Raises:
             FileNotFoundError: No weights in the folder.
-            ValueError: They belong to another architecture or another LoRA.
+            ValueError: They belong to another architecture or LoRA.
         """
         saving.read_into(self.model, Path(folder), self.device)
 
@@ -386,7 +386,7 @@ class Policy:
 
 @contextmanager
 def _training(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let these modules alone (not what is in them) believe that they are in training mode."""
+    """Put these modules, but not their children, in training mode."""
     for module in modules:
         module.training = True
     try:

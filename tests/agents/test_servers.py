@@ -196,7 +196,7 @@ def test_every_version_has_a_name_and_a_path_of_its_own(
         policy.parameters()[0].add_(0.01)  # other weights under the same number, as when a checkpoint is read
     sampler.sync(policy)
     assert servers[0].adapters != [names[-1]]
-    with policy.merged(), pytest.raises(RuntimeError, match=r"outside of policy\.merged"):
+    with policy.merged(), pytest.raises(RuntimeError, match=r"outside policy\.merged"):
         sampler.sync(policy)
     sampler.close()
     assert not list((tmp_path / "versions").iterdir())
@@ -251,7 +251,7 @@ def test_when_all_are_gone_the_error_says_which_and_for_how_long(
         (200, '{"data": [3]}', "list of models, got '{.*; check the URL"),
         (200, '{"data": [{"id": "llama3", "object": "model"}]}', "max_model_len, got 'llama3' with id, object; roll"),
         (401, '{"error": "Unauthorized"}', "HTTP 401: Unauthorized; check the key: .* VLLM_API_KEY is not set$"),
-        (404, "<p>\nNot Found", "HTTP 404: <p> Not Found; check the URL, which ends in /v1$"),
+        (404, "<p>\nNot Found", "HTTP 404: <p> Not Found; check the URL, which must end in /v1$"),
     ],
 )
 def test_what_is_no_server_of_a_model_is_refused_at_once_with_what_to_do(
