@@ -139,6 +139,16 @@ class EnvSettings:
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The id without its module."""
+        return self.id.rpartition(":")[2]
+
+    @property
+    def is_persona_chat(self) -> bool:
+        """Whether the domain, the personas, the partner and the judge of the settings are the environment's."""
+        return self.name == PERSONA_CHAT.rpartition(":")[2]
+
 
 @dataclass(frozen=True)
 class OfflineSettings:
@@ -248,6 +258,22 @@ class TrainConfig:
         if self.policy_class == "segment":
             return "segment " + ",".join(str(length) for length in self.segments or ())
         return self.policy_class
+
+    @property
+    def world(self) -> str:
+        """Where the policy speaks, as trajectories and tables say it: PersonaChat's domain, or the environment's id."""
+        return self.domain if self.env.is_persona_chat else self.env.name
+
+    @property
+    def learner(self) -> str:
+        """The agent's name in titles: of ``module:Class`` the class alone; empty for the default, ``ppg``."""
+        return "" if self.agent == "ppg" else self.agent.rpartition(":")[2]
+
+    @property
+    def subject(self) -> str:
+        """What titles and run names begin with: ``chatting``, ``therapy, grpo``, ``MyEnv-v0``, ``offline, sft``."""
+        where = "offline" if self.offline.files else self.world
+        return f"{where}, {self.learner}" if self.learner else where
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:

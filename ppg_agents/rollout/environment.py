@@ -13,10 +13,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from ppg_agents.config.settings import PERSONA_CHAT, ConfigError, TrainConfig
+from ppg_agents.config.settings import ConfigError, TrainConfig
 from ppg_agents.runs.run import RunError
 
 TRAIN, HELD_OUT = "train", "held-out"
@@ -28,10 +28,18 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
     Args:
         config: The run's settings.
         personas: ``train``, ``held-out`` or a path; held-out adds ``env.held_out_kwargs``.
+
+    Raises:
+        ConfigError: A path beside another environment than PersonaChat-v0, which would not read it.
     """
     env = config.env
     given: dict[str, Any] = {}
-    if env.id.rpartition(":")[2] == PERSONA_CHAT.rpartition(":")[2]:
+    if not env.is_persona_chat and personas not in (TRAIN, HELD_OUT):
+        raise ConfigError(
+            f"personas: expected {TRAIN} or {HELD_OUT} with env.id = {env.id!r}, got {personas!r}; "
+            "pass a file of its own with env.kwargs"
+        )
+    if env.is_persona_chat:
         given = {
             "domain": config.domain,
             "personas": personas,
@@ -190,10 +198,12 @@ def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | 
 
     Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
     """
+    several = envs.unwrapped
+    one = several.envs[0].unwrapped if isinstance(several, SyncVectorEnv) else several
     limits = (
         config.env.max_turns,
         config.env.kwargs.get("max_turns"),
-        getattr(envs.unwrapped, "max_turns", None),
+        getattr(one, "max_turns", None),
         envs.spec.max_episode_steps if envs.spec else None,
     )
     return next((int(limit) for limit in limits if limit), None)
