@@ -125,7 +125,8 @@ class EnvSettings:
     """The Gymnasium environment.
 
     ``kwargs`` goes to ``gym.make_vec`` on top of what the other settings say. For an ``id`` other than
-    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation.
+    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation. ``instruction``
+    is what the policy is told where observations are plain text.
     """
 
     id: str = PERSONA_CHAT
@@ -138,6 +139,7 @@ class EnvSettings:
     max_failure_rate: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
+    instruction: str = ""
 
     @property
     def name(self) -> str:

@@ -1,7 +1,8 @@
 """Make the environment of a run, through Gymnasium's API alone.
 
 Nothing here knows what the environment is about: PersonaChat-v0 gets the run's domain, personas, partner and
-judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more.
+judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more. One whose
+observations are plain text is wrapped (`text_observation`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
 from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.rollout.text_observation import TextObservation, TextObservations, is_text
 from ppg_agents.runs.run import RunError
 
 TRAIN, HELD_OUT = "train", "held-out"
@@ -119,7 +121,7 @@ class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def make_env(config: TrainConfig, personas: str) -> OneConversation:
-    """Return one conversation, to be stepped at its own pace.
+    """Return one conversation, to be stepped at its own pace; see `make_envs` for its observations.
 
     Raises:
         ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
@@ -127,7 +129,8 @@ def make_env(config: TrainConfig, personas: str) -> OneConversation:
     name, given = _found(config, personas)
     with _making(config):
         env = gym.make(name, **{**given, "disable_env_checker": True})
-    _check_text(config, env.observation_space)
+    if _shows_plain_text(config, env.observation_space, env.action_space):
+        env = TextObservation(env, config.env.instruction)
     return OneConversation(env)
 
 
@@ -165,18 +168,42 @@ def _making(config: TrainConfig) -> Iterator[None]:
         raise ConfigError(f"env.kwargs: expected arguments of {config.env.id}, got {named}: {error}") from error
 
 
-def _check_text(config: TrainConfig, space: gym.Space[Any]) -> None:
-    """Raise a ConfigError unless an environment shows what a policy reads."""
-    shown = list(space.spaces) if isinstance(space, gym.spaces.Dict) else []
-    if not {"instruction", "message"} <= set(shown):
+def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Space[Any]) -> bool:
+    """Return whether an environment's observations are plain text, and not yet what a policy reads.
+
+    Args:
+        config: The run's settings.
+        shown: The space of an observation.
+        heard: The space of an action.
+
+    Raises:
+        ConfigError: It is no environment of conversations; or ``env.instruction`` beside one that has its own.
+    """
+    keys = list(shown.spaces) if isinstance(shown, gym.spaces.Dict) else []
+    plain = is_text(shown)
+    if not plain and not {"instruction", "message"} <= set(keys):
         raise ConfigError(
-            f"env.id: expected an environment of conversations, whose observations are a dict with 'instruction' and "
-            f"'message', got {config.env.id!r} with {f'the keys {shown}' if shown else space}; put a wrapper around it"
+            "env.id: expected an environment of conversations, whose observations are a text, or a dict with "
+            f"'instruction' and 'message', got {config.env.id!r} with {f'the keys {keys}' if keys else shown}; "
+            "put a wrapper around it"
         )
+    if heard.dtype is not None and not is_text(heard):  # without a dtype, a space of somebody else's may hold strings
+        raise ConfigError(
+            f"env.id: expected an environment whose actions are strings, got {config.env.id!r} with {heard}; "
+            "put a wrapper around it"
+        )
+    if config.env.instruction and not plain:
+        raise ConfigError(
+            "env.instruction: expected only for observations of plain text, got one beside "
+            f"{config.env.id!r}, which gives its own instruction; leave it out"
+        )
+    return plain
 
 
 def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
     """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
+
+    Observations are ``{"instruction": [N], "message": [N]}``; plain text is the message below ``env.instruction``.
 
     Raises:
         ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
@@ -189,7 +216,8 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversation
             vector = {"autoreset_mode": AutoresetMode.DISABLED}
             given["disable_env_checker"] = True
             envs = gym.make_vec(name, num_envs, "sync", vector, **given)
-    _check_text(config, envs.single_observation_space)
+    if _shows_plain_text(config, envs.single_observation_space, envs.single_action_space):
+        envs = TextObservations(envs, config.env.instruction)
     return Conversations(envs)
 
 
