@@ -135,7 +135,7 @@ def _check_policy_class(config: TrainConfig) -> None:
 
 
 def _check_environment(config: TrainConfig) -> None:
-    """Refuse what PersonaChat-v0 alone reads beside another environment, which gets ``env.kwargs`` and no more."""
+    """Refuse settings that only PersonaChat-v0 reads with another environment, which gets ``env.kwargs`` alone."""
     if config.env.is_persona_chat:
         return
     defaults = type(config.env)()

@@ -148,7 +148,7 @@ class EnvSettings:
 
     @property
     def is_persona_chat(self) -> bool:
-        """Whether the domain, the personas, the partner and the judge of the settings are the environment's."""
+        """Whether it is PersonaChat-v0, which takes domain, personas, partner and judge from the settings."""
         return self.name == PERSONA_CHAT.rpartition(":")[2]
 
 

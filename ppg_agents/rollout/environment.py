@@ -1,8 +1,7 @@
 """Make the environment of a run, through Gymnasium's API alone.
 
-Nothing here knows what the environment is about: PersonaChat-v0 gets the run's domain, personas, partner and
-judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more. One whose
-observations are plain text is wrapped (`text_observation`).
+PersonaChat-v0 gets the run's domain, personas, partner and judge as keyword arguments; any other registered
+environment gets ``env.kwargs`` and nothing else. Plain text observations are wrapped (`text_observation`).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
         personas: ``train``, ``held-out`` or a path; held-out adds ``env.held_out_kwargs``.
 
     Raises:
-        ConfigError: A path beside another environment than PersonaChat-v0, which would not read it.
+        ConfigError: A path for an environment other than PersonaChat-v0, which would not read it.
     """
     env = config.env
     given: dict[str, Any] = {}
@@ -58,12 +57,12 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
 
 
 class ConversationError(RunError):
-    """The environment can not go on: its judge fails too often, a server is gone, a budget is used up."""
+    """The environment cannot go on: its judge fails too often, a server is gone, or a budget is used up."""
 
 
 @contextmanager
-def _one_name() -> Iterator[None]:
-    """Give an environment's failures one name, whichever of its parts they come from."""
+def _conversation_errors() -> Iterator[None]:
+    """Turn an environment's RuntimeErrors into ConversationErrors, whichever of its parts they come from."""
     try:
         yield
     except RuntimeError as error:
@@ -71,7 +70,7 @@ def _one_name() -> Iterator[None]:
 
 
 class Conversations(gym.vector.VectorWrapper):
-    """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
+    """The environment as the learner sees it: one kind of error, and the reachable reward that the last reset gave."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
@@ -84,7 +83,7 @@ class Conversations(gym.vector.VectorWrapper):
             ConversationError: The environment raised a RuntimeError.
         """
         partial = "reset_mask" in (options or {})
-        with _one_name():
+        with _conversation_errors():
             observations, info = self.env.reset(seed=seed, options=options)
         self.reset_info = self.reset_info if partial else info
         return observations, info
@@ -95,7 +94,7 @@ class Conversations(gym.vector.VectorWrapper):
         Raises:
             ConversationError: The environment raised a RuntimeError.
         """
-        with _one_name():
+        with _conversation_errors():
             return self.env.step(actions)
 
     def reachable(self) -> NDArray[np.float64]:
@@ -107,16 +106,16 @@ class Conversations(gym.vector.VectorWrapper):
 
 
 class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
-    """A single environment whose failures have one name, as `Conversations` gives it."""
+    """A single environment that raises ConversationErrors, as `Conversations` does."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; raises a ConversationError for a RuntimeError of the environment."""
-        with _one_name():
+        with _conversation_errors():
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Any:
         """Step; raises a ConversationError for a RuntimeError of the environment."""
-        with _one_name():
+        with _conversation_errors():
             return self.env.step(action)
 
 
@@ -124,9 +123,9 @@ def make_env(config: TrainConfig, personas: str) -> OneConversation:
     """Return one conversation, to be stepped at its own pace; see `make_envs` for its observations.
 
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it holds no conversations.
     """
-    name, given = _found(config, personas)
+    name, given = _registered(config, personas)
     with _making(config):
         env = gym.make(name, **{**given, "disable_env_checker": True})
     if _shows_plain_text(config, env.observation_space, env.action_space):
@@ -134,7 +133,7 @@ def make_env(config: TrainConfig, personas: str) -> OneConversation:
     return OneConversation(env)
 
 
-def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
+def _registered(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
     """Import the environment's module; return the registered name and the keyword arguments."""
     module, _, name = config.env.id.rpartition(":")
     try:
@@ -148,10 +147,10 @@ def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _making(config: TrainConfig) -> Iterator[None]:
-    """Name the setting that an environment could not be made by.
+    """Blame the setting when an environment cannot be made.
 
     Raises:
-        ConfigError: In place of Gymnasium's error for an id, and of Python's for an argument.
+        ConfigError: Gymnasium does not know the id, or the environment does not take an argument.
     """
     try:
         yield
@@ -169,7 +168,7 @@ def _making(config: TrainConfig) -> Iterator[None]:
 
 
 def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Space[Any]) -> bool:
-    """Return whether an environment's observations are plain text, and not yet what a policy reads.
+    """Return whether an environment shows plain text, which has to be wrapped for a policy to read it.
 
     Args:
         config: The run's settings.
@@ -177,7 +176,7 @@ def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Spa
         heard: The space of an action.
 
     Raises:
-        ConfigError: It is no environment of conversations; or ``env.instruction`` beside one that has its own.
+        ConfigError: It holds no conversations, or has an instruction of its own beside ``env.instruction``.
     """
     keys = list(shown.spaces) if isinstance(shown, gym.spaces.Dict) else []
     plain = is_text(shown)
@@ -187,7 +186,7 @@ def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Spa
             f"'instruction' and 'message', got {config.env.id!r} with {f'the keys {keys}' if keys else shown}; "
             "put a wrapper around it"
         )
-    if heard.dtype is not None and not is_text(heard):  # without a dtype, a space of somebody else's may hold strings
+    if heard.dtype is not None and not is_text(heard):  # a user's own text space may have no dtype
         raise ConfigError(
             f"env.id: expected an environment whose actions are strings, got {config.env.id!r} with {heard}; "
             "put a wrapper around it"
@@ -206,9 +205,9 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversation
     Observations are ``{"instruction": [N], "message": [N]}``; plain text is the message below ``env.instruction``.
 
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it holds no conversations.
     """
-    name, given = _found(config, personas)
+    name, given = _registered(config, personas)
     with _making(config):
         if gym.spec(name).vector_entry_point is not None:
             envs = gym.make_vec(name, num_envs=num_envs, **given)
@@ -226,19 +225,19 @@ def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | 
 
     Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
     """
-    several = envs.unwrapped
-    one = several.envs[0].unwrapped if isinstance(several, SyncVectorEnv) else several
+    inner = envs.unwrapped
+    single = inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner  # it does not pass it on
     limits = (
         config.env.max_turns,
         config.env.kwargs.get("max_turns"),
-        getattr(one, "max_turns", None),
+        getattr(single, "max_turns", None),
         envs.spec.max_episode_steps if envs.spec else None,
     )
     return next((int(limit) for limit in limits if limit), None)
 
 
 def check_segments(config: TrainConfig, turns: int | None) -> None:
-    """Compare the segments with the conversation's real length, where that is known.
+    """Check the segments against the length of a conversation, where that is known.
 
     Raises:
         ConfigError: They do not sum to it.

@@ -1,4 +1,4 @@
-"""Plain text observations, made into what a policy reads: the text is the message, one instruction stands above all."""
+"""Wrappers for environments that show plain text: the text becomes the message, below one fixed instruction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 
 def is_text(space: gym.Space[Any]) -> bool:
-    """Return whether the elements of a space are strings: ``gymnasium.spaces.Text``, or a text space of one's own."""
+    """Return whether a space holds strings: ``gymnasium.spaces.Text``, or a text space of your own."""
     return space.dtype is not None and space.dtype.kind == "U"
 
 
@@ -23,7 +23,7 @@ class TextObservation(gym.ObservationWrapper[dict[str, str], str, str], RecordCo
         instruction: What the policy is told about its part; empty for nothing.
 
     Raises:
-        ValueError: The observations are no strings.
+        ValueError: The observations are not strings.
     """
 
     def __init__(self, env: gym.Env[str, str], instruction: str = "") -> None:
@@ -47,7 +47,7 @@ class TextObservations(
         instruction: The same for all conversations; empty for nothing.
 
     Raises:
-        ValueError: The observations are no strings, or an environment that ended is reset in the same step.
+        ValueError: The observations are not strings, or an environment that has ended is reset in the same step.
     """
 
     def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any], instruction: str = "") -> None:
@@ -65,6 +65,6 @@ class TextObservations(
 def _with_instruction(space: gym.Space[Any], instruction: str) -> gym.Space[Any]:
     if not is_text(space):
         raise ValueError(f"expected an environment whose observations are strings, got {space}")
-    # Gymnasium's Text admits the characters that it is given and no others, and at least one of them
+    # Gymnasium's Text admits only the characters it is given, and has to be given at least one
     only = gym.spaces.Text(max(len(instruction), 1), min_length=0, charset=frozenset(instruction or " "))
     return gym.spaces.Dict({"instruction": only, "message": space})
