@@ -142,10 +142,14 @@ class OneByOne(HFSampler):
 def test_it_is_trained_on(
     config: TrainConfig, lockstep: bool, instruction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rollouts: list[int] = []
+    original = training.collect_each
+    monkeypatch.setattr(training, "collect_each", lambda *args: rollouts.append(1) or original(*args))
     if not lockstep:
         monkeypatch.setattr(training, "make_sampler", lambda policy, *rest, **others: OneByOne(policy, 4, 1.0))
     run = training.train(with_env(config, instruction=instruction), tmp_path / "run")
     assert [line["judged_turns"] for line in run.metrics()] == [12, 12]
+    assert len(rollouts) == (0 if lockstep else 2)
     assert run.evaluations()["after"]["conversations"] == 3
     learned_from = list(read_jsonl(run.trajectories_file))
     assert {t.instruction for t in learned_from} == {instruction}
