@@ -1,8 +1,8 @@
-"""Baselines b [B, n] that are subtracted from the credit: advantage = (credit − b) · valid.
+"""Baselines b [B, n], subtracted from the credit: advantage = (credit − b) · valid.
 
 All are own choices; arXiv 2603.06138 leaves baselines open. Every docstring states the bias with respect to
 the policy class's own gradient: E[∇ log π(y_t | …) · b] = 0 as long as b does not depend on y_t. Masked turns
-are another matter: where a judge's failure depends on the reply, leaving the turn out changes the objective
+are another matter: if a judge's failure depends on the reply, leaving the turn out changes the objective
 itself, with any baseline.
 
 Numpy only; nothing here may know a token or a model.
@@ -62,7 +62,7 @@ def leave_one_out(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Arr
 
         b_{b,t} = mean{ credit_{j,t} : j ≠ b, groups_j = groups_b, valid_{j,t} },   0 if there is none
 
-    Unbiased when the conversations of a batch are sampled independently, also when the policy decides when a
+    Unbiased if the conversations of a batch are sampled independently, even when the policy decides when a
     conversation ends.
 
     Args:
@@ -78,27 +78,25 @@ def leave_one_out(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Arr
     """
     _check(credit, valid)
     if len(groups) != len(credit):
-        raise ValueError(
-            f"expected one group label for each of {len(credit)} conversations, got {len(groups)}"
-        )
+        raise ValueError(f"expected one group label for each of {len(credit)} conversations, got {len(groups)}")
     first: dict[Hashable, int] = {}
     group = np.array([first.setdefault(label, len(first)) for label in groups], dtype=np.intp)
-    own = np.where(valid, credit, 0.0)
+    counted = np.where(valid, credit, 0.0)
     total, count = np.zeros((len(first), credit.shape[1])), np.zeros((len(first), credit.shape[1]))
-    np.add.at(total, group, own)
+    np.add.at(total, group, counted)
     np.add.at(count, group, valid)
     others = count[group] - valid
-    return np.where(others > 0, (total[group] - own) / np.maximum(others, 1), 0.0)
+    return np.where(others > 0, (total[group] - counted) / np.maximum(others, 1), 0.0)
 
 
 def batch_mean(credit: Array, valid: Mask) -> Array:
-    """Mean credit of turn t over the batch, the conversation itself included.
+    """Mean credit of turn t over the batch, including the conversation itself.
 
         b_t = Σ_b valid_{b,t} · credit_{b,t} / N_t,   N_t = Σ_b valid_{b,t},   0 if N_t = 0
 
-    Biased: a conversation's own credit is part of the mean, which shrinks the expected gradient of turn t by
-    1 − 1/N_t. With N_t fixed that is only a smaller step. When the policy decides when a conversation ends,
-    N_t depends on its actions, late turns are shrunk more than early ones, and the *direction* is biased too;
+    Biased: the mean includes the conversation's own credit, which shrinks the expected gradient of turn t by a
+    factor 1 − 1/N_t. With N_t fixed that is only a smaller step. If the policy decides when a conversation ends,
+    N_t depends on its actions, late turns shrink more than early ones, and the *direction* is biased too;
     ``leave_one_out`` is not.
 
     Args:
@@ -120,9 +118,8 @@ class MovingAverage:
 
         b_t ← decay · b_t + (1 − decay) · mean_b credit_{b,t},   starting from the first mean seen
 
-    Unbiased: what a batch is given was computed from earlier batches only. A turn that was never valid before
-    has b = 0; a turn without a valid entry keeps its average. It lags behind a policy that improves, which
-    costs variance only.
+    Unbiased: a batch's baseline comes from earlier batches only. A turn that was never valid before has b = 0; a
+    turn without a valid entry keeps its average. It lags behind an improving policy, which only costs variance.
     """
 
     def __init__(self, n: int, decay: float = 0.9) -> None:
@@ -142,7 +139,7 @@ class MovingAverage:
         self.seen: Mask = np.zeros(n, dtype=np.bool_)
 
     def __call__(self, credit: Array, valid: Mask) -> Array:
-        """Return the baseline from *earlier* batches, then take this batch into the average.
+        """Return the baseline from *earlier* batches, then add this batch to the average.
 
         Args:
             credit: [B, n].
@@ -152,7 +149,7 @@ class MovingAverage:
             [B, n], rows equal.
 
         Raises:
-            ValueError: Shapes that differ or do not have n turns, or ``valid`` not boolean.
+            ValueError: Shapes that differ or have another number of turns, or ``valid`` not boolean.
         """
         _check(credit, valid)
         if credit.shape[1] != len(self.mean):
@@ -181,9 +178,7 @@ class MovingAverage:
             raise ValueError(f"expected the keys decay, mean, seen, got {', '.join(sorted(state))}")
         n = len(self.mean)
         if len(state["mean"]) != n or len(state["seen"]) != n:
-            raise ValueError(
-                f"expected the state of {n} turns, got {len(state['mean'])}; use the run's own n"
-            )
+            raise ValueError(f"expected the state of {n} turns, got {len(state['mean'])}; use the run's own n")
         self.decay = float(state["decay"])
         self.mean = np.array(state["mean"], dtype=np.float64)
         self.seen = np.array(state["seen"], dtype=np.bool_)
@@ -192,16 +187,16 @@ class MovingAverage:
 def standardise(adv: Array, valid: Mask, eps: float = 1e-8) -> Array:
     """Shift and scale the advantages of a batch: (A − mean) / (std + eps) over all valid turns, 0 elsewhere.
 
-    Biased: mean and (biased) std contain every turn's own credit, and the mean mixes turn indices. The scale
-    of the gradient changes from batch to batch.
+    Biased: mean and (biased) std include the turn's own credit, and the mean mixes turn indices. The scale of the
+    gradient changes from batch to batch.
 
     Args:
         adv: A [B, n].
         valid: [B, n] bool.
-        eps: Added to the standard deviation, in the unit of A.
+        eps: Added to the standard deviation; in the unit of A.
 
     Returns:
-        [B, n]; all 0 when the valid entries are equal or there are none.
+        [B, n]; all 0 if the valid entries are equal or there are none.
 
     Raises:
         ValueError: Shapes that differ, or ``valid`` not boolean.

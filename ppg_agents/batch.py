@@ -1,4 +1,4 @@
-"""Conversations as arrays, laid side by side."""
+"""Conversations as padded arrays."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Batch:
         ids: Tokens [B, L] long, padded on the right.
         attention: Bool [B, L], True on real tokens.
         token_mask: Bool [B, L], True on sampled reply tokens.
-        turn_index: Long [B, L], the turn (from 0) that a token belongs to; 0 on padding.
+        turn_index: Long [B, L], each token's turn, from 0; 0 on padding.
         rewards: Float64 [B, n], NaN where a turn was not judged or not played.
         valid: Bool [B, n], True where a turn was played and judged.
-        sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where nobody knows.
+        sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where unknown.
         spans: Int64 [B, n, 3], the `Span` of every turn; -1 where it was not played.
     """
 
@@ -41,12 +41,12 @@ class Batch:
 
 
 def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None = None) -> Batch:
-    """Lay conversations side by side.
+    """Put conversations into one batch, a row each.
 
     Args:
         trajectories: At least one.
-        pad_id: Fills the rows on the right.
-        n_turns: n; default the most turns of any conversation, at least 1.
+        pad_id: Pads the rows on the right.
+        n_turns: n; by default the turns of the longest conversation, at least 1.
 
     Raises:
         ValueError: No trajectory, or one with more than ``n_turns`` turns.

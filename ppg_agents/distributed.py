@@ -1,14 +1,14 @@
-"""Several learner processes as one: who they are, what they add up, and how they split a model's weights.
+"""Several learner processes working as one: their ranks, their sums, and how they split a model's weights.
 
-Every process (rank) plays its own share of a batch's conversations, and all take the same optimiser step: the gradients
-are summed over ranks once per step, when each has run its last micro-batch. That is what DistributedDataParallel
-computes, less its division by the number of ranks (the losses are divided by the batch's size already); its hooks would
-reduce once per micro-batch, and ranks have unequally many of those, because conversations are packed by length.
+Every process (rank) plays its share of a batch's conversations, and all take the same optimiser step: gradients are
+summed over ranks once per step, after each rank's last micro-batch. DistributedDataParallel computes the same, except
+that it divides by the number of ranks (here the losses are already divided by the whole batch's size) and reduces once
+per micro-batch, of which ranks have different numbers, because conversations are packed by length.
 
-Where a model with its gradients and moments is too large for one device, `shard_layers` splits the decoder layers over
-ranks with torch's `fully_shard` (FSDP2). Then every forward pass is collective: all ranks run equally many
-(`passes`), a sampler needs weights of its own (vLLM), and `whole_weights` puts the trained weights together to save or
-load them. Embeddings, head and norms outside the layers stay whole on every rank.
+If a model with its gradients and moments is too large for one device, `shard_layers` splits the decoder layers over
+ranks with torch's `fully_shard` (FSDP2). Every forward pass is then collective: all ranks run the same number
+(`passes`), the sampler needs its own weights (vLLM), and `whole_weights` assembles the trained weights to save or load
+them. Embeddings, head and norms outside the layers stay whole on every rank.
 
 Nothing here knows a policy, a loss or an environment.
 """
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PATIENCE = timedelta(hours=4)
-"""How long a rank waits for the others, who may still be playing; a rank that dies ends the launch at once."""
+"""How long a rank waits for the others, which may still be playing; a rank that dies ends the launch at once."""
 BUCKET = 2**24
-"""Gradient entries that are summed at a time."""
+"""Gradient entries summed at a time."""
 
 
 class Workers(Protocol):
@@ -37,11 +37,15 @@ class Workers(Protocol):
     Every method but `shard` is collective: all ranks call it, in the same order.
 
     Attributes:
-        rank: This process, from 0.
-        size: How many there are.
-        main: Whether this is rank 0, who alone logs and writes.
+        rank: This process's number, from 0.
+        size: Number of processes.
+        main: Whether this is rank 0, the only one that logs and writes.
         sharded: Whether the launch asks for `shard_layers` (an accelerate config with FSDP).
     """
+
+    # Baselines, standardisation, group statistics and denominators are those of the whole batch: a rank that used its
+    # own share would compute another gradient, and runs would depend on the number of ranks. So credits, rewards and
+    # labels are gathered first, every rank computes the same numbers, and then takes its own rows.
 
     rank: int
     size: int
@@ -49,11 +53,11 @@ class Workers(Protocol):
     sharded: bool
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Put the sum over ranks into every gradient, the same bits on every rank.
+        """Replace every gradient by its sum over ranks, the same bits on every rank.
 
         Args:
-            parameters: The same weights in the same order on every rank. One without a gradient counts as 0; one
-                that has none on any rank is left without.
+            parameters: The same weights in the same order on every rank. A missing gradient counts as 0; one missing
+                on all ranks stays missing.
         """
 
     def sum_number(self, x: float) -> float:
@@ -63,7 +67,7 @@ class Workers(Protocol):
         """Return the objects of all ranks in rank order, on every rank."""
 
     def shard(self, n: int) -> slice:
-        """Return this rank's share of n items: contiguous, so that `gather` restores their order.
+        """Return this rank's share of n items: contiguous, so `gather` restores their order.
 
         Raises:
             ValueError: Fewer items than ranks.
@@ -71,7 +75,7 @@ class Workers(Protocol):
 
 
 class Alone:
-    """One process: its sums are its own."""
+    """One process, with nothing to sum."""
 
     rank, size, main, sharded = 0, 1, True, False
 
@@ -95,10 +99,10 @@ class Group:
     """The processes of a distributed launch, through accelerate: gloo on the CPU, nccl on CUDA."""
 
     def __init__(self) -> None:
-        """Meet the other ranks, and take this rank's CUDA device as the current one.
+        """Connect to the other ranks, and make this rank's CUDA device the current one.
 
         Raises:
-            ValueError: The launcher set no rank, or asks for another sharding than `shard_layers` does.
+            ValueError: The launcher set no rank, or asks for sharding that `shard_layers` does not do.
         """
         if "LOCAL_RANK" not in os.environ:
             raise ValueError(
@@ -114,16 +118,16 @@ class Group:
             raise ValueError("expected an accelerate config with fsdp_version 2 and no offloading; use fsdp-8")
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sum in float32 or wider, a bucket of weights at a time; what `fully_shard` averaged is scaled up."""
+        """Sum in float32 or wider, a bucket of weights at a time; undo the averaging of `fully_shard`."""
         parameters = list(parameters)
         for p in parameters:
             if isinstance(p, DTensor) and p.grad is not None:
                 p.grad.mul_(self.size)
         for bucket in _buckets(p for p in parameters if not isinstance(p, DTensor)):
             wide = torch.promote_types(bucket[0].dtype, torch.float32)
-            have = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=bucket[0].device)
-            own = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in bucket]
-            flat = torch.cat([*(g.flatten().to(wide) for g in own), have])
+            present = torch.tensor([p.grad is not None for p in bucket], dtype=wide, device=bucket[0].device)
+            gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in bucket]
+            flat = torch.cat([*(g.flatten().to(wide) for g in gradients), present])
             torch.distributed.all_reduce(flat)
             *sums, anywhere = torch.split(flat, [*(p.numel() for p in bucket), len(bucket)])
             for p, total, any_rank in zip(bucket, sums, anywhere.tolist(), strict=True):
@@ -147,17 +151,17 @@ class Group:
     def shard(self, n: int) -> slice:
         """Return a share that differs from any other rank's by at most one item."""
         if n < self.size:
-            raise ValueError(f"expected a conversation or more per process, got {n} for {self.size}; raise the batch")
+            raise ValueError(f"expected at least {self.size} conversations, one per process, got {n}; raise the batch")
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
 
 def workers() -> Workers:
-    """Return the processes that this one was launched with; `Alone` unless WORLD_SIZE is above 1.
+    """Return the processes launched with this one; `Alone` unless WORLD_SIZE is above 1.
 
     Call it before anything is put on a GPU. `finish` is its counterpart.
 
     Raises:
-        ValueError: WORLD_SIZE is no number, or was set by no launcher.
+        ValueError: WORLD_SIZE is not a number, or was not set by a launcher.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit():
@@ -166,7 +170,7 @@ def workers() -> Workers:
 
 
 def finish() -> None:
-    """Leave the other ranks in good order; harmless when there are none, or when this is done already."""
+    """Disconnect from the other ranks; harmless if there are none, or if called twice."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -174,13 +178,13 @@ def finish() -> None:
 def shard_layers(model: Any) -> None:
     """Split the weights of a transformers model's decoder layers over all ranks, in place.
 
-    A layer's weights are whole while it computes, forward and backward. Make the optimizer afterwards.
+    A layer's weights are whole while it computes, forward and backward. Create the optimizer afterwards.
 
     Args:
         model: A causal LM, or a PEFT model around one, the same on every rank.
 
     Raises:
-        ValueError: No decoder layers are known of this architecture, or their weights are quantised.
+        ValueError: The architecture names no decoder layers, or their weights are quantised.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -198,58 +202,58 @@ def shard_layers(model: Any) -> None:
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     outside = {p for p in lm.base_model.parameters() if not isinstance(p, DTensor)}
-    fully_shard(lm.base_model, mesh=mesh, ignored_params=outside)  # the root, which fetches the next layer ahead
+    fully_shard(lm.base_model, mesh=mesh, ignored_params=outside)  # the root prefetches the next layer
 
 
 def passes(workers: Workers, own: int) -> int:
-    """Return how many forward passes this rank runs when it has ``own`` of its own: as many as any rank."""
+    """Return how many forward passes this rank runs if it needs ``own``; with split weights, as many as any rank."""
     return max(workers.gather([own])) if workers.sharded else own
 
 
 def groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups: whole and split weights apart, which it cannot update in one go."""
+    """Return an optimizer's parameter groups: whole and split weights apart, as it cannot update both in one go."""
     parameters = list(parameters)
     parts = [[p for p in parameters if isinstance(p, DTensor) is split] for split in (False, True)]
     return [{"params": part} for part in parts if part]
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale the summed gradients down to a 2-norm over whole and split weights together; return the norm before.
+    """Clip the summed gradients by their 2-norm over whole and split weights together; return the norm before.
 
     Args:
-        parameters: The trained weights; collective when some are split.
-        max_norm: Larger gradients are scaled to it.
+        parameters: The trained weights; collective if some are split.
+        max_norm: Larger gradients are scaled down to it.
     """
     trained = [p for p in parameters if p.grad is not None]
     split = [p for p in trained if isinstance(p, DTensor)]
-    own = [p for p in trained if not isinstance(p, DTensor)]
-    norms = [joined(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in part])) for part in (own, split) if part]
+    whole = [p for p in trained if not isinstance(p, DTensor)]
+    norms = [joined(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in part])) for part in (whole, split) if part]
     total = torch.stack(norms).norm() if len(norms) > 1 else sum(norms, torch.zeros(()))
-    for part in (own, split):
+    for part in (whole, split):
         nn.utils.clip_grads_with_norm_(part, max_norm, total)
     return float(total)
 
 
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Put trained weights that are split together on every rank; what is written to them meanwhile is kept.
+    """Assemble split trained weights on every rank while the context lasts; changes made to them meanwhile are kept.
 
-    Collective. Without split weights it does nothing.
+    Collective. Does nothing without split weights.
     """
     swapped: list[tuple[nn.Module, str, Tensor]] = []
     hooks = [module._load_state_dict_post_hooks for module in model.modules()]
-    kept = [dict(registered) for registered in hooks]
+    saved_hooks = [dict(registered) for registered in hooks]
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if isinstance(p, DTensor) and p.requires_grad:
                 swapped.append((module, name, p))
                 setattr(module, name, nn.Parameter(p.full_tensor().detach()))
     for registered in hooks if swapped else ():
-        registered.clear()  # those of fully_shard expect split weights
+        registered.clear()  # the hooks of fully_shard expect split weights
     try:
         yield
     finally:
-        for registered, before in zip(hooks, kept, strict=True):
+        for registered, before in zip(hooks, saved_hooks, strict=True):
             registered.update(before)
         with torch.no_grad():
             for module, name, split in swapped:
@@ -258,12 +262,12 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def joined(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, such as an optimizer's moment; collective when it is split."""
+    """Return the whole tensor, of an optimizer's moment for example; collective if it is split."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole tensor split as the weight is, as it is when the weight is whole; the same on every rank."""
+    """Return a whole tensor, the same on every rank, split like the weight; unchanged if the weight is whole."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -274,7 +278,7 @@ def _set(variable: str) -> bool:
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Yield neighbours of one dtype, of up to `BUCKET` entries together."""
+    """Yield runs of weights of one dtype, with up to `BUCKET` entries together."""
     bucket: list[Tensor] = []
     for p in parameters:
         full = sum(q.numel() for q in bucket) + p.numel() > BUCKET

@@ -1,7 +1,7 @@
-"""Checks of the turn ledger: what is learned from is what was sampled, by the policy that learns.
+"""Checks of the turn ledger: the learner trains on exactly what was sampled, by the policy that learns.
 
-Pure functions over trajectories, the arrays made of them and the log-probs that the learner computes. They raise or
-measure; nothing here changes a batch, runs a model or knows a loss.
+Pure functions over trajectories, the arrays made from them and the learner's log-probs. They raise or measure; nothing
+here changes a batch, runs a model or knows a loss.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ppg_agents.trajectory import Trajectory, Turn
 
 
 class LedgerError(ValueError):
-    """The batch is not what was sampled, or not by this policy; the message names the turn."""
+    """The batch is not what was sampled, or was not sampled by this policy; the message names the turn."""
 
 
 def check_batch(trajectories: Sequence[Trajectory], data: Batch, trained: Tensor) -> None:
-    """Compare a batch with the conversations that it was made of, and with the tokens that are to be trained on.
+    """Check a batch against the conversations it was made from, and the mask of trained tokens.
 
-    Spans follow one another from the row's first token to its last; the ids, sampling log-probs, rewards and turn
-    indices in them are the ledger's; the mask of sampled tokens is the union of the reply spans, and the mask of
-    trained tokens that of the judged turns.
+    Spans follow one another from the row's first token to its last; ids, sampling log-probs, rewards and turn indices
+    in them are the ledger's; the mask of sampled tokens is the union of the reply spans, and the mask of trained tokens
+    the union of those of judged turns.
 
     Args:
         trajectories: B conversations.
         data: Their arrays.
-        trained: Bool [B, L], the tokens that the loss sees.
+        trained: Bool [B, L], the tokens the loss sees.
 
     Raises:
-        LedgerError: Anything that differs; the message names conversation, turn and token.
+        LedgerError: Something differs; the message names conversation, turn and token.
     """
     ids, log_probs = data.ids.cpu().numpy(), data.sampling_log_probs.cpu().numpy()
     turn_index = data.turn_index.cpu().numpy()
@@ -70,23 +70,23 @@ def check_batch(trajectories: Sequence[Trajectory], data: Batch, trained: Tensor
         if len(wrong):
             b, i = wrong[0].tolist()
             kind = "a sampled token of a judged turn" if name == "trained" else "a sampled token"
-            said = "is" if expected[b, i] else "is not"
+            verb = "is" if expected[b, i] else "is not"
             raise _broken(
                 f"the mask of {name} tokens to be the union of their reply spans",
-                f"{not expected[b, i]} at token {i} of {where(trajectories, b)}, which {said} {kind}",
+                f"{not expected[b, i]} at token {i} of {where(trajectories, b)}, which {verb} {kind}",
             )
 
 
 def staleness(trajectories: Sequence[Trajectory], version: int, allowed: int = 0) -> int:
-    """Return by how many optimiser steps the oldest turn is behind the learner.
+    """Return how many optimiser steps the oldest turn is behind the learner.
 
     Args:
         trajectories: B conversations.
-        version: The learner's.
-        allowed: Most steps that a turn may be behind; 0 is on-policy.
+        version: The learner's policy version.
+        allowed: How many steps a turn may be behind; 0 is on-policy.
 
     Raises:
-        LedgerError: A turn of an older version, of a version yet to come, or of logged words.
+        LedgerError: A turn is older than allowed, from a later version, or logged.
     """
     oldest = 0
     for b, t, turn in _turns(trajectories):
@@ -95,12 +95,12 @@ def staleness(trajectories: Sequence[Trajectory], version: int, allowed: int = 0
             oldest = max(oldest, behind)
             continue
         if turn.policy_version < 0:
-            advice = "the words are logged ones: learn from them offline"
+            advice = "the reply is a logged one: learn from it offline"
         elif behind < 0:
-            advice = "the conversation is of another run or a later checkpoint: load the weights that sampled it"
+            advice = "the conversation is from another run or a later checkpoint: load the weights that sampled it"
         else:
             advice = (
-                "the sampler did not take the newest weights: sync it before every rollout, or allow stale rollouts "
+                "the sampler does not have the newest weights: sync it before every rollout, or allow stale rollouts "
                 f"(max_staleness >= {behind}) with importance weights"
             )
         within = f" or up to {allowed} older" if allowed else ""
@@ -112,17 +112,17 @@ def staleness(trajectories: Sequence[Trajectory], version: int, allowed: int = 0
 
 
 def temperature(trajectories: Sequence[Trajectory]) -> float:
-    """Return the one temperature that all turns were sampled at; 1 when there is no turn.
+    """Return the temperature that all turns were sampled at; 1 if there is no turn.
 
     Raises:
-        LedgerError: More than one temperature, or one that is not above 0: a greedy reply has no distribution.
+        LedgerError: Temperatures differ, or one is not above 0: a greedy reply has no distribution.
     """
     first: float | None = None
     for b, t, turn in _turns(trajectories):
         if not 0 < turn.temperature < float("inf"):
             raise LedgerError(
                 f"expected a sampling temperature above 0, got {turn.temperature} at {where(trajectories, b, t)}; "
-                "greedy replies cannot be learned from: sample them"
+                "the learner cannot train on greedy replies: sample them"
             )
         first = turn.temperature if first is None else first
         if turn.temperature != first:
@@ -137,33 +137,33 @@ def check_known(trajectories: Sequence[Trajectory]) -> None:
     """Raise unless the log-prob of every sampled token in a judged turn is known.
 
     Raises:
-        LedgerError: The first turn where it is not.
+        LedgerError: It is not; the message names the first such turn.
     """
     for b, t, turn in _turns(trajectories):
         if np.isfinite(turn.reward) and np.isnan(turn.log_probs).any():
             raise LedgerError(
                 f"expected sampling log-probs at {where(trajectories, b, t)}, which importance weights divide by, got "
-                "NaN; sample with one that reports them, or set importance to 'none'"
+                "NaN; use a sampler that reports them, or set importance to 'none'"
             )
 
 
 def of_version(trajectories: Sequence[Trajectory], version: int, n: int) -> NDArray[np.bool_]:
     """Return [B, n], True at turns that this policy version sampled."""
-    own = np.zeros((len(trajectories), n), dtype=np.bool_)
+    current = np.zeros((len(trajectories), n), dtype=np.bool_)
     for b, t, turn in _turns(trajectories):
-        own[b, t] = turn.policy_version == version
-    return own
+        current[b, t] = turn.policy_version == version
+    return current
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far the learner's log-probs are from the sampler's, |lp − lp°| in nats; gaps of parts add up.
+    """How far the learner's log-probs are from the sampler's, |lp − lp°| in nats; those of parts add up.
 
     Attributes:
         total: Sum over tokens.
         count: Tokens whose sampling log-prob is known.
-        largest: The largest one.
-        at: Its conversation and position in the row; None without a token.
+        largest: The largest gap.
+        at: Its conversation and position in the row; None if there is no token.
         learner: The learner's log-prob there.
         sampler: The sampler's.
     """
@@ -183,7 +183,7 @@ class Gap:
 
     @property
     def mean(self) -> float:
-        """Mean over tokens; 0 without one."""
+        """Mean over tokens; 0 if there is none."""
         return self.total / max(1, self.count)
 
 
@@ -192,29 +192,29 @@ def gap(log_probs: Tensor, sampling_log_probs: Tensor, token_mask: Tensor, rows:
 
     Args:
         log_probs: The learner's [R, L]; read where ``token_mask`` is true.
-        sampling_log_probs: The sampler's [R, L]; NaN where nobody knows.
+        sampling_log_probs: The sampler's [R, L]; NaN where unknown.
         token_mask: [R, L] bool.
-        rows: The conversations' numbers in the batch.
+        rows: The conversations' row numbers in the batch.
     """
-    own, theirs = log_probs.detach(), sampling_log_probs.to(log_probs.device)
-    known = token_mask & ~theirs.isnan()
+    learner, sampler = log_probs.detach(), sampling_log_probs.to(log_probs.device)
+    known = token_mask & ~sampler.isnan()
     count = int(known.sum())
     if not count:
         return Gap()
-    gaps = (own - theirs).abs().masked_fill(~known, 0.0)
+    gaps = (learner - sampler).abs().masked_fill(~known, 0.0)
     row, position = divmod(int(gaps.argmax()), gaps.shape[1])
     return Gap(
         float(gaps.sum(dtype=torch.float64)),
         count,
         float(gaps[row, position]),
         (rows[row], position),
-        float(own[row, position]),
-        float(theirs[row, position]),
+        float(learner[row, position]),
+        float(sampler[row, position]),
     )
 
 
 def gap_fault(found: Gap, limit: float, trajectories: Sequence[Trajectory]) -> str | None:
-    """Return what is wrong when the largest gap is above ``limit``, with turn, token and both values; else None."""
+    """Return a message with turn, token and both values if the largest gap is above ``limit``, else None."""
     if found.at is None or not found.largest > limit:
         return None
     b, position = found.at
@@ -223,35 +223,35 @@ def gap_fault(found: Gap, limit: float, trajectories: Sequence[Trajectory]) -> s
     i = position - span.start
     return (
         f"expected log-probs of sampler and learner within {limit:g}, got {found.sampler:.6f} (sampler "
-        f"{turn.sampler or 'unknown'!r}) and {found.learner:.6f} (learner), {found.largest:.6f} apart, at "
-        f"{where(trajectories, b, t)}, token {i + 1} of {len(turn.token_ids)} (id {turn.token_ids[i]}); "
-        "the reply was sampled from another distribution: check that the sampler speaks with the weights of version "
+        f"{turn.sampler or 'unknown'!r}) and {found.learner:.6f} (learner), {found.largest:.6f} apart, "
+        f"at {where(trajectories, b, t)}, token {i + 1} of {len(turn.token_ids)} (id {turn.token_ids[i]}); "
+        "the reply was sampled from another distribution: check that the sampler has the weights of version "
         f"{turn.policy_version}, at temperature {turn.temperature:g} and without top-p or penalties; raise "
         "max_log_prob_gap only for a sampler of lower precision than the learner"
     )
 
 
 def default_gap_limit(dtype: torch.dtype) -> float:
-    """Return the limit on `Gap.largest` for a learner that computes in this type: 0.01 in float32, else 1.
+    """Return the limit on `Gap.largest` for a learner that computes in this dtype: 0.01 in float32, else 1.
 
-    Largest gaps measured where sampler and learner agree: 1e-5 in float32, 0.12 to 0.16 in bfloat16. A sampler that
-    missed one optimiser step of the embedded model: 6.8 at learning rate 3e-3, 0.21 at 1e-4, 0.021 at 1e-5; in
-    bfloat16 only the first stands out, and the recorded policy version is what tells.
+    Largest gaps measured when sampler and learner agree: 1e-5 in float32, 0.12 to 0.16 in bfloat16. When the sampler
+    missed one optimiser step of the embedded model: 6.8 at learning rate 3e-3, 0.21 at 1e-4, 0.021 at 1e-5. In
+    bfloat16 only the first stands out; there the recorded policy version has to tell.
     """
     return 0.01 if torch.finfo(dtype).bits >= 32 else 1.0
 
 
 def where(trajectories: Sequence[Trajectory], b: int, t: int | None = None) -> str:
-    """Return a conversation, and a turn of it, in words; both count from 1."""
-    own = trajectories[b]
-    seed = "" if own.seed is None else f", seed {own.seed}"
-    turn = "" if t is None else f", turn {t + 1} of {len(own.turns)}"
-    return f"conversation {b + 1} of {len(trajectories)} (persona {own.persona!r}{seed}){turn}"
+    """Describe a conversation, or a turn of it, in words; both count from 1."""
+    trajectory = trajectories[b]
+    seed = "" if trajectory.seed is None else f", seed {trajectory.seed}"
+    turn = "" if t is None else f", turn {t + 1} of {len(trajectory.turns)}"
+    return f"conversation {b + 1} of {len(trajectories)} (persona {trajectory.persona!r}{seed}){turn}"
 
 
 def _turns(trajectories: Sequence[Trajectory]) -> Iterator[tuple[int, int, Turn]]:
-    """Yield conversation, turn, both from 0, and what was said there."""
-    return ((b, t, turn) for b, own in enumerate(trajectories) for t, turn in enumerate(own.turns))
+    """Yield the number of the conversation, that of the turn, both from 0, and the turn."""
+    return ((b, t, turn) for b, trajectory in enumerate(trajectories) for t, turn in enumerate(trajectory.turns))
 
 
 def _same(name: str, got: Any, expected: Any, place: str, start: int) -> None:

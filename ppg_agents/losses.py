@@ -2,7 +2,7 @@
 
 Shapes: B conversations, L tokens in the longest of them, n turns. Every [B, L] tensor is indexed by the
 position of the token itself: ``log_probs[b, i]`` is log π(token i | tokens before i). ``token_mask`` is true
-at the tokens that the policy sampled, end-of-turn included; what stands elsewhere is never read.
+at the tokens the policy sampled, end-of-turn included; entries elsewhere are never read.
 
 [P] marks formulas of arXiv 2603.06138, "own" what this project defines. Nothing here may read a config,
 log, or keep state.
@@ -36,19 +36,19 @@ def partial_policy_gradient(
         log π(y_t | …) = Σ_{tokens i of turn t} lp_i
 
     Per token L_i = −A_{b,turn(i)} · lp_i. A is the credit Σ_{ℓ ∈ R_t} r_ℓ, less a baseline (own) if one is
-    used, and carries no gradient. Only ``sum`` is the paper's estimator; the other aggregations are not, see
-    ``aggregate``. Under ``sum`` a turn with credit 0 contributes nothing; for the means, take invalid turns
-    out of ``token_mask`` first with ``turn_token_mask``. The value of the loss means nothing, only its
-    gradient does. With importance weights (own) L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.importance``.
+    used, and carries no gradient. Only ``sum`` is the paper's estimator, see ``aggregate``. Under ``sum`` a turn
+    with credit 0 contributes nothing; for the means, first take invalid turns out of ``token_mask`` with
+    ``turn_token_mask``. The loss's value means nothing, only its gradient does. With importance weights (own)
+    L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.importance``.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
         token_mask: [B, L] bool, true at sampled tokens.
-        turn_index: [B, L] integer, the turn of the token, from 0; read only where ``token_mask`` is true.
+        turn_index: [B, L] integer, each token's turn, from 0; read only where ``token_mask`` is true.
         credit: A [B, n], from ``ppg_agents.credit.credit``, less a baseline.
         aggregation: How per-token losses become one number.
         constant: C of the ``constant`` aggregation.
-        batch_size: Units in the whole optimiser batch when this is one micro-batch of it, see ``aggregate``.
+        batch_size: Units in the whole optimiser batch if this is one of its micro-batches, see ``aggregate``.
         weights: w [B, L], from ``ppg_agents.importance``; None for 1.
 
     Returns:
@@ -56,7 +56,7 @@ def partial_policy_gradient(
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, a turn index outside [0, n), a credit that is not finite
-            at a sampled token, or arguments that ``aggregate`` refuses.
+            at a sampled token, or arguments that ``aggregate`` rejects.
     """
     advantage = broadcast_credit(credit, token_mask, turn_index).to(log_probs)
     _check("log_probs", log_probs, token_mask, floating=True)
@@ -83,15 +83,15 @@ def reward_weighted_log_likelihood(
         J_logged = E_logged[ Σ_t (Σ_{ℓ ∈ R_t} r_ℓ) · log π(y_t | x, τ_{t−1}) ]
 
     The formula is second-hand (notes on the paper). There are no importance weights. With credits ≥ 0 it
-    is, up to a constant, a lower bound on the value that is tight at the logging policy (u ≥ 1 + log u); it
-    is not an unbiased on-policy gradient. Standardised or baselined credits (own) give up the bound. Token by
-    token it equals ``partial_policy_gradient``, with log-probs of logged in place of sampled tokens; here the
-    value means something: minus the loss is the objective.
+    is, up to a constant, a lower bound on the value, tight at the logging policy (u ≥ 1 + log u); it is not an
+    unbiased on-policy gradient. Standardised or baselined credits (own) give up the bound. Token by token it
+    equals ``partial_policy_gradient`` with the log-probs of logged tokens; here the value means something: minus
+    the loss is the objective.
 
     Args:
         log_probs: lp [B, L] of the logged tokens, floating, carries the gradient.
         token_mask: [B, L] bool, true at the tokens of logged replies.
-        turn_index: [B, L] integer, the turn of the token, from 0.
+        turn_index: [B, L] integer, each token's turn, from 0.
         credit: [B, n].
         aggregation: How per-token losses become one number.
         constant: C of the ``constant`` aggregation.
@@ -121,24 +121,24 @@ def kl_loss(
 
         L_i = w_i · k2_i,   E_{i ∼ π}[∇ k2_i] = E_{i ∼ π}[(lp_i − lpʳ_i) · ∇ lp_i] = ∇ KL(π(· | past) ‖ π_ref(· | past))
 
-    Over tokens that π sampled, the gradient of k2 is that of the *reverse* KL of every next-token distribution, with
-    the tokens before it held as they were sampled. The estimator k3 of ``kl_estimate``, the better figure, is the
-    worse loss: without importance weights its gradient is that of the forward KL(π_ref ‖ π). What a token does to the
-    divergence of later ones is left out: adding the log-ratios to the end of the reply makes the gradient that of the
-    reply's KL, and so noisy that in trials on a small model it fell half as fast or not at all.
+    Over tokens that π sampled, k2 has the gradient of the *reverse* KL of every next-token distribution, with the
+    tokens before it fixed as sampled. k3 (``kl_estimate``) is the better estimate but the worse loss: without
+    importance weights its gradient is that of the forward KL(π_ref ‖ π). A token's effect on the divergence of later
+    tokens is left out. Adding the log-ratios to the end of the reply would give the gradient of the reply's KL, but so
+    noisy that in trials on a small model the KL fell half as fast or not at all.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
         reference_log_probs: lpʳ [B, L], at the temperature of ``log_probs``.
         token_mask: [B, L] bool, true at sampled tokens.
-        weights: w [B, L], from ``ppg_agents.importance``; None for 1. At level ``turn`` the tokens before, too, are
-            weighed as the learner's own.
+        weights: w [B, L], from ``ppg_agents.importance``; None for 1. At level ``turn`` they
+            correct for the reply's other tokens too.
 
     Returns:
         [B, L] for ``aggregate``, 0 outside the mask.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, or a log-prob in the mask that is not a number.
+        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
     """
     constant_per_token("log_probs", log_probs, token_mask)
     reference = constant_per_token("reference", reference_log_probs, token_mask).to(log_probs)
@@ -149,7 +149,7 @@ def kl_loss(
 def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, token_mask: Tensor) -> Tensor:
     """Estimate KL(π ‖ π_ref) at every token: k3 = e^{lpʳ−lp} − (lpʳ − lp) − 1, never negative.
 
-    Over tokens that π sampled, its mean is the divergence given the prefix, so that the sum over a reply is an unbiased
+    Over tokens that π sampled, its mean is the divergence given the prefix, so the sum over a reply is an unbiased
     estimate of KL(π(y_t | …) ‖ π_ref(y_t | …)), in nats.
 
     Args:
@@ -161,10 +161,10 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, token_mask: Tens
         [B, L], 0 outside the mask, no gradient.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, or a log-prob in the mask that is not a number.
+        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
     """
-    own = constant_per_token("log_probs", log_probs, token_mask)
-    ratio = constant_per_token("reference", reference_log_probs, token_mask).to(own) - own
+    learner = constant_per_token("log_probs", log_probs, token_mask)
+    ratio = constant_per_token("reference", reference_log_probs, token_mask).to(learner) - learner
     return ratio.expm1() - ratio
 
 
@@ -187,25 +187,24 @@ def aggregate(
     ``turn_mean``       mean_{b,t} (Σ m·L / Σ m)_{b,t}  tokens of short replies weigh more
     ==================  ==============================  ==================================================
 
-    A mean runs over what has at least one token in the mask; ``sum`` and ``constant`` divide by all B
-    conversations. Nothing in the mask gives 0.
+    Means run over the conversations or turns with a token in the mask; ``sum`` and ``constant`` divide by all B
+    conversations. An empty mask gives 0.
 
     Args:
-        per_token: L [B, L], floating; what stands outside the mask is ignored.
+        per_token: L [B, L], floating; ignored outside the mask.
         token_mask: m [B, L] bool.
         turn_index: [B, L] integer, used by ``turn_mean``.
         aggregation: Row of the table.
-        constant: C > 0, tokens; with ``constant`` only. Fixed for a whole run.
-        batch_size: Denominator B (or the number of means' units) of the *whole* optimiser batch when this is
-            one micro-batch of it, so that the losses of micro-batches add up to the batch's. ``batch_units``
-            counts it. None: this is the whole batch.
+        constant: C > 0, in tokens; only with ``constant``. Fixed for a whole run.
+        batch_size: Units (the table's denominator, counted by ``batch_units``) of the *whole* optimiser batch if this
+            is one of its micro-batches: their losses then add up to the batch's. None: this is the whole batch.
 
     Returns:
         Scalar.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, an unknown aggregation, ``constant`` missing, not
-            positive or not taken, or ``batch_size`` smaller than this micro-batch.
+        ValueError: Shapes or dtypes that do not fit, an unknown aggregation, ``constant`` missing, not positive or
+            given to another aggregation, or ``batch_size`` smaller than this micro-batch.
     """
     _check("per_token", per_token, token_mask, floating=True)
     units = batch_units(token_mask, turn_index, aggregation)
@@ -216,6 +215,8 @@ def aggregate(
             f"expected batch_size >= {units}, the units of {aggregation!r} in this micro-batch, got "
             f"{batch_size}; count those of the whole batch with batch_units"
         )
+    # Divided by its own units, a short micro-batch would weigh as much as a long one. Divided by those of the whole
+    # batch, all ranks included, the losses (and gradients) simply add up, however the batch was packed.
     size = max(units if batch_size is None else batch_size, 1)
     loss = per_token.masked_fill(~token_mask, 0.0)
     if aggregation == "constant":
@@ -234,12 +235,12 @@ def batch_units(token_mask: Tensor, turn_index: Tensor, aggregation: Aggregation
 
     Args:
         token_mask: [B, L] bool.
-        turn_index: [B, L] integer, the turn of the token, from 0.
+        turn_index: [B, L] integer, each token's turn, from 0.
         aggregation: Row of the table of ``aggregate``.
 
     Returns:
         Conversations B (``sum``, ``constant``), conversations with a token in the mask (``sequence_mean``),
-        turns with a token in the mask (``turn_mean``), or tokens in the mask (``token_mean``). Micro-batches'
+        turns with a token in the mask (``turn_mean``), or tokens in the mask (``token_mean``). The micro-batches'
         counts add up to the batch's.
 
     Raises:
@@ -284,7 +285,7 @@ def broadcast_credit(credit: Tensor, token_mask: Tensor, turn_index: Tensor) -> 
 
 
 def turn_token_mask(token_mask: Tensor, turn_index: Tensor, valid: Tensor) -> Tensor:
-    """Take the tokens of invalid turns out of the mask (own), so that they enter no mean and no count.
+    """Take the tokens of invalid turns out of the mask (own), so they enter no mean and no count.
 
     Args:
         token_mask: [B, L] bool.
@@ -315,7 +316,7 @@ def _check(name: str, tensor: Tensor, token_mask: Tensor, *, floating: bool) -> 
 
 
 def constant_per_token(name: str, tensor: Tensor, token_mask: Tensor) -> Tensor:
-    """Return a floating [B, L] without gradient, 0 outside the mask and checked to be numbers inside.
+    """Return the tensor [B, L] without gradient and 0 outside the mask, after checking it for NaN inside.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
@@ -329,7 +330,7 @@ def constant_per_token(name: str, tensor: Tensor, token_mask: Tensor) -> Tensor:
 
 
 def _turn(token_mask: Tensor, turn_index: Tensor, per_turn: Tensor, name: str) -> Tensor:
-    """Return the turn of every token in the mask, checked against ``per_turn`` [B, n], and 0 elsewhere."""
+    """Return every token's turn, checked against ``per_turn`` [B, n]; 0 outside the mask."""
     _check("turn_index", turn_index, token_mask, floating=False)
     if per_turn.ndim != 2 or per_turn.shape[0] != token_mask.shape[0] or per_turn.shape[1] == 0:
         raise ValueError(f"expected {name} of shape [{token_mask.shape[0]}, n], got {list(per_turn.shape)}")
@@ -345,7 +346,7 @@ def _turn(token_mask: Tensor, turn_index: Tensor, per_turn: Tensor, name: str) -
 
 
 def tokens_per_turn(token_mask: Tensor, turn_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of tokens in the mask per turn [B, n], and the turn of every token [B, L]."""
+    """Return the number of tokens in the mask per turn [B, n], and every token's turn [B, L]."""
     turn = turn_index.long().masked_fill(~token_mask, 0)
     turns = int(turn.max()) + 1 if turn.numel() else 1
     zeros = torch.zeros(token_mask.shape[0], turns, dtype=torch.long, device=token_mask.device)

@@ -1,7 +1,6 @@
 """The turn ledger: what was said, sampled and judged, and its file format.
 
-Token ids are kept as they were sampled. Nothing here encodes text that was sampled, talks to an
-environment or computes a credit.
+Token ids are kept as sampled. Nothing here encodes sampled text again, talks to an environment or computes a credit.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ class Turn:
         reply: The reply as the environment heard it.
         prompt_ids: Tokens between the previous reply's last sampled token and this reply.
         token_ids: The reply's tokens as sampled, end-of-turn included when it was sampled.
-        log_probs: Their log-probabilities when they were sampled; NaN where nobody knows.
-        reward: The judge's score; NaN when there is none.
-        verdict: The judge's word, a plain dict; empty when the environment gives none.
-        policy_version: Optimiser steps the policy had taken; -1 when another speaker's words were logged.
-        sampler: What sampled the tokens (``hf``, ``vllm``); empty when nobody knows.
-        temperature: Of the distribution that was sampled from, to which ``log_probs`` belong.
+        log_probs: Their log-probabilities at sampling; NaN where unknown.
+        reward: The judge's score; NaN if there is none.
+        verdict: The judge's verdict as a plain dict; empty if the environment gives none.
+        policy_version: Optimiser steps the policy had taken; -1 for logged replies of another speaker.
+        sampler: What sampled the tokens (``hf``, ``vllm``); empty if unknown.
+        temperature: Sampling temperature, which ``log_probs`` include.
     """
 
     message: str
@@ -58,7 +57,7 @@ class Turn:
 
 
 class Span(NamedTuple):
-    """Where a turn stands in its conversation's tokens: prompt [prompt, start), sampled reply [start, end)."""
+    """A turn's place in its conversation's tokens: prompt [prompt, start), sampled reply [start, end)."""
 
     prompt: int
     start: int
@@ -67,16 +66,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One conversation. Its token sequence is the turns' ``prompt_ids + token_ids``, one after the other.
+    """One conversation; its token sequence is every turn's ``prompt_ids + token_ids`` in order.
 
     Attributes:
         instruction: The role-play instruction.
-        persona: The persona's id; empty when the environment gives none.
+        persona: The persona's id; empty if the environment gives none.
         domain: The domain's name.
-        seed: The seed of the episode.
-        turns: In order; empty when not even the first prompt fitted.
-        terminated: The planned conversation came to its end.
-        truncated: It was cut: by a limit on tokens or turns, a lost judge or a lost partner.
+        seed: The episode's seed.
+        turns: In order; empty if not even the first prompt fitted.
+        terminated: The conversation reached its planned end.
+        truncated: It was cut short: by a limit on tokens or turns, or because judge or partner was lost.
         partner_status: ``ok``, or the partner's fault that ended the conversation.
     """
 
@@ -94,7 +93,7 @@ class Trajectory:
         return [token for turn in self.turns for token in (*turn.prompt_ids, *turn.token_ids)]
 
     def spans(self) -> list[Span]:
-        """Return where each turn stands in `token_ids`."""
+        """Return each turn's place in `token_ids`."""
         spans, at = [], 0
         for turn in self.turns:
             start = at + len(turn.prompt_ids)
@@ -108,7 +107,7 @@ class Trajectory:
 
 
 def to_json(trajectory: Trajectory) -> str:
-    """Return one line of JSON; what is not a number is null, and every turn has its reply's ``span``."""
+    """Return one line of JSON; NaN becomes null, and every turn has its reply's ``span``."""
     record: dict[str, Any] = {"schema": SCHEMA, **asdict(trajectory)}
     for turn, span in zip(record["turns"], trajectory.spans(), strict=True):
         turn["span"] = [span.start, span.end]
@@ -119,8 +118,8 @@ def from_json(line: str) -> Trajectory:
     """Read what `to_json` wrote.
 
     Raises:
-        ValueError: Not JSON, another schema, fields missing, unknown or broken, or a reply that is not where its
-            ``span`` says (files without spans are read as well).
+        ValueError: Not JSON, another schema, fields missing, unknown or broken, or a reply not at its ``span`` (files
+            without spans are read too).
     """
     record = json.loads(line)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
@@ -128,7 +127,7 @@ def from_json(line: str) -> Trajectory:
         raise ValueError(f"expected schema {SCHEMA!r}, got {got!r}")
     del record["schema"]
     try:
-        said = [turn.pop("span", None) for turn in record["turns"]]
+        stated_spans = [turn.pop("span", None) for turn in record["turns"]]
         turns = tuple(
             Turn(
                 **{
@@ -144,7 +143,7 @@ def from_json(line: str) -> Trajectory:
         trajectory = Trajectory(**{**record, "turns": turns})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"expected the fields of {SCHEMA}, got {type(error).__name__}: {error}") from error
-    for t, (span, (_, start, end)) in enumerate(zip(said, trajectory.spans(), strict=True)):
+    for t, (span, (_, start, end)) in enumerate(zip(stated_spans, trajectory.spans(), strict=True)):
         if span is not None and span != [start, end]:
             raise ValueError(
                 f"expected the reply of turn {t + 1} at its span {span}, got its tokens at [{start}, {end}); "
@@ -154,12 +153,12 @@ def from_json(line: str) -> Trajectory:
 
 
 def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Write one trajectory per line, flushed line by line, in place of what the file held."""
+    """Write one trajectory per line, flushed line by line; overwrites the file."""
     _write(path, "w", trajectories)
 
 
 def append(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Add trajectories at the end of a file, flushed line by line."""
+    """Append trajectories to a file, flushed line by line."""
     _write(path, "a", trajectories)
 
 
@@ -171,10 +170,10 @@ def _write(path: str | Path, mode: str, trajectories: Iterable[Trajectory]) -> N
 
 
 def read_jsonl(path: str | Path) -> list[Trajectory]:
-    """Read what `write_jsonl` wrote; a last line that was torn by a crash is dropped with a warning.
+    """Read what `write_jsonl` wrote; a last line cut off by a crash is dropped with a warning.
 
     Raises:
-        ValueError: Any other line that cannot be read, with file and line number.
+        ValueError: Any other line cannot be read; the message has file and line number.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
     lines = text.split("\n")
@@ -186,7 +185,7 @@ def read_jsonl(path: str | Path) -> list[Trajectory]:
             trajectories.append(from_json(line))
         except ValueError as error:
             if number == len(lines) and isinstance(error, json.JSONDecodeError):
-                log.warning("%s:%d: dropped a torn last line", path, number)
+                log.warning("%s:%d: dropped the last line, which was cut off", path, number)
                 break
             raise ValueError(f"{path}:{number}: {error}") from error
     return trajectories
@@ -204,7 +203,7 @@ class LoggedTurnLike(Protocol):
 
 
 class LoggedDialogueLike(Protocol):
-    """A judged dialogue that somebody logged; ``persona`` has ``id`` and ``instruction``."""
+    """A logged and judged dialogue; ``persona`` has ``id`` and ``instruction``."""
 
     @property
     def domain(self) -> str: ...  # noqa: D102
@@ -221,15 +220,15 @@ def from_logged(
 
     Args:
         dialogues: Dialogues with persona, messages, replies and verdicts.
-        policy: Its tokenizer and chat template make the tokens.
-        max_tokens: Most tokens in a conversation; default and ceiling the policy's context length.
+        policy: Its tokenizer and chat template are used.
+        max_tokens: Longest conversation, in tokens; at most, and by default, the policy's context length.
 
     Returns:
-        One trajectory per dialogue, log-probs NaN, ``policy_version`` -1. A conversation that is too
-        long is cut before the first turn that does not fit, marked truncated and counted in a warning.
+        One trajectory per dialogue, with NaN log-probs and ``policy_version`` -1. A conversation that is too long is
+        cut before the first turn that does not fit, marked truncated and counted in a warning.
 
     Raises:
-        ValueError: ``max_tokens`` below 1.
+        ValueError: ``max_tokens`` is below 1.
     """
     limit = policy.context_length if max_tokens is None else min(max_tokens, policy.context_length)
     if limit < 1:
@@ -283,7 +282,7 @@ def _number(value: float | None) -> float:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return ``value`` with None in place of every float that JSON does not know."""
+    """Return ``value`` with None for every float that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The gradient of one batch, and the step along it: micro-batches packed, scored, their losses added up, AdamW.
+"""One optimiser step: pack a batch into micro-batches, score them, add up their gradients, step with AdamW.
 
 The loss is a function of a micro-batch (`Loss`); nothing here knows a baseline, a policy class or a method.
 """
@@ -30,15 +30,15 @@ Reduction = dict[str, Any]
 
 @dataclass(frozen=True)
 class Whole:
-    """The batch of all processes, and which rows of it are this one's.
+    """The batch of all processes, and which of its rows belong to this one.
 
     Attributes:
-        credit: [B, n] over the conversations of all ranks, in rank order.
+        credit: [B, n], for the conversations of all ranks in rank order.
         rewards: [B, n], NaN where ``valid`` is false.
         valid: [B, n].
-        groups: B labels; conversations that share a persona have equal ones.
+        groups: B labels, equal for conversations that share a persona.
         own: This rank's rows.
-        units: What the aggregation divides by.
+        units: What the aggregation divides by (see `losses.batch_units`).
     """
 
     credit: Array
@@ -51,16 +51,16 @@ class Whole:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, besides the loss itself.
+    """What is minimised, apart from the loss itself.
 
     Attributes:
         aggregation: How token losses become one number (see `losses`).
         constant: For the aggregation ``constant``.
         importance: Level of the importance weights (see `importance`).
         importance_cap: Largest weight.
-        kl_coefficient: Weight of the divergence from the reference model, added to the loss.
-        reference: The loss reads the reference model's log-probs.
-        together: Conversations in a row that the loss compares, and that no micro-batch separates.
+        kl_coefficient: Weight of the divergence from the reference model in the loss.
+        reference: Whether the loss reads the reference model's log-probs.
+        together: How many consecutive conversations the loss compares; no micro-batch separates them.
     """
 
     aggregation: losses.Aggregation = "sum"
@@ -72,7 +72,7 @@ class Objective:
     together: int = 1
 
     def __post_init__(self) -> None:
-        """Check what one type cannot say."""
+        """Raise a ValueError for an unknown level, or for a cap or coefficient out of range."""
         if self.importance not in ("none", "turn", "token") or not self.importance_cap >= 1:
             raise ValueError(
                 "expected importance 'none', 'turn' or 'token' and importance_cap >= 1, got "
@@ -82,24 +82,24 @@ class Objective:
             raise ValueError(f"expected kl_coefficient >= 0, got {self.kl_coefficient}")
 
     def reduction(self, units: int) -> Reduction:
-        """Return how a micro-batch of a batch of ``units`` is reduced."""
+        """Return the arguments of `losses.aggregate` for a micro-batch of a batch of ``units``."""
         return {"aggregation": self.aggregation, "constant": self.constant, "batch_size": units}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One micro-batch of R conversations, all [R, L'].
+    """One micro-batch of R conversations; all tensors are [R, L'].
 
     Attributes:
-        rows: Their numbers in the batch.
+        rows: Their row numbers in the batch.
         ids: Tokens.
-        attention: Real tokens.
-        log_probs: Of the trained tokens, with their gradient.
-        sampling: What the sampler gave for them; NaN where nobody knows.
-        token_mask: The trained tokens.
+        attention: True on real tokens.
+        log_probs: The learner's, of trained tokens, with gradient.
+        sampling: The sampler's; NaN where unknown.
+        token_mask: True on trained tokens.
         turn_index: The turn of every token.
-        weights: Importance weights, where there are any.
-        reference: Log-probs of the reference model, where they are asked for.
+        weights: Importance weights, if any.
+        reference: The reference model's log-probs, if asked for.
     """
 
     rows: list[int]
@@ -114,7 +114,7 @@ class Scored:
 
 
 Loss = Callable[[Scored, Reduction], tuple[Tensor, Ratios]]
-"""A micro-batch and how it is reduced in; its part of the loss out (a scalar), and what is said of its ratios."""
+"""Takes a micro-batch and its reduction; returns its part of the loss (a scalar) and counts of its ratios."""
 
 
 class Descent:
@@ -126,7 +126,7 @@ class Descent:
     """
 
     def __init__(self, policy: Policy, settings: LearnerSettings, workers: Workers) -> None:
-        """Take no step yet."""
+        """Create the optimiser."""
         self.steps = 0
         self._policy, self._settings, self._workers = policy, settings, workers
         limit = settings.max_log_prob_gap
@@ -152,10 +152,10 @@ class Descent:
             trajectories: This process's conversations, for messages.
             data: The same as arrays.
             whole: The batch of all processes; without a judged turn there is no step.
-            loss: What is minimised.
-            objective: What else is, and how it is reduced.
-            temperature: That the batch was sampled at.
-            fresh: [B, n], turns whose sampler ought to agree with the learner; None compares nothing.
+            loss: The loss of a micro-batch.
+            objective: What is minimised with it, and how it is reduced.
+            temperature: The batch's sampling temperature.
+            fresh: [B, n], turns where sampler and learner must agree; None compares nothing.
 
         Raises:
             LedgerError: Sampler and learner disagree.
@@ -198,7 +198,7 @@ class Descent:
 
 
 def agree(faults: Sequence[str | None]) -> None:
-    """Raise the first worker's fault, on every worker: the others would wait for its gradient for ever."""
+    """Raise the first fault of any worker on every worker; otherwise the others would wait for its gradient forever."""
     for fault in faults:
         if fault is not None:
             raise LedgerError(fault)
@@ -209,39 +209,37 @@ def trained_tokens(data: Batch) -> Tensor:
     return losses.turn_token_mask(data.token_mask, data.turn_index, torch.from_numpy(data.valid))
 
 
-def score(
-    policy: Policy, data: Batch, budget: int, temperature: float = 1.0, together: int = 1
-) -> Iterator[Scored]:
+def score(policy: Policy, data: Batch, budget: int, temperature: float = 1.0, together: int = 1) -> Iterator[Scored]:
     """Yield micro-batches of at most ``budget`` tokens, padding included; at least ``together`` conversations each.
 
-    Conversations of similar length go together; those without a trained token are left out, and so are the
-    tokens after the last trained one.
+    Conversations of similar length go together. Those without a trained token are left out, and so are tokens after
+    the last trained one.
     """
     trained = trained_tokens(data)
     for rows, length in packs(trained, budget, together):
         ids, attention = data.ids[rows, :length], data.attention[rows, :length]
         token_mask, turn_index = trained[rows, :length], data.turn_index[rows, :length]
         log_probs = policy.log_probs(ids, attention, token_mask, temperature=temperature)
-        where = log_probs.device
-        sampling = data.sampling_log_probs[rows, :length].to(where)
-        yield Scored(rows, ids, attention, log_probs, sampling, token_mask.to(where), turn_index.to(where))
+        device = log_probs.device
+        sampling = data.sampling_log_probs[rows, :length].to(device)
+        yield Scored(rows, ids, attention, log_probs, sampling, token_mask.to(device), turn_index.to(device))
 
 
 def packs(trained: Tensor, budget: int, together: int = 1) -> list[tuple[list[int], int]]:
-    """Return the rows of every micro-batch and how many tokens of them are read; see `score`."""
-    ends, found = last_trained(trained), []
+    """Return every micro-batch's rows and how many tokens of each row are read; see `score`."""
+    ends, micro_batches = last_trained(trained), []
     bundles = {b: max(ends[b : b + together]) for b in range(0, len(ends), together)}
     order = sorted((b for b, end in bundles.items() if end), key=lambda b: -bundles[b])
     while order:
         length = bundles[order[0]]
         size = max(1, budget // (length * together))
-        found.append(([row for b in order[:size] for row in range(b, min(b + together, len(ends)))], length))
+        micro_batches.append(([row for b in order[:size] for row in range(b, min(b + together, len(ends)))], length))
         order = order[size:]
-    return found
+    return micro_batches
 
 
 def last_trained(trained: Tensor) -> list[int]:
-    """Return the length of each row up to its last trained token, 0 without one."""
+    """Return each row's length up to its last trained token; 0 if it has none."""
     lengths: list[int] = (trained * torch.arange(1, trained.shape[1] + 1)).amax(1).tolist()
     return lengths
 
@@ -260,35 +258,36 @@ def accumulate(
 ) -> Sums:
     """Add the gradient of the batch's loss to the policy's weights, one micro-batch at a time.
 
-    What is compared with the sampler is the policy that sampled, without LoRA's dropout: where there is some, it is
-    scored once more.
+    The sampler has no dropout. If LoRA has, the policy is scored again without it for the comparison with the sampler.
 
     Args:
-        policy: Who is scored.
+        policy: The policy that learns.
         data: B conversations.
-        loss: What is minimised.
-        objective: What else is, and how it is reduced.
-        units: What the aggregation divides by, over the whole optimiser batch (see `losses.batch_units`).
+        loss: The loss of a micro-batch.
+        objective: What is minimised with it, and how it is reduced.
+        units: What the aggregation divides by, for the whole optimiser batch (see `losses.batch_units`).
         budget: Tokens per micro-batch.
-        temperature: That the batch was sampled at.
-        fresh: [B, n], turns whose sampler ought to agree with the learner; None measures no gap.
-        workers: Who else runs forward passes, when weights are split over processes.
+        temperature: The batch's sampling temperature.
+        fresh: [B, n], turns where sampler and learner must agree; None measures no gap.
+        workers: The other processes, which run forward passes too if weights are split.
     """
     trained = trained_tokens(data)
     sums = Sums(tokens=int(data.attention.sum()), needed=sum(last_trained(trained)))
-    own_passes = len(packs(trained, budget, objective.together))
-    spare = passes(workers, own_passes) - own_passes
-    again = _drops_out(policy) and (fresh is not None or objective.importance != "none")
+    needed_passes = len(packs(trained, budget, objective.together))
+    spare = passes(workers, needed_passes) - needed_passes
+    rescore = _drops_out(policy) and (fresh is not None or objective.importance != "none")
+    # Every micro-batch divides by `units` of the whole batch, over all ranks, never by its own: so backward can run per
+    # micro-batch (one graph in memory at a time) and the gradients still add up to that of the whole batch's loss.
     for part in score(policy, data, budget, temperature, objective.together):
-        settled = part.log_probs.detach()
-        if again:
+        comparable = part.log_probs.detach()
+        if rescore:
             with torch.no_grad():
-                settled = policy.log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
+                comparable = policy.log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
         if fresh is not None:
-            own = losses.turn_token_mask(part.token_mask, part.turn_index, torch.from_numpy(fresh[part.rows]))
-            sums.gap += ledger.gap(settled, part.sampling, own, part.rows)
+            compared = losses.turn_token_mask(part.token_mask, part.turn_index, torch.from_numpy(fresh[part.rows]))
+            sums.gap += ledger.gap(comparable, part.sampling, compared, part.rows)
         if objective.importance != "none":
-            part = replace(part, weights=_weigh(part, settled, objective, sums))
+            part = replace(part, weights=_weigh(part, comparable, objective, sums))
         if objective.kl_coefficient or objective.reference:
             part = replace(part, reference=_refer(policy, part, temperature, sums))
         value, ratios = loss(part, objective.reduction(units))
@@ -301,20 +300,23 @@ def accumulate(
         sums.ratios += ratios
         sums.read += part.token_mask.numel()
     for _ in range(spare):
-        _ride_along(policy, again, bool(objective.kl_coefficient or objective.reference))
+        _ride_along(policy, rescore, bool(objective.kl_coefficient or objective.reference))
     return sums
 
 
-def _ride_along(policy: Policy, again: bool, reference: bool) -> None:
+def _ride_along(policy: Policy, rescore: bool, reference: bool) -> None:
     """Take part in a micro-batch of the other processes, which need this one's share of the weights; adds nothing."""
+    # With FSDP every layer gathers its weights from all ranks, forward and backward: a rank that has run out of
+    # micro-batches must make the same calls in the same order as `accumulate`, or the others hang. Two tokens are the
+    # shortest row with a scored one; the loss is multiplied by 0, so backward runs and no gradient changes.
     ids = torch.zeros((1, 2), dtype=torch.long)
-    every = torch.ones_like(ids, dtype=torch.bool)
-    log_probs = policy.log_probs(ids, every)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    log_probs = policy.log_probs(ids, mask)
     with torch.no_grad():
-        if again:
-            policy.log_probs(ids, every)
+        if rescore:
+            policy.log_probs(ids, mask)
         if reference:
-            policy.reference_log_probs(ids, every)
+            policy.reference_log_probs(ids, mask)
     (0.0 * log_probs.sum()).backward()  # type: ignore[no-untyped-call]
 
 
@@ -322,11 +324,11 @@ def _drops_out(policy: Policy) -> bool:
     return any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in policy.model.named_modules())
 
 
-def _weigh(part: Scored, settled: Tensor, objective: Objective, sums: Sums) -> Tensor:
-    """Return the importance weights [R, L'] of a micro-batch, and count them."""
+def _weigh(part: Scored, comparable: Tensor, objective: Objective, sums: Sums) -> Tensor:
+    """Return a micro-batch's importance weights [R, L'], and count them."""
     cap = objective.importance_cap
     weights, raw = importance_weights(
-        settled, part.sampling, part.token_mask, part.turn_index, level=objective.importance, cap=cap
+        comparable, part.sampling, part.token_mask, part.turn_index, level=objective.importance, cap=cap
     )
     w = raw.clamp(max=cap).double()
     sums.weights += WeightSums(float(w.sum()), float(w.square().sum()), len(w), int((raw > cap).sum()))
@@ -334,7 +336,7 @@ def _weigh(part: Scored, settled: Tensor, objective: Objective, sums: Sums) -> T
 
 
 def _refer(policy: Policy, part: Scored, temperature: float, sums: Sums) -> Tensor:
-    """Return the reference model's log-probs [R, L'] of a micro-batch, and add up the divergence from it."""
+    """Return the reference model's log-probs [R, L'] of a micro-batch, and add its divergence to the sums."""
     with torch.no_grad():
         reference = policy.reference_log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
     estimate = losses.kl_estimate(part.log_probs, reference, part.token_mask)

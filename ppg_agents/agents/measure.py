@@ -1,4 +1,4 @@
-"""What is measured of a batch before its first optimiser step, without gradients: by the policy that sampled it.
+"""Measurements on a batch before its first optimiser step, without gradients, by the policy that sampled it.
 
 A measurement is a function of a micro-batch; nothing here knows what it is for.
 """
@@ -16,17 +16,17 @@ from ppg_agents.distributed import Workers, passes
 from ppg_agents.policy.policy import Policy
 
 Measurement = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens, real ones, selected ones [R, L] in; a value, or a vector, for each selected one out: [N] or [N, …]."""
+"""Takes tokens, attention and mask [R, L]; returns a value or vector for each of the mask's N tokens."""
 
 
 @torch.no_grad()
 def measure(data: Batch, mask: Tensor, of: Measurement, *, budget: int, workers: Workers) -> Tensor:
-    """Measure something of every token in a mask, one micro-batch at a time.
+    """Measure every token in a mask, one micro-batch at a time.
 
     Args:
         data: B conversations.
         mask: [B, L] bool, N tokens.
-        of: What is measured. Where weights are split over processes, all of them measure equally often.
+        of: The measurement. If weights are split over processes, all run it equally often.
         budget: Tokens per micro-batch.
         workers: The processes that learn together.
 
@@ -35,23 +35,24 @@ def measure(data: Batch, mask: Tensor, of: Measurement, *, budget: int, workers:
     """
     place = torch.zeros(mask.shape, dtype=torch.long)
     place[mask] = torch.arange(int(mask.sum()))
-    found: Tensor | None = None
-    own = packs(mask, budget)
-    for rows, length in own:
+    result: Tensor | None = None
+    micro_batches = packs(mask, budget)
+    for rows, length in micro_batches:
         part = mask[rows, :length]
         values = of(data.ids[rows, :length], data.attention[rows, :length], part)
-        found = values.new_zeros(int(mask.sum()), *values.shape[1:]) if found is None else found
-        found[place[rows, :length][part].to(found.device)] = values
-    for _ in range(max(passes(workers, len(own)), 1) - len(own)):
-        every = torch.ones((1, 2), dtype=torch.bool)
-        nothing = of(every.long(), every, torch.tensor([[False, True]]))
-        found = nothing[:0] if found is None else found
-    assert found is not None  # there was a pass
-    return found
+        result = values.new_zeros(int(mask.sum()), *values.shape[1:]) if result is None else result
+        result[place[rows, :length][part].to(result.device)] = values
+    # Idle passes for split weights (see `gradient.accumulate`); with an empty mask one tells the result's shape.
+    for _ in range(max(passes(workers, len(micro_batches)), 1) - len(micro_batches)):
+        attention = torch.ones((1, 2), dtype=torch.bool)
+        idle = of(attention.long(), attention, torch.tensor([[False, True]]))
+        result = idle[:0] if result is None else result
+    assert result is not None  # there was at least one pass
+    return result
 
 
 def entropies(policy: Policy, temperature: float) -> Measurement:
-    """Return the entropy, in nats, of the distribution that each selected token was drawn from."""
+    """Measure the entropy, in nats, of the distribution each token was drawn from."""
 
     def of(ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
         states = policy.states(ids, attention, mask)
@@ -66,7 +67,7 @@ def entropies(policy: Policy, temperature: float) -> Measurement:
 
 
 def references(policy: Policy, temperature: float) -> Measurement:
-    """Return the log-prob of each selected token under the reference model, the policy without its adapter."""
+    """Measure each token's log-prob under the reference model, the policy without its adapter."""
 
     def of(ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
         log_probs = policy.reference_log_probs(ids, attention, mask, temperature=temperature)
@@ -76,5 +77,5 @@ def references(policy: Policy, temperature: float) -> Measurement:
 
 
 def states(policy: Policy) -> Measurement:
-    """Return the hidden state that each selected token is predicted from, in float32."""
+    """Measure the hidden state that predicts each token, in float32."""
     return lambda ids, attention, mask: policy.states(ids, attention, mask).float()

@@ -1,16 +1,15 @@
-"""Stable-baselines3's PPO, A2C and DQN, which choose replies where the other agents write them.
+"""Stable-baselines3's PPO, A2C and DQN, which choose among given replies; the other agents write theirs.
 
-The library does the learning; this module makes its environments, scores candidates with one network for all of them,
-and measures the result like that of any other agent. These agents are no `Agent`: they have no tokens, only the index
-of a candidate. What is the same: environment, partner, judge, personas, the seeds of the held-out conversations, the
-unit of the budget (a judged turn, one step) and the summary. What is not: the replies come from a bank, so nothing
-is learned about wording, and what the bank does not offer can not be said. `Uniform` says what the bank is worth
-to somebody who chooses blindly; that is where these agents start, not at the untrained language model's value.
+The library does the learning. This module makes its environments, scores all candidates with one network, and
+evaluates the result like any other agent. These agents are not an `Agent`: they have no tokens, only a candidate's
+index. The same: environment, partner, judge, personas, the seeds of the held-out conversations, the unit of the budget
+(a judged turn, one step) and the summary. Different: the replies come from a bank, so the agents learn nothing about
+wording and can only say what the bank offers. `Uniform` shows what choosing blindly from the bank scores: that is where
+these agents start, not at the untrained language model's score.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import time
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from ppg_agents.config.settings import EvaluationSettings
 from ppg_agents.evaluate import Evaluation, summarise
+from ppg_agents.nearest import did_you_mean, not_one_of
 from ppg_agents.rollout.environment import HELD_OUT, TRAIN
 from ppg_agents.trajectory import Trajectory, Turn
 
@@ -56,14 +56,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class Chooser(Protocol):
-    """What is evaluated: a stable-baselines3 model, or anything that predicts like one."""
+    """What can be evaluated: a stable-baselines3 model, or anything that predicts like one."""
 
     def predict(self, observation: NDArray[np.float32], *, deterministic: bool) -> tuple[Any, Any]:
-        """Return the action, and a state that is ignored."""
+        """Return the action and a state, which is ignored."""
 
 
 class Uniform:
-    """Chooses any candidate with the same probability."""
+    """Chooses every candidate with the same probability."""
 
     def __init__(self, candidates: int, seed: int = 0) -> None:
         self._n, self._rng = candidates, np.random.default_rng(seed)
@@ -75,13 +75,13 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training.
+    """A finished training run.
 
     Attributes:
         algorithm: ``sb3-ppo``, ``sb3-a2c`` or ``sb3-dqn``.
-        folder: Where the library's zip and the settings are.
-        judged_turns: Turns played and judged: at least what was asked for, up to a whole rollout of the library.
-        seconds: Of learning.
+        folder: Holds the library's zip and the settings.
+        judged_turns: Turns played and judged: what was asked for, rounded up to a whole rollout of the library.
+        seconds: Time spent learning.
         curve: (judged turns, mean reward since the point before), about every 1,000 turns.
     """
 
@@ -95,7 +95,7 @@ class Trained:
 class CandidateScorer(BaseFeaturesExtractor):  # type: ignore[misc]
     """One small network that scores every candidate: [B, shared + N * each] -> [B, N].
 
-    A candidate's score depends on what all share and on the candidate, not on its place.
+    A candidate's score depends on the shared features and its own, not on its place.
     """
 
     def __init__(self, observation_space: gym.Space[Any], layout: tuple[int, int, int], width: int = 64) -> None:
@@ -106,8 +106,8 @@ class CandidateScorer(BaseFeaturesExtractor):  # type: ignore[misc]
     def forward(self, observations: Tensor) -> Tensor:
         """Return the scores."""
         shared = observations[:, None, : self._shared].expand(-1, self._n, -1)
-        own = observations[:, self._shared :].reshape(-1, self._n, self._each)
-        scores: Tensor = self.net(torch.cat([shared, own], -1)).squeeze(-1)
+        candidates = observations[:, self._shared :].reshape(-1, self._n, self._each)
+        scores: Tensor = self.net(torch.cat([shared, candidates], -1)).squeeze(-1)
         return scores
 
 
@@ -125,51 +125,49 @@ def train_sb3(
 
     Args:
         algorithm: ``sb3-ppo``, ``sb3-a2c`` or ``sb3-dqn``.
-        env_kwargs: Of ``ReplySelection-v0``: what PersonaChat-v0 takes, and ``candidates``, ``bank``, ``features``, …
+        env_kwargs: Arguments of ``ReplySelection-v0``: PersonaChat-v0's, and ``candidates``, ``bank``, ``features``, …
         timesteps: Judged turns.
-        out: Folder for ``model.zip`` and ``sb3.json``; it may not hold a model yet.
+        out: Folder for ``model.zip`` and ``sb3.json``; it must not hold a model yet.
         seed: Same seed, same model, on the same machine with the same number of threads.
         n_envs: Conversations side by side.
-        **algorithm_options: Of the library's class, over `DEFAULTS`. With ``policy_kwargs`` of your own, the
-            library's network takes the place of `CandidateScorer`.
+        **algorithm_options: Options of the library's class, on top of `DEFAULTS`. With your own ``policy_kwargs`` the
+            library's network replaces `CandidateScorer`.
 
     Raises:
-        ValueError: An unknown algorithm or option; the nearest name is offered.
-        FileExistsError: There is a model in the folder.
-        RuntimeError: The judge gave no score; the agent as it was is saved.
+        ValueError: Unknown algorithm or option; the message suggests the nearest name.
+        FileExistsError: The folder holds a model.
+        RuntimeError: The judge gave no score; the agent is saved as it was then.
     """
     if algorithm not in ALGORITHMS:
-        raise ValueError(f"expected an algorithm out of {', '.join(ALGORITHMS)}, got {algorithm!r}{_near(algorithm)}")
-    taken = inspect.signature(ALGORITHMS[algorithm].__init__).parameters
+        raise ValueError(not_one_of("the algorithm", algorithm, ALGORITHMS))
+    accepted = inspect.signature(ALGORITHMS[algorithm].__init__).parameters
     for option in algorithm_options:
-        if option not in taken or option in ("self", "policy", "env"):
-            near = difflib.get_close_matches(option, taken, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected options that {algorithm} takes, got {option!r}{hint}")
+        if option not in accepted or option in ("self", "policy", "env"):
+            raise ValueError(f"expected options that {algorithm} takes, got {option!r}{did_you_mean(option, accepted)}")
     folder = Path(out)
     if (folder / MODEL).exists():
         raise FileExistsError(f"expected a folder without a model, got {folder}; choose another folder")
     given = {"personas": TRAIN, **(env_kwargs or {})}
     options = {"device": "cpu", **DEFAULTS[algorithm], **algorithm_options}
     envs = make_vec_env(lambda: gym.make(ENVIRONMENT, disable_env_checker=True, **given), n_envs, seed)
-    tied = "policy_kwargs" not in options
-    if tied:
+    use_scorer = "policy_kwargs" not in options
+    if use_scorer:
         options["policy_kwargs"] = _scoring(algorithm, envs.get_attr("layout")[0])
     model = ALGORITHMS[algorithm]("MlpPolicy", envs, seed=seed, **options)
-    if tied:
+    if use_scorer:
         _scores_are_logits(model)
     curve, began = _Curve(), time.perf_counter()
 
     def finish() -> Trained:
         folder.mkdir(parents=True, exist_ok=True)
         seconds = time.perf_counter() - began
-        done = Trained(algorithm, folder, int(model.num_timesteps), seconds, tuple(curve.points))
+        trained = Trained(algorithm, folder, int(model.num_timesteps), seconds, tuple(curve.points))
         model.save(folder / MODEL)
-        record = {"schema": SCHEMA, **asdict(done), "timesteps": timesteps, "seed": seed, "n_envs": n_envs}
+        record = {"schema": SCHEMA, **asdict(trained), "timesteps": timesteps, "seed": seed, "n_envs": n_envs}
         record |= {"folder": str(folder), "env_kwargs": given, "options": options}
         text = json.dumps(record, indent=2, ensure_ascii=False, default=repr)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
-        return done
+        return trained
 
     try:
         model.learn(timesteps, callback=curve)
@@ -182,12 +180,12 @@ def train_sb3(
 
 
 def load_sb3(folder: str | Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
-    """Return what `train_sb3` saved: the library's model, and the record of its training.
+    """Return what `train_sb3` saved: the library's model and the record of its training.
 
-    The library's zip holds pickles: load only what you trust.
+    The library's zip holds pickles: only load files you trust.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: The folder holds no such record or model.
         ValueError: The record has another schema.
     """
     folder = Path(folder)
@@ -196,7 +194,7 @@ def load_sb3(folder: str | Path) -> tuple[BaseAlgorithm, dict[str, Any]]:
         raise ValueError(f"{folder / RECORD}: expected schema {SCHEMA!r}, got {record.get('schema')!r}")
     model = ALGORITHMS[record["algorithm"]].load(folder / MODEL, device="cpu")
     if model.policy_kwargs.get("features_extractor_class") is CandidateScorer:
-        _scores_are_logits(model)  # the zip does not say that they are not learned
+        _scores_are_logits(model)  # the zip does not record that these layers are frozen
     return model, record
 
 
@@ -213,15 +211,15 @@ def play_sb3(
 
     Args:
         agent: A folder of `train_sb3`, a model, or `Uniform`.
-        env_kwargs: As in `train_sb3`; None for those the folder's agent was trained with.
+        env_kwargs: As in `train_sb3`; None for those that the folder's agent was trained with.
         conversations: How many, at least 1.
-        seed: Of the conversations.
+        seed: Seed of the conversations.
         personas: ``held-out``, ``train`` or a path.
-        deterministic: Choose the best candidate; else as the learner explores.
+        deterministic: Whether to choose the best candidate rather than explore as in training.
 
     Returns:
-        The conversations, without tokens, unjudged turns with a reward of NaN; and for each the value that free
-        speech can reach, NaN where unknown.
+        The conversations, without tokens and with a reward of NaN for unjudged turns; and for each the value that free
+        speech can reach, NaN if unknown.
     """
     given = dict(env_kwargs or {})
     if isinstance(agent, str | Path):
@@ -233,15 +231,15 @@ def play_sb3(
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
     trajectories, reachable = [], []
     with gym.make(ENVIRONMENT, disable_env_checker=True, **given) as env:
-        for one in seeds:
-            trajectory, best = _play_one(env, chooser, one, given.get("domain", ""), deterministic)
+        for conversation_seed in seeds:
+            trajectory, best = _play_one(env, chooser, conversation_seed, given.get("domain", ""), deterministic)
             trajectories.append(trajectory)
             reachable.append(best)
     return trajectories, np.array(reachable)
 
 
 def evaluate_sb3(agent: Chooser | str | Path, env_kwargs: Mapping[str, Any] | None = None, **how: Any) -> Evaluation:
-    """Return the consistency on held-out personas, with intervals; see `play_sb3` for the arguments."""
+    """Return the consistency on held-out personas, with intervals; takes the arguments of `play_sb3`."""
     return summarise(*play_sb3(agent, env_kwargs, **how))
 
 
@@ -263,7 +261,7 @@ def _play_one(
 
 
 class _Curve(BaseCallback):  # type: ignore[misc]
-    """Keeps the mean reward of about every 1,000 judged turns."""
+    """Records the mean reward of about every 1,000 judged turns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +284,7 @@ class _Curve(BaseCallback):  # type: ignore[misc]
 
 
 def _scoring(algorithm: str, layout: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the library's options for a network that scores candidates; critics have one of their own."""
+    """Return the library's options for a network that scores candidates; a critic has its own network."""
     settings: dict[str, Any] = {
         "features_extractor_class": CandidateScorer,
         "features_extractor_kwargs": {"layout": layout},
@@ -296,15 +294,10 @@ def _scoring(algorithm: str, layout: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def _scores_are_logits(model: BaseAlgorithm) -> None:
-    """Make the library's last layer of actor or Q-network the identity, for good: the scores are its output."""
+    """Fix the last layer of actor or Q-network to the identity, so that the scores are its output."""
     policy = model.policy
     heads = [policy.q_net.q_net[-1], policy.q_net_target.q_net[-1]] if isinstance(model, DQN) else [policy.action_net]
     for head in heads:
         nn.init.eye_(head.weight)
         nn.init.zeros_(head.bias)
         head.requires_grad_(False)
-
-
-def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

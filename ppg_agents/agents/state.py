@@ -1,6 +1,6 @@
-"""What a learner goes on from, in a folder: its policy, its optimiser's moments and its own state.
+"""A learner's state in a folder: its policy, its optimiser's moments and whatever else it needs to go on.
 
-Safetensors and JSON alone. With several workers all of them call together, as split weights need it.
+Safetensors and JSON only. With several workers, all call these functions together, because weights may be split.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCHEMA = "ppg-agent/1"
 def save_state(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, own: Mapping[str, Any], workers: Workers
 ) -> None:
-    """Write adapter and tokenizer, moments, and ``own``, which is plain JSON; only the main worker writes."""
+    """Write adapter, tokenizer, moments, and the learner's ``own`` state as JSON; only the main worker writes."""
     from safetensors.torch import save_file
 
     moments = _moments_of(policy.model, optimizer)
@@ -37,10 +37,10 @@ def save_state(
 
 
 def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read policy and moments back, and return what was ``own``.
+    """Load policy and moments, and return the learner's own state.
 
     Raises:
-        ValueError: Another schema, another model, or an optimiser state that does not fit.
+        ValueError: The schema, the model or the optimiser state does not fit.
     """
     state: dict[str, Any] = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
     if state.get("schema") != SCHEMA:
@@ -54,7 +54,7 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
 
 
 def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the moments of every trainable weight, ``<weight>.<kind>`` -> whole tensor."""
+    """Return the moments of every trainable weight: ``<weight>.<kind>`` -> whole tensor."""
     return {
         f"{name}.{kind}": joined(tensor).contiguous()
         for name, parameter in _trainable(model).items()
@@ -63,7 +63,7 @@ def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 
 def _read_moments(file: Path, policy: Policy) -> dict[Tensor, dict[str, Tensor]]:
-    """Return what `_moments_of` returned, split over the workers as the model's weights are."""
+    """Return the saved moments, split over the workers like the model's weights."""
     from safetensors.torch import load_file
 
     named, moments = _trainable(policy.model), dict[Tensor, dict[str, Tensor]]()
@@ -71,8 +71,8 @@ def _read_moments(file: Path, policy: Policy) -> dict[Tensor, dict[str, Tensor]]
         name, _, kind = key.rpartition(".")
         if name not in named:
             raise ValueError(f"expected this policy's optimiser state in {file.parent}, got weight {name!r}")
-        where = "cpu" if kind == "step" else policy.device
-        moments.setdefault(named[name], {})[kind] = split_like(tensor.to(where), named[name])
+        device = "cpu" if kind == "step" else policy.device
+        moments.setdefault(named[name], {})[kind] = split_like(tensor.to(device), named[name])
     return moments
 
 

@@ -1,4 +1,4 @@
-"""What is counted while a batch's gradient is added up; the counts of micro-batches and of processes add up too."""
+"""Sums and counts over a batch; those of micro-batches and processes add up."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class WeightSums:
     Attributes:
         total: Σw.
         squares: Σw².
-        count: How many.
-        truncated: Of these, those that the largest allowed weight cut down.
+        count: Number of weights.
+        truncated: How many of them were cut down to the largest allowed weight.
     """
 
     total: float = 0.0
@@ -35,13 +35,13 @@ class WeightSums:
 
 @dataclass(frozen=True)
 class Ratios:
-    """What a loss says of w = π / π°, the learner against the sampler, at its tokens; those of parts add up.
+    """Counts of a loss's ratios w = π / π° of learner to sampler at its tokens; those of parts add up.
 
     Attributes:
         largest: The largest w.
         count: Tokens.
         bounded: Tokens whose w the loss bounds.
-        outside: Of these, those with w outside of the bounds.
+        outside: How many of these have w outside the bounds.
     """
 
     largest: float = 0.0
@@ -51,25 +51,23 @@ class Ratios:
 
     def __add__(self, other: Ratios) -> Ratios:
         largest = max(self.largest, other.largest)
-        return Ratios(
-            largest, self.count + other.count, self.bounded + other.bounded, self.outside + other.outside
-        )
+        return Ratios(largest, self.count + other.count, self.bounded + other.bounded, self.outside + other.outside)
 
 
 @dataclass
 class Sums:
-    """What one process adds up over a batch.
+    """The sums of one process over a batch.
 
     Attributes:
-        loss: The micro-batches' losses.
+        loss: Sum of the micro-batches' losses.
         tokens: Real tokens in the batch.
         needed: Tokens up to each conversation's last trained one.
         read: Tokens in the micro-batches, padding included.
-        turns: Trained turns, where the divergence is measured.
-        kl: Estimated divergence from the reference, summed over them.
-        weights: Importance weights, where there are any.
-        gap: Of log-probs, over turns that the learner's own version sampled.
-        ratios: Of the policy to the one that sampled, as the loss has them.
+        turns: Trained turns; only counted if the divergence is measured.
+        kl: Estimated divergence from the reference, in nats, summed over these turns.
+        weights: Importance weights, if any.
+        gap: Log-prob gap over turns that the learner's current version sampled.
+        ratios: The loss's ratios of learner to sampler.
     """
 
     loss: float = 0.0
@@ -96,10 +94,10 @@ class Sums:
         )
 
     def metrics(self, *, divergence: bool, weighted: bool) -> dict[str, float]:
-        """Return ``loss``, ``tokens`` and ``padding``, and what else was measured.
+        """Return ``loss``, ``tokens``, ``padding``, and whatever else was measured.
 
         Args:
-            divergence: Whether the reference model was read.
+            divergence: Whether the divergence from the reference was measured.
             weighted: Whether there were importance weights.
         """
         metrics: dict[str, float] = {

@@ -1,8 +1,8 @@
-"""A value head, and the advantages against it: PPO's GAE, bi-level GAE, and the credit less the value, turn by turn.
+"""A value head and its advantages: PPO's GAE, bi-level GAE, and credit minus value per turn.
 
-The head is linear on the last hidden state before a token, and learns from states that the policy had before the
-batch's first step: its loss never changes the policy's weights (ours; others share them), so that the policy gradient
-is that of the method's loss alone.
+The head is linear on the last hidden state before a token, and learns from the states of the policy before the batch's
+first step. Its loss never changes the policy's weights (ours; others share them), so the policy gradient is that of
+the method's loss alone.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ FILE = "value_head.safetensors"
 
 
 class ValueHead:
-    """V = w · h + b of a hidden state h, in float32, zero at first; with an AdamW of its own.
+    """V = w · h + b of a hidden state h, in float32, initially zero; with its own AdamW.
 
     Attributes:
         weight: w [hidden].
         bias: b.
-        optimizer: Over both.
+        optimizer: AdamW over both.
     """
 
     def __init__(self, size: int, learning_rate: float, device: torch.device) -> None:
-        """Make a head that says 0.
+        """Make a head whose values are 0.
 
         Raises:
-            ValueError: A learning rate that is not above 0.
+            ValueError: The learning rate is not above 0.
         """
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"expected value_learning_rate > 0, got {learning_rate}")
@@ -51,10 +51,14 @@ class ValueHead:
         return hidden.to(self.weight) @ self.weight + self.bias
 
     def fit(self, regression: Regression, clip: float | None, workers: Workers) -> float:
-        """Take one step towards the targets; return the loss before it, over all workers."""
+        """Take one step towards the targets; return the loss before it, over all workers.
+
+        Raises:
+            FloatingPointError: The gradient is not finite.
+        """
         total = workers.sum_number(float(len(regression.targets)))
-        every = torch.ones((1, len(regression.targets)), dtype=torch.bool, device=self.weight.device)
-        arrays = (self(regression.hidden)[None], regression.targets[None].to(self.weight), every)
+        mask = torch.ones((1, len(regression.targets)), dtype=torch.bool, device=self.weight.device)
+        arrays = (self(regression.hidden)[None], regression.targets[None].to(self.weight), mask)
         old = regression.values[None].to(self.weight) if clip is not None else None
         loss = alt.value_loss(*arrays, old_values=old, clip=clip).sum() / max(total, 1.0)
         self.optimizer.zero_grad()
@@ -69,28 +73,30 @@ class ValueHead:
         """Write weights and moments."""
         from safetensors.torch import save_file
 
-        found = {"weight": self.weight.detach(), "bias": self.bias.detach()}
+        tensors = {"weight": self.weight.detach(), "bias": self.bias.detach()}
         for name, parameter in (("weight", self.weight), ("bias", self.bias)):
             moments = self.optimizer.state.get(parameter, {})
-            found |= {f"{name}.{key}": tensor.contiguous() for key, tensor in moments.items()}
-        save_file(found, path)
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in moments.items()}
+        save_file(tensors, path)
 
     def load(self, path: Path) -> None:
-        """Read back what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            ValueError: A head of another size.
+            ValueError: The saved head has another size.
         """
         from safetensors.torch import load_file
 
-        found = load_file(path)
-        if found["weight"].shape != self.weight.shape:
-            raise ValueError(f"expected a value head of {len(self.weight)} in {path}, got {len(found['weight'])}")
+        tensors = load_file(path)
+        if tensors["weight"].shape != self.weight.shape:
+            raise ValueError(
+                f"expected a value head of {len(self.weight)} weights in {path}, got {len(tensors['weight'])}"
+            )
         self.optimizer.state.clear()
         with torch.no_grad():
             for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-                parameter.copy_(found[name])
-                moments = {k.partition(".")[2]: v for k, v in found.items() if k.startswith(f"{name}.")}
+                parameter.copy_(tensors[name])
+                moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
                 if moments:
                     self.optimizer.state[parameter] = {
                         k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
@@ -99,7 +105,7 @@ class ValueHead:
 
 @dataclass(frozen=True)
 class Regression:
-    """What a value head learns from a batch: N hidden states, the targets G, and the values V° that it gave before."""
+    """What a value head learns from a batch: N hidden states, targets G, and its values V° before the step."""
 
     hidden: Tensor
     targets: Tensor
@@ -108,14 +114,14 @@ class Regression:
 
 @dataclass(frozen=True)
 class Estimation:
-    """What an advantage against a value is made from.
+    """What an advantage with a value is computed from.
 
     Attributes:
         batch: This process's conversations.
         whole: The batch of all processes.
-        head: The value head; None where the options do without.
-        states: ``mask [B, L] -> [N, hidden]``, the states that the selected tokens are predicted from.
-        discount: Per turn.
+        head: The value head; None if the options need none.
+        states: ``mask [B, L] -> [N, hidden]``, the states that predict the tokens of the mask.
+        discount: Discount per turn.
         cut: Which conversations were truncated.
         workers: The processes that learn together.
     """
@@ -131,7 +137,7 @@ class Estimation:
 
 @dataclass(frozen=True)
 class Critique:
-    """An advantage of this process's conversations, per turn [B, n] or per token [B, L], and what the head learns."""
+    """The advantage of this process's conversations, per turn [B, n] or per token [B, L], and the head's regression."""
 
     advantage: Tensor
     per_token: bool
@@ -139,26 +145,26 @@ class Critique:
 
 
 def gae(given: Estimation, options: Options) -> Critique:
-    """Return PPO's advantage: GAE token by token or, with ``credit = "class"``, the class's credit less V per turn.
+    """Return PPO's advantage: GAE per token or, with ``credit = "class"``, the class's credit minus V per turn.
 
-    A conversation that was cut goes on with its last value.
+    A truncated conversation is bootstrapped with its last value.
     """
     if options["credit"] == "class":
         return per_turn(given, options)
     trained = trained_tokens(given.batch)
     hidden, values, spread = _token_values(given, trained)
     rewards = torch.from_numpy(given.batch.rewards)
-    # The head is fitted at the last trained token and nowhere after it, so its value there stands for what was cut off.
+    # The head is fitted at trained tokens only, so its value at the last of them stands in for what was cut off.
     last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)
-    coming = torch.where(torch.tensor(given.cut), spread[torch.arange(len(last)), last], 0.0)
+    bootstrap = torch.where(torch.tensor(given.cut), spread[torch.arange(len(last)), last], 0.0)
     at_ends = alt.at_turn_ends(rewards, trained, given.batch.turn_index)
     factors = {"discount": options["token_discount"], "lam": options["lam"]}
-    estimate = alt.gae(at_ends, spread, trained, bootstrap=coming, **factors)
+    estimate = alt.gae(at_ends, spread, trained, bootstrap=bootstrap, **factors)
     return _token_critique(given, options, trained, hidden, values, estimate)
 
 
 def bi_level_gae(given: Estimation, options: Options) -> Critique:
-    """Return bi-level GAE's advantage; with ``credit = "class"`` the turns' targets are the class's credit."""
+    """Return bi-level GAE's advantage; with ``credit = "class"`` the class's credits are the turns' targets."""
     batch, trained = given.batch, trained_tokens(given.batch)
     hidden, values, spread = _token_values(given, trained)
     targets = torch.from_numpy(given.whole.credit[given.whole.own]) if options["credit"] == "class" else None
@@ -178,7 +184,7 @@ def bi_level_gae(given: Estimation, options: Options) -> Critique:
 
 
 def per_turn(given: Estimation, options: Options) -> Critique:
-    """Return c_t − V_t [B, n] with V_t at the reply's first token; V_t is to regress c_t.
+    """Return c_t − V_t [B, n] with V_t at the reply's first token; V_t is fitted to c_t.
 
     Without a head, V_t is the mean credit of all other conversations at that turn.
     """
@@ -191,7 +197,7 @@ def per_turn(given: Estimation, options: Options) -> Critique:
     first = turn_bounds(trained, batch.turn_index, turns)[0]
     rows, columns = (first >= 0).nonzero(as_tuple=True)
     mask = torch.zeros_like(trained)
-    mask[rows, first[rows, columns]] = True  # in the order of turns, which is that of tokens
+    mask[rows, first[rows, columns]] = True  # the order of turns is that of tokens
     hidden = given.states(mask)
     values = given.head(hidden).detach().cpu().double()
     targets = torch.from_numpy(whole.credit[whole.own])[rows, columns]
@@ -201,10 +207,10 @@ def per_turn(given: Estimation, options: Options) -> Critique:
 
 
 def check_gae(options: Options, settings: Options) -> None:
-    """Refuse a discount per turn where credit is formed token by token.
+    """Refuse a discount per turn together with credit per token.
 
     Raises:
-        ValueError: Both are asked for.
+        ValueError: Both are set.
     """
     if options["credit"] == "gae" and settings.get("discount", 1.0) != 1.0:
         raise ValueError(
@@ -214,7 +220,7 @@ def check_gae(options: Options, settings: Options) -> None:
 
 
 def _token_values(given: Estimation, trained: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the states of the trained tokens [N, hidden], their values [N], and those laid out [B, L]."""
+    """Return the trained tokens' states [N, hidden], their values [N], and the values laid out as [B, L]."""
     if given.head is None:
         raise ValueError("expected a value head for an advantage per token, got none")
     hidden = given.states(trained)
@@ -231,11 +237,12 @@ def _token_critique(
 
 
 def _whitened(given: Estimation, options: Options, advantages: Tensor) -> Tensor:
-    """Return this process's advantages [N], whitened over those of all processes where the options say so."""
+    """Return this process's advantages [N], whitened over those of all processes if the options say so."""
     if not options.get("whiten"):
         return advantages
+    # Gather first: mean and deviation must be those of the whole batch, or every rank would whiten differently.
     parts = given.workers.gather([advantages])
     before = sum(len(part) for part in parts[: given.workers.rank])
-    everything = torch.cat(parts)[None]
-    whitened = alt.whiten(everything, torch.ones_like(everything, dtype=torch.bool))
+    all_ranks = torch.cat(parts)[None]
+    whitened = alt.whiten(all_ranks, torch.ones_like(all_ranks, dtype=torch.bool))
     return whitened[0, before : before + len(advantages)]

@@ -1,9 +1,9 @@
 """Alternatives to the partial policy gradient: their losses and advantages as pure functions.
 
-Tensors in, tensors out; no config, no logging, no state. ``docs/alternatives.md`` has the table of names, formulas,
-sources, and of what is ours. An advantage [B, n] or [B, L] and a loss are chosen apart: a credit per turn, of any
-policy class, reaches the tokens through ``losses.broadcast_credit``; a loss gives L [B, L] for ``losses.aggregate``
-(or per turn [B, n] for ``aggregate_turns``).
+Tensors in, tensors out; no config, no logging, no state. ``docs/alternatives.md`` lists names, formulas, sources, and
+what is ours. Any advantage [B, n] or [B, L] goes with any loss: ``losses.broadcast_credit`` spreads a policy class's
+credit per turn over the tokens, and a loss returns L [B, L] for ``losses.aggregate`` (or per turn [B, n] for
+``aggregate_turns``).
 
 - ``clipped``: REINFORCE, PPO's clip with the settings of GRPO, DAPO and RLOO, CISPO, the KL term.
 - ``advantages``: RLOO, GRPO and Dr. GRPO, REINFORCE++, DAPO's extras.

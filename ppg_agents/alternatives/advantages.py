@@ -1,9 +1,9 @@
 """Advantages per turn without a value network: RLOO, GRPO, Dr. GRPO, REINFORCE++, and DAPO's two extras.
 
-Each takes a credit c [B, n], the policy class's Σ_{ℓ ∈ R_t} r_ℓ (their own methods have one reward per completion; a
-credit per turn, and statistics per turn index, are ours). ``losses.broadcast_credit`` gives the result to the tokens.
-Invalid turns are in no mean, deviation or count; what stands there is never read. Every function needs the whole batch:
-statistics of a micro-batch are others.
+Each takes a credit c [B, n], the policy class's Σ_{ℓ ∈ R_t} r_ℓ (the original methods have one reward per completion;
+a credit per turn, and statistics per turn index, are ours). ``losses.broadcast_credit`` spreads the result over tokens.
+Invalid turns enter no mean, deviation or count; their entries are never read. Every function needs the whole batch: a
+micro-batch has other statistics.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def rloo(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> Tensor:
 
         A_{b,t} = c_{b,t} − (1/(K_t − 1)) Σ_{k ≠ b} c_{k,t}  =  K_t/(K_t − 1) · (c_{b,t} − mean_t)
 
-    over the K_t conversations of the group with a valid turn t. Unbiased. Where a conversation reached turn t alone
-    the baseline is 0 (ours), as in ``baselines.leave_one_out``, which this equals.
+    over the K_t conversations of the group with a valid turn t. Unbiased. If only one conversation reached turn t, its
+    baseline is 0 (ours). Equal to ``baselines.leave_one_out``.
 
     Args:
         credit: c [B, n].
@@ -37,15 +37,15 @@ def rloo(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> Tensor:
         A [B, n], 0 at invalid turns.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, or a group of one conversation, which has no other.
+        ValueError: Shapes or dtypes that do not fit, or a group of only one conversation.
     """
     group = _statistics(credit, valid, groups)
     alone = [label for label, size in Counter(groups).items() if size == 1]
     if alone:
         raise ValueError(f"expected at least 2 conversations in every group, got 1 of {alone[0]!r}; sample K >= 2")
     scaled = group.deviation * (group.count / (group.count - 1).clamp(min=1.0))
-    own = constant_per_token("credit", credit, valid)
-    return torch.where(group.count > 1, scaled, own).masked_fill(~valid, 0.0)
+    credits = constant_per_token("credit", credit, valid)
+    return torch.where(group.count > 1, scaled, credits).masked_fill(~valid, 0.0)
 
 
 def grpo(
@@ -56,19 +56,19 @@ def grpo(
     scale_by_std: bool = True,
     epsilon: float = 1e-4,
 ) -> Tensor:
-    """GRPO (2402.03300) and, without the deviation, Dr. GRPO (2503.20783).
+    """GRPO (2402.03300) and, without dividing by the deviation, Dr. GRPO (2503.20783).
 
         A_{b,t} = (c_{b,t} − mean_t) / (std_t + δ),   mean and unbiased std over the group's valid turns t
 
-    The mean contains the conversation's own credit: without the deviation A is (K − 1)/K times RLOO's. The deviation
-    makes A independent of the credit's scale and gives every group the same weight, which is a bias. δ = 1e-4 is
-    TRL's. A turn that one conversation of the group reached alone gets 0 (ours; verl keeps the raw score there).
+    The mean includes the conversation's own credit: without the deviation, A is (K − 1)/K times RLOO's. Dividing by
+    the deviation makes A independent of the credit's scale and gives every group the same weight, which is a bias.
+    δ = 1e-4 is TRL's. A turn that only one conversation of the group reached gets 0 (ours; verl keeps the raw score).
 
     Args:
         credit: c [B, n].
         valid: [B, n] bool.
         groups: B labels, equal for conversations that share a persona.
-        scale_by_std: False is Dr. GRPO's.
+        scale_by_std: False gives Dr. GRPO.
         epsilon: δ > 0, in the unit of the credit.
 
     Returns:
@@ -86,8 +86,8 @@ def grpo(
 def groups_with_spread(returns: Tensor, groups: Sequence[Hashable], *, tolerance: float = 1e-9) -> Tensor:
     """DAPO's dynamic sampling (2503.14476): keep the groups whose returns differ.
 
-    They sample anew until the batch is full; here the caller drops the others and reports how many (ours: on the
-    conversation's full return, per persona). It changes the distribution of personas that is trained on.
+    They resample until the batch is full; here the caller drops the other groups and reports how many (ours: on the
+    conversation's full return, per persona). This changes the distribution of personas trained on.
 
     Args:
         returns: [B], one score per conversation.
@@ -95,7 +95,7 @@ def groups_with_spread(returns: Tensor, groups: Sequence[Hashable], *, tolerance
         tolerance: Largest spread, max − min, that counts as none.
 
     Returns:
-        [B] bool, true in groups to keep.
+        [B] bool, true in the groups to keep.
 
     Raises:
         ValueError: Not one label per conversation.
@@ -113,14 +113,14 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
 
     Args:
         lengths: Tokens of each reply, any shape.
-        max_length: Tokens from which on the penalty is −1.
+        max_length: Tokens at which the penalty reaches −1.
         buffer: Tokens over which it grows, in [1, max_length].
 
     Returns:
         Penalty in [−1, 0], of the shape of ``lengths``, float64.
 
     Raises:
-        ValueError: A buffer outside [1, max_length].
+        ValueError: ``buffer`` is outside [1, max_length].
     """
     if not 1 <= buffer <= max_length:
         raise ValueError(f"expected a buffer in [1, max_length = {max_length}], got {buffer}")
@@ -128,16 +128,16 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
 
 
 def whiten(advantage: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
-    """Whiten over the batch, as REINFORCE++ (2501.03262): (A − mean) / √(var + ε), unbiased var.
+    """Whiten over the batch as in REINFORCE++ (2501.03262): (A − mean) / √(var + ε), unbiased var.
 
-    Theirs is over all tokens of the batch: pass A [B, L] and the token mask. A turn then weighs by its length; ours is
-    over valid turns, A [B, n] and ``valid``. The "-baseline" form subtracts the group's mean first (``grpo`` without
-    scaling), then whitens. Biased: mean and var contain the entry itself and mix turn indices.
+    Theirs is over all tokens of the batch: pass A [B, L] and the token mask. Long turns then weigh more; ours is over
+    valid turns: A [B, n] and ``valid``. The "-baseline" form first subtracts the group's mean (``grpo`` without
+    scaling). Biased: mean and var include the entry itself and mix turn indices.
 
     Args:
         advantage: A, [B, L] or [B, n].
         mask: Same shape, bool.
-        epsilon: ε > 0, in the unit of A squared.
+        epsilon: ε > 0, in the unit of A².
 
     Returns:
         Same shape, 0 outside the mask and when all entries are equal or there is only one.
@@ -163,11 +163,11 @@ def kl_shaped_returns(
     beta: float,
     discount: float = 1.0,
 ) -> Tensor:
-    """REINFORCE++'s return per token (2501.03262), to be whitened: the KL to the reference is part of the reward.
+    """REINFORCE++'s return per token (2501.03262), before whitening: the KL to the reference is part of the reward.
 
         r'_j = r_j − β·(lp°_j − lpʳ_j),   G_j = Σ_{i ≥ j} γ^{i − j} r'_i   over the tokens in the mask
 
-    Full planning by construction: every token is credited with all that follows.
+    Full planning by construction: every token is credited with everything after it.
 
     Args:
         rewards: r [B, L], ``tokens.at_turn_ends`` of the scores.
@@ -198,10 +198,12 @@ def kl_shaped_reward(
     *,
     beta: float,
 ) -> Tensor:
-    """Take the reply's log-ratio off the reward, as TRL's RLOO and P3O (2310.00212): r_t − β·Σ_j (lp°_j − lpʳ_j).
+    """Subtract the reply's log-ratio from the reward, as TRL's RLOO and P3O (2310.00212) do.
 
-    The estimate of KL(π ‖ π_ref) is k1, of the reply given its history. Done before the credit is formed, the penalty
-    of later turns enters as their rewards do (ours).
+        r'_t = r_t − β·Σ_j (lp°_j − lpʳ_j)
+
+    k1 estimates the reply's KL(π ‖ π_ref) given its history. Done before the credit is formed, so later turns'
+    penalties enter it as their rewards do (ours).
 
     Args:
         rewards: r [B, n].
@@ -229,14 +231,14 @@ class _Group:
 
 
 def _statistics(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> _Group:
-    own = constant_per_token("credit", credit, valid)
-    index, size = _index(groups, len(own), own.device)
+    credits = constant_per_token("credit", credit, valid)
+    index, size = _index(groups, len(credits), credits.device)
 
     def total(per_turn: Tensor) -> Tensor:
-        return own.new_zeros(size, own.shape[1]).index_add(0, index, per_turn.to(own))[index]
+        return credits.new_zeros(size, credits.shape[1]).index_add(0, index, per_turn.to(credits))[index]
 
     count = total(valid)
-    deviation = (own - total(own) / count.clamp(min=1.0)).masked_fill(~valid, 0.0)
+    deviation = (credits - total(credits) / count.clamp(min=1.0)).masked_fill(~valid, 0.0)
     variance = total(deviation.square()) / (count - 1).clamp(min=1.0)
     return _Group(count, deviation, variance.sqrt())
 

@@ -1,13 +1,14 @@
-"""The classical family, losses: REINFORCE, PPO's clip (with GRPO's, DAPO's and RLOO's settings), CISPO, the KL term.
+"""The classical losses: REINFORCE, PPO's clip (with GRPO's, DAPO's and RLOO's settings), CISPO, the KL term.
 
-A loss gives L per token [B, L], 0 outside the mask, for ``ppg_agents.losses.aggregate``. Notation: lp = log π_θ(token),
-lp° = the log-prob at sampling, lpʳ of the reference, w = exp(lp − lp°), A the advantage per token, without gradient:
-``losses.broadcast_credit`` of a policy class's credit, of an advantage from ``alternatives.advantages``, or what
-``alternatives.value.gae`` gives. The value of a policy loss means nothing, only its gradient does.
+A loss returns L per token [B, L], 0 outside the mask, for ``ppg_agents.losses.aggregate``. Notation: lp = log
+π_θ(token), lp° = the log-prob at sampling, lpʳ that of the reference, w = exp(lp − lp°), A = the advantage per token,
+without gradient: ``losses.broadcast_credit`` of a policy class's credit or of an advantage from
+``alternatives.advantages``, or the result of ``alternatives.value.gae``. A policy loss's value means nothing, only its
+gradient does.
 
-With w = 1 REINFORCE, PPO, CISPO, SAPO and DISPO all have the gradient −A · ∇lp at every token. **Weights per token are
-not exact off the sampling policy**, even with an exact A: the ratios of the reply's other tokens are left out. They are
-exact at w = 1, and for a single reply of one token.
+At w = 1 REINFORCE, PPO, CISPO, SAPO and DISPO all have the gradient −A · ∇lp at every token. **Weights per token are
+not exact off the sampling policy**, even with an exact A: they leave out the ratios of the reply's other tokens. They
+are exact at w = 1, and for a single reply of one token.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from ppg_agents.alternatives.tokens import checked, log_ratio, ratio, token_adva
 def reinforce(log_probs: Tensor, advantage: Tensor, token_mask: Tensor) -> Tensor:
     """REINFORCE (Williams 1992): L = −A · lp.
 
-    No ratio, no reference. Summed over tokens it is ``losses.partial_policy_gradient``, of which it is the part
-    before aggregation.
+    No ratio, no reference: ``losses.partial_policy_gradient`` before aggregation.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -62,9 +62,9 @@ def ppo_clip(
     ===========================  ============================================================================
 
     The gradient is zero exactly where A > 0 and w > 1 + ε_hi, where A < 0 and w < 1 − ε_lo, and with a dual clip
-    where A < 0 and w > c. The dual clip is of 1912.09729 (c = 3). ``ratio_cap`` is TRL's two-sided clip: min(w, δ) in
-    the first term. At w = 1 the gradient is REINFORCE's. Two optimiser steps on a batch are needed for any of this to
-    act.
+    where A < 0 and w > c. The dual clip is from 1912.09729 (c = 3). ``ratio_cap`` is TRL's two-sided clip: min(w, δ) in
+    the first term. At w = 1 the gradient is REINFORCE's, so none of this acts before the second optimiser step on a
+    batch.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -98,12 +98,12 @@ def ppo_clip_turns(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate with one ratio per reply, as TRL's RLOO has it (2402.14740 as shipped there).
+    """PPO's clipped surrogate with one ratio per reply, as in TRL's RLOO (2402.14740 as shipped there).
 
         w_t = exp(Σ_{tokens j of turn t} (lp_j − lp°_j)),   L_t = −min(w_t·A_t, clip(w_t, 1 − ε_lo, 1 + ε_hi)·A_t)
 
-    Within the clip range it is exact for the reply given its history, where weights per token are not. Their
-    sequence is the only completion of a prompt; taking it to be the reply of a turn is ours.
+    Within the clip range it is exact for the reply given its history; weights per token are not. Their sequence is a
+    prompt's only completion; using a turn's reply instead is ours.
 
     Args:
         log_ratios: Σ (lp − lp°) [B, n], carries the gradient: ``tokens.turn_sum`` of ``tokens.log_ratio``.
@@ -117,7 +117,7 @@ def ppo_clip_turns(
         L [B, n] for ``tokens.aggregate_turns``, 0 at invalid turns.
 
     Raises:
-        ValueError: A bound outside its range.
+        ValueError: A bound is outside its range.
     """
     credit = advantage.detach().to(log_ratios).masked_fill(~valid, 0.0)
     weight = ratio(log_ratios.masked_fill(~valid, 0.0))
@@ -134,16 +134,16 @@ def cispo(
 ) -> Tensor:
     """CISPO (2506.13585): L = −sg(min(w, w_max)) · A · lp; no token loses its gradient.
 
-    The bound is absolute and above only, 5.0 as recommended in 2510.13786 and used by TRL (their clip has a lower
-    bound as well, which they leave open). It differs from PPO in value; at w = 1 the gradient is the same; w_max → ∞
-    is plain importance weighting per token.
+    The bound is absolute and only an upper one: 5.0 as 2510.13786 recommends and TRL uses (their clip also has a lower
+    bound, which they leave open). The value differs from PPO's; at w = 1 the gradient is the same. w_max → ∞ is plain
+    importance weighting per token.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
         sampling_log_probs: lp° [B, L].
         advantage: A [B, L].
         token_mask: [B, L] bool.
-        max_weight: w_max ≥ 1. Below 1 it would scale every token's gradient, at w = 1 too.
+        max_weight: w_max ≥ 1. Below 1 it would scale gradients even at w = 1.
 
     Returns:
         L [B, L].
@@ -167,10 +167,10 @@ def kl_term(
 ) -> Tensor:
     """GRPO's KL term (2402.03300): k3 = e^{lpʳ − lp} − (lpʳ − lp) − 1, times w.
 
-    The value estimates KL(π ‖ π_ref) per token. Its gradient on samples of π does so only when k3 is multiplied by
-    w = exp(lp − lp°), gradient included, as TRL does by default; **without w the gradient is that of the forward
-    KL(π_ref ‖ π)**. Either way the divergence is that of each token given its prefix; ``losses.kl_loss`` is the
-    estimator for whole replies.
+    The value estimates KL(π ‖ π_ref) per token. On samples of π its gradient is that of this KL only when k3 is
+    multiplied by w = exp(lp − lp°), gradient included, as TRL does by default; **without w it is that of the forward
+    KL(π_ref ‖ π)**. Either way the divergence is that of each token given its prefix. ``losses.kl_loss`` has
+    the gradient of the reverse KL without w.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -180,7 +180,7 @@ def kl_term(
         kl_weighted: Multiply by w.
 
     Returns:
-        [B, L]; the caller adds β times it to the policy loss.
+        [B, L]; the caller multiplies it by β and adds it to the policy loss.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, or sampling log-probs without weighting.
@@ -204,7 +204,7 @@ def clipped_surrogate(
     dual_clip: float | None = None,
     ratio_cap: float | None = None,
 ) -> Tensor:
-    """Clip one ratio per entry, as ``ppo_clip`` says; any shape, nothing masked.
+    """Clip one ratio per entry as in ``ppo_clip``; any shape, no mask.
 
     Args:
         weight: w, carries the gradient.
@@ -215,7 +215,7 @@ def clipped_surrogate(
         ratio_cap: δ > 1 + ε_hi, or None.
 
     Raises:
-        ValueError: A bound outside its range.
+        ValueError: A bound is outside its range.
     """
     check_bounds(clip_low, clip_high, dual_clip)
     if ratio_cap is not None and not ratio_cap > 1 + clip_high:
@@ -228,7 +228,7 @@ def clipped_surrogate(
 
 
 def check_bounds(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    """Refuse bounds that do not contain w = 1.
+    """Raise unless the bounds contain w = 1.
 
     Raises:
         ValueError: ε_lo outside [0, 1], ε_hi below 0, or c not above 1.

@@ -2,14 +2,13 @@
 
 Token losses are [B, L] as in ``alternatives.clipped``. Pairwise losses are per pair and turn, [P, n]: row p is a
 pair of conversations, column t their replies y, y' at turn t, with log-ratios summed over the reply
-(``tokens.turn_sum`` of ``tokens.log_ratio``) and a credit each, c_t and c'_t, for a reward (ours; the sources have one
-reward per completion). ``valid`` is true where both turns are. ``tokens.aggregate_turns`` reduces them; both replies of
-a pair belong in the same micro-batch.
+(``tokens.turn_sum`` of ``tokens.log_ratio``) and the credits c_t and c'_t as rewards (ours; the sources have one reward
+per completion). ``valid`` is true where both turns are valid. ``tokens.aggregate_turns`` reduces these losses; both
+replies of a pair must be in the same micro-batch.
 """
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ppg_agents.alternatives.clipped import clipped_surrogate
 from ppg_agents.alternatives.tokens import checked, log_ratio, ratio, token_advantage, turn_sum
 from ppg_agents.losses import constant_per_token, tokens_per_turn
+from ppg_agents.nearest import not_one_of
 
 ALoLVariant = Literal["reference_free", "sequence_ratio", "token_ratio", "kl"]
 
@@ -31,12 +31,12 @@ def sapo(
     temperature_positive: float = 1.0,
     temperature_negative: float = 1.05,
 ) -> Tensor:
-    """SAPO (2511.20347): a soft gate in the place of the clip, L = −f(w)·A, f(w) = (4/τ)·σ(τ·(w − 1)).
+    """SAPO (2511.20347): a soft gate instead of the clip, L = −f(w)·A, f(w) = (4/τ)·σ(τ·(w − 1)).
 
-    τ = τ₊ where A > 0, else τ₋; form and defaults as in TRL (there with ``sequence_mean``). With p = σ(τ(w − 1)) the
+    τ = τ₊ where A > 0, else τ₋; form and defaults are TRL's (there with ``sequence_mean``). With p = σ(τ(w − 1)) the
     gate's slope is f'(w) = 4p(1 − p): 1 at w = 1, where the gradient is REINFORCE's, symmetric about it, and
-    f'(w)·w → 0 as w → ∞. f(1) = 2/τ, so values of the loss are not comparable with those of others. Taking the sign
-    of a turn's credit to choose τ is ours.
+    f'(w)·w → 0 as w → ∞. f(1) = 2/τ, so the loss's values cannot be compared with other losses'. Choosing τ by the
+    sign of a turn's credit is ours.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -50,7 +50,7 @@ def sapo(
         L [B, L], 0 outside the mask.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, NaN in the mask, or a temperature that is not positive.
+        ValueError: Shapes or dtypes that do not fit, NaN in the mask, or a temperature not positive.
     """
     if not (temperature_positive > 0 and temperature_negative > 0):
         raise ValueError(f"expected temperatures > 0, got {temperature_positive} and {temperature_negative}")
@@ -74,17 +74,17 @@ def dispo(
 ) -> Tensor:
     """DISPO (2602.00983): L = −sg(r)·A·lp, r = clip(w, 1 − ε_lo, 1 + ε_hi), the ε's chosen by the sign of A.
 
-    Four regimes: w above and below 1, for what was good and what was bad. Equal ε's are a two-sided ``cispo``, ε → ∞
-    is importance weighting per token. Form and defaults are second-hand. Theirs tells correct from incorrect
-    answers; ours takes the sign of A. With a credit ≥ 0 and no baseline the negative bounds are never used: subtract
-    a baseline.
+    Four regimes: w above and below 1, for good and for bad replies. Equal ε's give a two-sided ``cispo``, ε → ∞
+    importance weighting per token. Form and defaults are second-hand. Theirs distinguishes correct from incorrect
+    answers; ours uses the sign of A. With a credit ≥ 0 and no baseline the negative bounds are never used: subtract a
+    baseline.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
         sampling_log_probs: lp° [B, L].
         advantage: A [B, L]; theirs is GRPO's, with ``token_mean``.
         token_mask: [B, L] bool.
-        positive_low: ε₊lo ≥ 0; w is never negative, so 1 and more is no bound.
+        positive_low: ε₊lo ≥ 0; w is never negative, so 1 or more sets no bound.
         positive_high: ε₊hi ≥ 0.
         negative_low: ε₋lo ≥ 0.
         negative_high: ε₋hi ≥ 0.
@@ -114,15 +114,15 @@ def copg(
     *,
     beta: float,
 ) -> Tensor:
-    """CoPG (2406.19185): contrastive policy gradient on pairs of any origin.
+    """CoPG (2406.19185): contrastive policy gradient on pairs from any source.
 
         L = −(D − (β/2)·u)·u,   D = R − R',   u = log(π_θ/π_ref)(y) − log(π_θ/π_ref)(y')
 
-    It is (D − β·u)²/(2β) up to a constant, so that no importance weights are needed: the gradient −(D − βu)·∇u is
-    zero at π* ∝ π_ref·e^{R/β}, whatever sampled the pairs. On samples of π_θ it is −2∇(E[R] − β·KL(π_θ ‖ π_ref)). A
-    constant added to both rewards changes nothing. The form with β/2 is from memory, the square second-hand; β has no
-    default here because theirs is not known to us. R = c_t is ours, and needs two replies **to the same history**: the
-    log-partition terms of different histories do not cancel.
+    Up to a constant it is (D − β·u)²/(2β), so it needs no importance weights: the gradient −(D − βu)·∇u is zero at
+    π* ∝ π_ref·e^{R/β}, whatever sampled the pairs. On samples of π_θ it is −2∇(E[R] − β·KL(π_θ ‖ π_ref)). A constant
+    added to both rewards changes nothing. The form with β/2 is from memory, the square second-hand; β has no default
+    because we do not know theirs. R = c_t is ours and needs two replies **to the same history**: the log-partition
+    terms of different histories do not cancel.
 
     Args:
         log_ratios: Σ (lp − lpʳ) of y [P, n], carries the gradient.
@@ -158,12 +158,12 @@ def p3o(
 
         L = −½ Σ_i min(w_i·A_i, clip(w_i, 1 − ε, 1 + ε)·A_i),   A_i = sg(w_{−i}·(r_i − r_{−i})),   i = 1, 2
 
-    Unclipped its gradient is −½·w₁w₂·(r₁ − r₂)·∇(lp₁ − lp₂): the pairwise policy gradient, which on samples of π_θ is
-    that of E[r], and off it with both ratios. Adding to both rewards what depends on the history alone changes
-    nothing. The unclipped form is from the authors' text; of the clipped ones (V1 separate, V2 joint) we know no exact
-    form: this one, and leaving out V2, are ours, and so is ε. Their reward has β·log(π/π_SFT) taken off:
-    ``advantages.kl_shaped_reward``. On samples of π_θ the partner may be any independent conversation with a valid
-    turn t (ours): it is a baseline, no shared history is needed.
+    Unclipped, its gradient is −½·w₁w₂·(r₁ − r₂)·∇(lp₁ − lp₂), the pairwise policy gradient: on samples of π_θ that of
+    E[r], off them with both ratios. Adding to both rewards a term that depends only on the history changes nothing.
+    The unclipped form is from the authors' text. We know no exact form of the clipped ones (V1 separate, V2 joint):
+    this one, leaving out V2, and ε are ours. They subtract β·log(π/π_SFT) from the reward:
+    ``advantages.kl_shaped_reward``. On samples of π_θ the other reply may be from any independent conversation with a
+    valid turn t (ours): it is a baseline and needs no shared history.
 
     Args:
         log_ratios: Σ (lp − lp°) of y₁ against the policy that sampled [P, n], carries the gradient.
@@ -201,7 +201,7 @@ def a_lol(
     clip: float = 0.9,
     beta: float = 0.2,
 ) -> Tensor:
-    """A-LoL (2305.14718): offline, on what is better than the reference policy would do, A = R − V_ref.
+    """A-LoL (2305.14718): offline, learns from replies that beat the reference policy's value, A = R − V_ref.
 
     ====================  ===========================================================================
     ``reference_free``    L_j = −max(A, 0)·lp_j
@@ -210,9 +210,9 @@ def a_lol(
     ``kl``                L_j = −A·lp_j + β·(lp_j − lpʳ_j) where A ≥ 0
     ====================  ===========================================================================
 
-    Where A < 0 everything is 0: they drop such data. ε, β and sums over tokens (``sum``, no means) as in the authors'
+    Where A < 0 the loss is 0: they drop such data. ε, β and sums over tokens (``sum``, no means) are as in the authors'
     code. With V = 0 and R ≥ 0, ``reference_free`` is ``losses.reward_weighted_log_likelihood``. Ours: the sequence is
-    the reply of a turn, R = c_t, and V_t a value fitted to held-out logged turns on frozen features.
+    a turn's reply, R = c_t, and V_t is a value fitted to held-out logged turns on frozen features.
 
     Args:
         log_probs: lp [B, L] of the logged tokens, floating, carries the gradient.
@@ -231,23 +231,20 @@ def a_lol(
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, an unknown variant, or ε or β out of range.
     """
     if variant not in get_args(ALoLVariant):
-        nearest = difflib.get_close_matches(variant, get_args(ALoLVariant), n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"expected a variant out of {', '.join(get_args(ALoLVariant))}, got {variant!r}; did you mean {nearest!r}?"
-        )
+        raise ValueError(not_one_of("the variant", variant, get_args(ALoLVariant)))
     if not 0 <= clip <= 1 or not beta >= 0:
         raise ValueError(f"expected clip in [0, 1] and beta >= 0, got {clip} and {beta}")
     credit = token_advantage(advantage, log_probs, token_mask)
-    own, kept = checked(log_probs, token_mask), credit.clamp(min=0.0)
+    scored, gain = checked(log_probs, token_mask), credit.clamp(min=0.0)
     if variant == "reference_free":
-        return -kept * own
+        return -gain * scored
     log_ratios = log_ratio(log_probs, reference_log_probs, token_mask)
     if variant == "kl":
-        return (-kept * own + beta * log_ratios).masked_fill(~token_mask | (credit < 0), 0.0)
+        return (-gain * scored + beta * log_ratios).masked_fill(~token_mask | (credit < 0), 0.0)
     if variant == "sequence_ratio":
         tokens, turn = tokens_per_turn(token_mask, turn_index)
         log_ratios = turn_sum(log_ratios, token_mask, turn_index, tokens.shape[1]).gather(1, turn)
-    return -ratio(log_ratios).detach().clamp(1 - clip, 1 + clip) * kept * own
+    return -ratio(log_ratios).detach().clamp(1 - clip, 1 + clip) * gain * scored
 
 
 def empg(
@@ -259,15 +256,15 @@ def empg(
     future_scale: float = 1.0,
     zeta: float = 0.0,
 ) -> Tensor:
-    """EMPG (2509.09265): an advantage changed by the turn's entropy, for any loss.
+    """EMPG (2509.09265): an advantage modulated by the turn's entropy, for any loss.
 
         h_t = (H_t − min)/(max − min + 1e-8),   g_t = e^{−k·h_t} / mean(e^{−k·h})
-        A_t ← A_t·g_t + ζ·e^{−k'·h_{t+1}},   then less its mean
+        A_t ← A_t·g_t + ζ·e^{−k'·h_{t+1}},   then minus its mean
 
-    min, max and means over all valid turns of the batch, t + 1 the conversation's next valid turn, no bonus after its
-    last. mean g = 1; equal entropies give g = 1, so that with ζ = 0 the result is the centred A; k = 0 does too. h, g
-    and the bonus are from the authors' page (k = k' = 1, ζ = 0.1); how they combine, and the centring, are second-hand.
-    ζ = 0 by default is ours: the bonus adds an objective of its own. A = c_t − b_t is ours.
+    min, max and means run over all valid turns of the batch; t + 1 is the conversation's next valid turn, and the last
+    gets no bonus. The mean of g is 1. Equal entropies, or k = 0, give g = 1: with ζ = 0 the result is then the centred
+    A. h, g and the bonus are from the authors' page (k = k' = 1, ζ = 0.1); how they combine, and the centring, are
+    second-hand. The default ζ = 0 is ours, because the bonus adds another objective; so is A = c_t − b_t.
 
     Args:
         advantage: A [B, n].
@@ -283,32 +280,31 @@ def empg(
     Raises:
         ValueError: Shapes or dtypes that do not fit, or NaN at a valid turn.
     """
-    own = constant_per_token("advantage", advantage, valid)
-    spread = constant_per_token("entropy", entropy, valid).to(own)
+    base = constant_per_token("advantage", advantage, valid)
+    turn_entropy = constant_per_token("entropy", entropy, valid).to(base)
     if not bool(valid.any()):
-        return own
-    low, high = spread[valid].min(), spread[valid].max()
-    uncertainty = (spread - low) / (high - low + 1e-8)
+        return base
+    low, high = turn_entropy[valid].min(), turn_entropy[valid].max()
+    uncertainty = (turn_entropy - low) / (high - low + 1e-8)
     gate = (-scale * uncertainty).exp()
     bonus = zeta * (-future_scale * uncertainty).exp().masked_fill(~valid, 0.0)
-    following = torch.zeros_like(own)
-    coming = own.new_zeros(len(own))
-    for t in reversed(range(own.shape[1])):
+    following = torch.zeros_like(base)
+    coming = base.new_zeros(len(base))
+    for t in reversed(range(base.shape[1])):
         following[:, t] = coming
         coming = torch.where(valid[:, t], bonus[:, t], coming)
-    changed = own * gate / gate[valid].mean() + following
-    return (changed - changed[valid].mean()).masked_fill(~valid, 0.0)
+    modulated = base * gate / gate[valid].mean() + following
+    return (modulated - modulated[valid].mean()).masked_fill(~valid, 0.0)
 
 
 def high_entropy_mask(entropy: Tensor, token_mask: Tensor, *, share: float = 0.2) -> Tensor:
-    """Tokens at forks, "80/20" (2506.01939): those whose entropy is at or above the (1 − ρ) quantile of the batch.
+    """Select forking tokens, "80/20" (2506.01939): those with entropy at or above the batch's (1 − ρ) quantile.
 
-    Multiply any token loss by it. The denominator of the aggregation stays that of all tokens, and a KL term is not
-    masked, as in TRL.
+    Multiply any token loss by it. As in TRL, the aggregation still divides by all tokens, and a KL term is not masked.
 
     Args:
         entropy: H [B, L] of the current policy, nats.
-        token_mask: [B, L] bool; other tokens enter no quantile.
+        token_mask: [B, L] bool; tokens outside it do not enter the quantile.
         share: ρ in (0, 1]; 1 keeps all. Ties are kept.
 
     Returns:
@@ -331,7 +327,7 @@ def high_entropy_mask(entropy: Tensor, token_mask: Tensor, *, share: float = 0.2
 def pairs(
     log_ratios: Tensor, other_log_ratios: Tensor, rewards: Tensor, other_rewards: Tensor, valid: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both log-ratios with their gradients and D = R − R' without, 0 at invalid turns.
+    """Return both log-ratios with gradient, and D = R − R' without; 0 at invalid turns.
 
     Args:
         log_ratios: [P, n].
@@ -343,6 +339,6 @@ def pairs(
     Raises:
         ValueError: Shapes or dtypes that do not fit, or NaN at a valid turn.
     """
-    own = constant_per_token("rewards", rewards, valid)
-    difference = own - constant_per_token("other_rewards", other_rewards, valid).to(own)
+    reward = constant_per_token("rewards", rewards, valid)
+    difference = reward - constant_per_token("other_rewards", other_rewards, valid).to(reward)
     return checked(log_ratios, valid), checked(other_log_ratios, valid), difference.to(log_ratios)

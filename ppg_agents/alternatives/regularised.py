@@ -1,7 +1,7 @@
 """KL-regularised policy gradients, RPG (arXiv 2505.17508): four divergences, each in two forms.
 
-The objective is J(θ) = E_{π_θ}[R] − β·D, estimated on samples of π° (the behaviour policy, which is also their
-reference, renewed every iteration). With w = π_θ/π°, A = R − b and sg the stopped gradient, L is
+The objective is J(θ) = E_{π_θ}[R] − β·D, estimated on samples of π° (the behaviour policy, in their work also the
+reference, renewed every iteration). With w = π_θ/π°, A = R − b and sg for stop-gradient, L is
 
 ================  =============================  ================================  ===============================
 divergence D                                     differentiable (w has gradient)   REINFORCE-style: −sg(W)·lp, W =
@@ -14,19 +14,18 @@ divergence D                                     differentiable (w has gradient)
 
 with UKL(p‖q) = Σ p·log(p/q) + Σ(q − p), for measures of any mass; the factor Z° = Σπ° is 1 for a language model.
 For normalised policies the two forms of a divergence, and a divergence and its unnormalised twin, have the same
-expected gradient, −∇J. At w = 1, W is A + β, A, A − β, A. β = 0 is importance-weighted policy gradient. In the
-differentiable form −β·log w stands for −β·log π_θ here: the same gradient, and the value is an estimate of −J.
+expected gradient, −∇J. At w = 1, W is A + β, A, A − β, A. β = 0 is the importance-weighted policy gradient. Here the
+differentiable form has −β·log w for −β·log π_θ: the gradient is the same, and the value estimates −J.
 
-Ours: the sample is a reply, its R the credit c_t and b any baseline. ``level="turn"`` takes w as the product over the
-reply's tokens, which is exact for the reply given its history; the differentiable loss of a reply is handed to its
-tokens in equal shares. ``level="token"`` (as their code) takes one token for the sample: **its log w is not the
-gradient of the reply's reverse KL**, which needs the log-ratios from the token to the end of the reply: ``kl_to_go``.
-And histories come from π°: neither level corrects earlier turns.
+Ours: the sample is a reply, R its credit c_t, b any baseline. ``level="turn"`` takes w as the product over the reply's
+tokens, which is exact for the reply given its history; a reply's differentiable loss is split equally over its tokens.
+``level="token"`` (as in their code) takes one token as the sample: **its log w does not give the gradient of the
+reply's reverse KL**, which needs the log-ratios from the token to the end of the reply: ``kl_to_go``. Histories come
+from π°: neither level corrects earlier turns.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,6 +44,7 @@ from ppg_agents.alternatives.tokens import (
     turn_share,
     turn_sum,
 )
+from ppg_agents.nearest import not_one_of
 
 Divergence = Literal["forward", "forward_u", "reverse", "reverse_u"]
 Level = Literal["token", "turn"]
@@ -69,17 +69,17 @@ def rpg_differentiable(
     reference_log_probs: Tensor | None = None,
     kl_to_go: bool = False,
 ) -> Tensor:
-    """RPG, fully differentiable form (2505.17508): the table in the module's docstring.
+    """RPG, fully differentiable form (2505.17508); see the table in the module's docstring.
 
     Clips, which bias J:
 
     - ``paper``: PPO's dual clip on Â, with Â = A − β·log w (``reverse_u``), A − β·(log w + 1) (``reverse``), A
-      (``forward`` and ``forward_u``). They let gradient through Â as well, which has the same expectation when nothing
-      is clipped; we stop it. What carries β for the forward divergences there is not clear to us: ours is the
-      table's term, added unclipped.
+      (``forward`` and ``forward_u``). They let the gradient through Â too, which has the same expectation when nothing
+      is clipped; we stop it. How β enters their forward divergences is unclear to us: we add the table's term,
+      unclipped.
     - ``released``: PPO's dual clip on A, plus β times −log w, w − log w − 1, w·log w, or w·(log w − 1) + 1, unclipped
-      in w; the value of the term is clamped to ±10 except for ``forward``, and has no gradient beyond. Read from their
-      repository (commit ec8e30b).
+      in w; except for ``forward`` the term is clamped to ±10, with no gradient beyond. Read from their repository
+      (commit ec8e30b).
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -89,14 +89,14 @@ def rpg_differentiable(
         turn_index: [B, L] integer, from 0.
         divergence: D.
         beta: β ≥ 0; their default is 1e-4.
-        level: What w is the ratio of.
+        level: Whether w is a token's ratio or a turn's.
         clip: See above.
         clip_low: ε_1 in [0, 1].
         clip_high: ε_2 ≥ 0.
         dual_clip: c > 1; 10 in their scripts.
-        reference_log_probs: lpʳ [B, L] when the reference is not the sampling policy (ours): u = π_θ/π_ref then
-            stands inside the logarithms of the reverse divergences, w stays the weight. The forward divergences need
-            samples of the reference and refuse it.
+        reference_log_probs: lpʳ [B, L] if the reference is not the sampling policy (ours): the reverse divergences
+            then have u = π_θ/π_ref in their logarithms, and w stays the weight. The forward divergences need samples
+            of the reference and refuse this argument.
         kl_to_go: Sum the log-ratios to the end of the reply (ours); reverse divergences at level ``token`` only.
 
     Returns:
@@ -104,7 +104,7 @@ def rpg_differentiable(
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, an unknown name, a bound outside its range, or
-            an option that the divergence, the level or the clip does not take.
+            an option that the divergence, the level or the clip does not allow.
     """
     _known("clip", clip, get_args(DifferentiableClip))
     check_bounds(clip_low, clip_high, dual_clip)
@@ -140,18 +140,18 @@ def rpg_reinforce(
     reference_log_probs: Tensor | None = None,
     kl_to_go: bool = False,
 ) -> Tensor:
-    """RPG, REINFORCE-style form (2505.17508): L = −sg(W)·lp, the table in the module's docstring.
+    """RPG, REINFORCE-style form (2505.17508): L = −sg(W)·lp; see the table in the module's docstring.
 
     Clips, which bias J. K is the KL part of W: β, −β·(w − 1), −β·w·(log w + 1), −β·w·log w.
 
     - ``paper``: the coefficient of lp is w·A + K, zeroed where A' ≥ 0 and w ≥ 1 + ε_2, and where A' < 0 and
       (w ≤ 1 − ε_1 or w ≥ c), with A' = A + K/w.
-    - ``hard`` (their repository): clip(w, 1 − ε_1, 1 + ε_2) in the place of every w, in logarithms too; never zeroed.
-    - ``released`` (their repository, what its scripts name): w·A + K with K from the clipped w, zeroed as in ``paper``
-      by the sign of A in place of A'.
+    - ``hard`` (their repository): clip(w, 1 − ε_1, 1 + ε_2) in place of every w, in logarithms too; never zeroed.
+    - ``released`` (their repository, the one its scripts name): w·A + K with K from the clipped w, zeroed as in
+      ``paper`` but by the sign of A, not A'.
 
-    The repository (commit ec8e30b) defines this loss and, as far as we found, never calls it: how the published runs of
-    this form were made is open.
+    The repository (commit ec8e30b) defines this loss but, as far as we found, never calls it: how the published runs
+    of this form were made is an open question.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -161,7 +161,7 @@ def rpg_reinforce(
         turn_index: [B, L] integer, from 0.
         divergence: D.
         beta: β ≥ 0; their default is 1e-4.
-        level: What w is the ratio of.
+        level: Whether w is a token's ratio or a turn's.
         clip: See above.
         clip_low: ε_1 in [0, 1].
         clip_high: ε_2 ≥ 0.
@@ -196,7 +196,7 @@ def rpg_reinforce(
 
 @dataclass(frozen=True)
 class _Sample:
-    """What a form needs per token [B, L]: at level ``turn`` every token of a reply has the reply's."""
+    """What both forms need per token [B, L]; at level ``turn`` every token has its reply's value."""
 
     advantage: Tensor
     log_w: Tensor
@@ -232,7 +232,7 @@ def _sample(
 
 
 def _kl_term(divergence: Divergence, s: _Sample) -> Tensor:
-    """Return what β multiplies in the differentiable form."""
+    """Return the factor of β in the differentiable form."""
     if divergence == "forward":
         return -s.log_w
     if divergence == "forward_u":
@@ -241,7 +241,7 @@ def _kl_term(divergence: Divergence, s: _Sample) -> Tensor:
 
 
 def _kl_part(divergence: Divergence, w: Tensor, log_u: Tensor) -> Tensor:
-    """Return K/β, the part of W that does not hold the advantage."""
+    """Return K/β: W without its advantage term."""
     if divergence == "forward":
         return torch.ones_like(w)
     if divergence == "forward_u":
@@ -252,7 +252,7 @@ def _kl_part(divergence: Divergence, w: Tensor, log_u: Tensor) -> Tensor:
 def _zeroed(
     coefficient: Tensor, sign: Tensor, w: Tensor, clip_low: float, clip_high: float, dual_clip: float
 ) -> Tensor:
-    """Zero the coefficient outside the trust region, on the side that the sign says."""
+    """Zero the coefficient outside the trust region, on the side given by the sign."""
     above = (sign >= 0) & (w >= 1 + clip_high)
     below = (sign < 0) & ((w <= 1 - clip_low) | (w >= dual_clip))
     return coefficient.masked_fill(above | below, 0.0)
@@ -290,5 +290,4 @@ def _check(
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"expected {name} out of {', '.join(known)}, got {value!r}; did you mean {nearest!r}?")
+        raise ValueError(not_one_of(name, value, known))

@@ -1,4 +1,4 @@
-"""What the losses of this package share: ratios, sums over a turn, where turns end. Tensors in, tensors out.
+"""Shared by the losses of this package: ratios, sums over a turn, where turns end. Tensors in, tensors out.
 
 Shapes as in ``ppg_agents.losses``: B conversations, L tokens, n turns. Nothing here may read a config, log, or keep
 state.
@@ -32,7 +32,7 @@ def token_advantage(advantage: Tensor, log_probs: Tensor, token_mask: Tensor) ->
     """Return the advantage per token without gradient, in the dtype of ``log_probs``, 0 outside the mask.
 
     Args:
-        advantage: A [B, L]; a credit per turn is given to its tokens by ``losses.broadcast_credit``.
+        advantage: A [B, L]; ``losses.broadcast_credit`` spreads a credit per turn over its tokens.
         log_probs: [B, L].
         token_mask: [B, L] bool.
 
@@ -41,14 +41,14 @@ def token_advantage(advantage: Tensor, log_probs: Tensor, token_mask: Tensor) ->
     """
     if advantage.shape != token_mask.shape:
         raise ValueError(
-            f"expected an advantage per token {list(token_mask.shape)}, got {list(advantage.shape)}; give every token "
-            "that of its turn with ppg_agents.losses.broadcast_credit"
+            f"expected an advantage per token {list(token_mask.shape)}, got {list(advantage.shape)}; spread one per "
+            "turn over its tokens with ppg_agents.losses.broadcast_credit"
         )
     return constant_per_token("advantage", advantage, token_mask).to(log_probs)
 
 
 def log_ratio(log_probs: Tensor, other_log_probs: Tensor, token_mask: Tensor) -> Tensor:
-    """Return lp − lp° per token [B, L], with the gradient of lp alone; 0 outside the mask.
+    """Return lp − lp° per token [B, L], with the gradient of lp only; 0 outside the mask.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -64,9 +64,9 @@ def log_ratio(log_probs: Tensor, other_log_probs: Tensor, token_mask: Tensor) ->
 
 
 def ratio(log_ratios: Tensor) -> Tensor:
-    """Return w = exp(log-ratio), the log-ratio clamped to ±20 (own): beyond that w is constant and has no gradient.
+    """Return w = exp(log-ratio), with the log-ratio clamped to ±20 (own): beyond that w is constant, without gradient.
 
-    The clamp keeps w finite in float32 and bfloat16, so that a gradient is never 0 · ∞.
+    The clamp keeps w finite in float32 and bfloat16, so no gradient is 0 · ∞.
 
     Args:
         log_ratios: Any shape, per token or summed over a reply.
@@ -75,10 +75,10 @@ def ratio(log_ratios: Tensor) -> Tensor:
 
 
 def turn_sum(per_token: Tensor, token_mask: Tensor, turn_index: Tensor, turns: int) -> Tensor:
-    """Sum what tokens carry over each turn, gradient included.
+    """Sum a value per token over each turn, gradient included.
 
     Args:
-        per_token: [B, L], floating; what stands outside the mask is ignored.
+        per_token: [B, L], floating; ignored outside the mask.
         token_mask: [B, L] bool.
         turn_index: [B, L] integer, from 0.
         turns: n.
@@ -87,7 +87,7 @@ def turn_sum(per_token: Tensor, token_mask: Tensor, turn_index: Tensor, turns: i
         [B, n], 0 where a turn has no token in the mask.
 
     Raises:
-        ValueError: A turn outside [0, n).
+        ValueError: A turn is outside [0, n).
     """
     turn = _turn(token_mask, turn_index, turns)
     zeros = per_token.new_zeros(token_mask.shape[0], turns)
@@ -103,7 +103,7 @@ def turn_mean(per_token: Tensor, token_mask: Tensor, turn_index: Tensor, turns: 
 def turn_share(token_mask: Tensor, turn_index: Tensor) -> Tensor:
     """Return 1/m_t at every token of a turn of m_t tokens in the mask, [B, L] float64, 0 outside the mask.
 
-    A loss per reply that is handed to its tokens in these shares keeps its sum.
+    Splitting a reply's loss over its tokens in these shares keeps its sum.
 
     Args:
         token_mask: [B, L] bool.
@@ -140,7 +140,7 @@ def turn_bounds(token_mask: Tensor, turn_index: Tensor, turns: int) -> tuple[Ten
         turns: n.
 
     Raises:
-        ValueError: A turn outside [0, n).
+        ValueError: A turn is outside [0, n).
     """
     turn = _turn(token_mask, turn_index, turns)
     size, length = token_mask.shape
@@ -160,10 +160,10 @@ def turn_ends(token_mask: Tensor, turn_index: Tensor, turns: int) -> Tensor:
 
 
 def at_turn_ends(rewards: Tensor, token_mask: Tensor, turn_index: Tensor) -> Tensor:
-    """Put every turn's reward on the last token of the turn: rewards per token for ``gae``.
+    """Put every turn's reward on its last token: rewards per token for ``gae``.
 
     Args:
-        rewards: r [B, n], floating; not read at a turn without a token in the mask.
+        rewards: r [B, n], floating; not read where a turn has no token in the mask.
         token_mask: [B, L] bool.
         turn_index: [B, L] integer, from 0.
 

@@ -20,21 +20,22 @@ def refuel(
     *,
     eta: float = 1.0,
 ) -> Tensor:
-    """REFUEL (2410.04612): regress the difference of two futures on the difference of log-ratios.
+    """REFUEL (2410.04612): fit the difference of log-ratios to the difference of two futures.
 
         L = (u − η·(R − R'))²,   u = (lp − lp°)(y_h) − (lp − lp°)(y'_h)
 
-    The two rollouts share the history before turn h, their replies there differ, both continue on-policy; lp sums
-    **turn h's tokens only**, R is the score of the whole conversation. They draw h at random and drop identical
-    replies; η = 1 in their code, log-probs at the sampling temperature. Zero at π ∝ π°·e^{ηR}. It is ``copg`` with
-    π_ref = π° and β = 1/η: ∇L = 2η·∇L_CoPG. A policy class's credit c_h for R is ours: greedy needs no rollout past h.
+    The two rollouts share the history before turn h, differ in their replies there, and both continue on-policy. lp
+    sums over **turn h's tokens only**; R is the score of the whole conversation. They draw h at random and drop
+    identical replies; their code has η = 1 and log-probs at the sampling temperature. L is zero at π ∝ π°·e^{ηR}. It
+    is ``copg`` with π_ref = π° and β = 1/η: ∇L = 2η·∇L_CoPG. A policy class's credit c_h as R is ours; greedy needs
+    no rollout past h.
 
     Args:
         log_ratios: Σ (lp − lp°) of y_h [P, n], carries the gradient.
-        other_log_ratios: The same of y'_h.
+        other_log_ratios: The same for y'_h.
         rewards: R [P, n].
         other_rewards: R'.
-        valid: [P, n] bool, true at the turns h where the pair branches.
+        valid: [P, n] bool, true at the turn h where the pair branches.
         eta: η > 0.
 
     Returns:
@@ -52,10 +53,10 @@ def refuel(
 def rebn(credit: Tensor, valid: Tensor, *, epsilon: float = 1e-9) -> Tensor:
     """ReBN (GEM, 2510.01051): return batch normalisation, A_t = (G_t − mean) / (std + ε).
 
-    Mean and (biased) std over **all turns of all conversations of the batch**; no value network, no groups. Theirs is
+    Mean and (biased) std over **all turns of all conversations of the batch**; no value network, no groups. They use
     G_t = Σ_{s ≥ t} γ^{s−t} r_s, the credit of full planning with a discount, and token sums over a constant length
-    (``constant``); any class's c_t in its place is ours. The mean contains the turn's own return and mixes turn
-    indices, so it is slightly biased. ``baselines.standardise`` is the same with another ε.
+    (``constant``); any class's c_t as G_t is ours. The mean includes the turn's own return and mixes turn indices, so
+    it is slightly biased. ``baselines.standardise`` is the same with another ε.
 
     Args:
         credit: G [B, n].
@@ -70,9 +71,9 @@ def rebn(credit: Tensor, valid: Tensor, *, epsilon: float = 1e-9) -> Tensor:
     """
     if not epsilon > 0:
         raise ValueError(f"expected epsilon > 0, got {epsilon}")
-    own = constant_per_token("credit", credit, valid)
+    returns = constant_per_token("credit", credit, valid)
     count = valid.sum().clamp(min=1)
-    deviation = (own - own.sum() / count).masked_fill(~valid, 0.0)
+    deviation = (returns - returns.sum() / count).masked_fill(~valid, 0.0)
     return deviation / ((deviation.square().sum() / count).sqrt() + epsilon)
 
 
@@ -93,21 +94,21 @@ def bi_level_gae(
         turns:   δ_t = r_t + γ_T·V_{t+1} − V_t,   A_t = δ_t + γ_T·λ·A_{t+1},   U_t = A_t + V_t
         tokens:  GAE with γ, λ inside the turn, reward U_t on its last token, value 0 and a fresh start after it
 
-    V_t is the value at the turn's last token, t + 1 the next valid turn, V after the last is 0. With λ = γ = γ_T = 1 it
-    is the return − V at every token, as ``gae`` is; with γ_T = 0 and λ = γ = 1 the greedy r_t − V; for a conversation
-    of one turn, and for turns of one token with γ = γ_T, it is ``gae``. Turn ends come from ``turn_index``: their code
-    takes the tokens whose reward is not 0, and so loses a turn scored 0. It whitens afterwards: ``advantages.whiten``.
-    ``turn_targets`` puts a policy class's credit c_t in the place of U_t (ours).
+    V_t is the value at the turn's last token, t + 1 the next valid turn, V after the last turn 0. With λ = γ = γ_T = 1
+    it is return − V at every token, as is ``gae``; with γ_T = 0 and λ = γ = 1 the greedy r_t − V. For a conversation of
+    one turn, and for turns of one token with γ = γ_T, it is ``gae``. Turn ends come from ``turn_index``; theirs are
+    the tokens whose reward is not 0, which misses a turn scored 0. They whiten afterwards: ``advantages.whiten``.
+    ``turn_targets`` replaces U_t by a policy class's credit c_t (ours).
 
     Args:
         rewards: r [B, n]; not read at invalid turns, nor with ``turn_targets``.
-        values: V [B, L], of what stands before the token; no gradient is taken.
+        values: V [B, L] of the state before each token; no gradient is taken.
         token_mask: [B, L] bool.
         turn_index: [B, L] integer, from 0.
-        valid: [B, n] bool; tokens of other turns are left out.
+        valid: [B, n] bool; tokens of invalid turns are left out.
         discount: γ in [0, 1], per token.
         turn_discount: γ_T in [0, 1], per turn.
-        lam: λ in [0, 1], of both levels.
+        lam: λ in [0, 1], for both levels.
         turn_targets: U [B, n], or None for the turn-level recursion.
 
     Returns:

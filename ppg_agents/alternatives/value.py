@@ -1,6 +1,6 @@
 """Value head: generalised advantage estimation over the policy's tokens, and the value loss.
 
-``values[b, i]`` is V of what stands *before* token i, so that it does not depend on the token it judges.
+``values[b, i]`` is V of the state *before* token i, so it does not depend on the token it judges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ppg_agents.losses import constant_per_token
 
 
 class GAE(NamedTuple):
-    """Advantages and what the value regresses, both without gradient and 0 outside the mask.
+    """Advantages and the value's targets, both without gradient and 0 outside the mask.
 
     Attributes:
         advantage: A, not whitened.
@@ -41,18 +41,17 @@ def gae(
         δ_k = r_k + γ·V_{k+1} − V_k,   A_k = δ_k + γλ·A_{k+1},   target G_k = A_k + V_k
 
     k + 1 is the next token *in the mask*: the partner's text is skipped. V after the last is 0, or ``bootstrap`` where
-    a conversation was cut off (ours). λ = 1 is the discounted return − V, λ = 0 is δ. Whiten A, if at all, after
-    the target is formed. It plans over the whole conversation: a policy class's credit does not enter here but
-    through ``value_at_turn_start``.
+    a conversation was cut off (ours). λ = 1 gives the discounted return − V, λ = 0 gives δ. Whiten A only after the
+    target is formed. GAE plans over the whole conversation; for a policy class's credit use ``value_at_turn_start``.
 
     Args:
-        rewards: r [B, L], for instance ``tokens.at_turn_ends``.
+        rewards: r [B, L], for instance from ``tokens.at_turn_ends``.
         values: V [B, L], no gradient is taken.
-        token_mask: [B, L] bool. Turns work as tokens do: [B, n] and ``valid``.
+        token_mask: [B, L] bool. Also works per turn: [B, n] and ``valid``.
         discount: γ in [0, 1], per entry.
         lam: λ in [0, 1].
         bootstrap: V after the last entry [B], or None for 0.
-        ends: [B, L] bool, entries after which nothing counts: next value and next advantage are 0.
+        ends: [B, L] bool, entries after which the recursion starts afresh: next value and next advantage are 0.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, or γ or λ outside [0, 1].
@@ -87,13 +86,13 @@ def value_loss(
 ) -> Tensor:
     """Value loss with PPO's value clip: ½·max((V − G)², (clip(V, V° − ε_v, V° + ε_v) − G)²); without clip ½·(V − G)².
 
-    ε_v = 0.5 in verl. The clip is PPO's implementation's, not its paper's.
+    ε_v = 0.5 in verl. The clip comes from PPO's implementation, not its paper.
 
     Args:
         values: V, carries the gradient; [B, L], or [B, n] with ``valid``.
         targets: G, same shape.
         mask: Same shape, bool.
-        old_values: V° at sampling; with ``clip`` only.
+        old_values: V° at sampling; only with ``clip``.
         clip: ε_v > 0, or None.
 
     Returns:
@@ -116,10 +115,10 @@ def value_loss(
 
 
 def value_at_turn_start(values: Tensor, token_mask: Tensor, turn_index: Tensor, turns: int) -> Tensor:
-    """Return V_t at the first token of every turn (ours): the way a policy class's credit takes a value head.
+    """Return V_t at the first token of every turn (ours): a value head for a policy class's credit.
 
-    A_t = c_t − V_t with V detached, and V_t regresses c_t: ``value_loss(V_t, c, valid)``. Any policy class then has the
-    baseline of its own credit.
+    A_t = c_t − V_t with V detached, and V_t is fitted to c_t: ``value_loss(V_t, c, valid)``. Any policy class thus gets
+    a baseline for its own credit.
 
     Args:
         values: V [B, L], gradient kept.
@@ -131,7 +130,7 @@ def value_at_turn_start(values: Tensor, token_mask: Tensor, turn_index: Tensor, 
         V_t [B, n], 0 where a turn has no token in the mask.
 
     Raises:
-        ValueError: A turn outside [0, n).
+        ValueError: A turn is outside [0, n).
     """
     first = turn_bounds(token_mask, turn_index, turns)[0]
     return values.masked_fill(~token_mask, 0.0).gather(1, first.clamp(min=0)).masked_fill(first < 0, 0.0)

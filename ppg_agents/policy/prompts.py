@@ -130,9 +130,7 @@ def trainable_format(tokenizer: Any, options: Mapping[str, Any] | None = None) -
         if not original:
             raise
         if importlib.util.find_spec("trl") is None:
-            raise ValueError(
-                f"{reason}; or pip install trl, which has training variants of known templates"
-            ) from None
+            raise ValueError(f"{reason}; or pip install trl, which has training variants of known templates") from None
         from trl import chat_template_utils
 
         try:

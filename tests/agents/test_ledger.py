@@ -107,13 +107,13 @@ def test_versions() -> None:
     assert ledger.staleness(versions(5, 5), 5) == 0
     assert ledger.staleness(versions(5, 3), 5, allowed=2) == 2
     assert ledger.of_version(versions(5, 3), 5, 3).tolist() == [[True, False, False]]
-    with pytest.raises(LedgerError, match=r"policy version 5 at .* turn 2 of 2, got version 4; the sampler did not"):
+    with pytest.raises(LedgerError, match=r"policy version 5 at .* turn 2 of 2, got version 4; the sampler does"):
         ledger.staleness(versions(5, 4), 5)
     with pytest.raises(LedgerError, match=r"version 5 or up to 1 older at .* turn 1 of 1, got version 3; .* >= 2"):
         ledger.staleness(versions(3), 5, allowed=1)
-    with pytest.raises(LedgerError, match=r"got version 6; the conversation is of another run"):
+    with pytest.raises(LedgerError, match=r"got version 6; the conversation is from another run"):
         ledger.staleness(versions(6), 5, allowed=9)
-    with pytest.raises(LedgerError, match=r"got version -1; the words are logged"):
+    with pytest.raises(LedgerError, match=r"got version -1; the reply is a logged one"):
         ledger.staleness(versions(-1), 0, allowed=9)
 
 

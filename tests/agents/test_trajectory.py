@@ -86,7 +86,7 @@ def test_a_torn_last_line_is_dropped_and_said(tmp_path: Path, caplog: pytest.Log
         for cut in range(2, len(to_json(LEDGER[1]).encode()), 7):
             path.write_bytes(whole[:-cut])
             assert len(read_jsonl(path)) == 1
-            assert f"{path}:2: dropped a torn last line" in caplog.text
+            assert f"{path}:2: dropped the last line, which was cut off" in caplog.text
             caplog.clear()
 
 
