@@ -16,6 +16,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ppg_agents.nearest import not_one_of
+
 Aggregation = Literal["sum", "constant", "token_mean", "sequence_mean", "turn_mean"]
 
 
@@ -35,8 +37,8 @@ def partial_policy_gradient(
         g = (1/B) Σ_b Σ_t A_{b,t} · ∇ log π(y_{b,t} | x_b, τ_{b,t−1}),
         log π(y_t | …) = Σ_{tokens i of turn t} lp_i
 
-    Per token L_i = −A_{b,turn(i)} · lp_i. A is the credit Σ_{ℓ ∈ R_t} r_ℓ, less a baseline (own) if one is
-    used, and carries no gradient. Only ``sum`` is the paper's estimator, see ``aggregate``. Under ``sum`` a turn
+    Per token L_i = −A_{b,turn(i)} · lp_i. A is the credit Σ_{ℓ ∈ R_t} r_ℓ, minus a baseline (own) if one
+    is used, and carries no gradient. Only ``sum`` is the paper's estimator, see ``aggregate``. Under ``sum`` a turn
     with credit 0 contributes nothing; for the means, first take invalid turns out of ``token_mask`` with
     ``turn_token_mask``. The loss's value means nothing, only its gradient does. With importance weights (own)
     L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.importance``.
@@ -45,7 +47,7 @@ def partial_policy_gradient(
         log_probs: lp [B, L], floating, carries the gradient.
         token_mask: [B, L] bool, true at sampled tokens.
         turn_index: [B, L] integer, each token's turn, from 0; read only where ``token_mask`` is true.
-        credit: A [B, n], from ``ppg_agents.credit.credit``, less a baseline.
+        credit: A [B, n], from ``ppg_agents.credit.credit``, minus a baseline if any.
         aggregation: How per-token losses become one number.
         constant: C of the ``constant`` aggregation.
         batch_size: Units in the whole optimiser batch if this is one of its micro-batches, see ``aggregate``.
@@ -255,7 +257,7 @@ def batch_units(token_mask: Tensor, turn_index: Tensor, aggregation: Aggregation
         return int(token_mask.any(1).sum())
     if aggregation == "turn_mean":
         return int((tokens_per_turn(token_mask, turn_index)[0] > 0).sum())
-    raise ValueError(f"expected an aggregation out of {', '.join(get_args(Aggregation))}, got {aggregation!r}")
+    raise ValueError(not_one_of("the aggregation", aggregation, get_args(Aggregation)))
 
 
 def broadcast_credit(credit: Tensor, token_mask: Tensor, turn_index: Tensor) -> Tensor:

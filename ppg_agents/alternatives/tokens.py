@@ -132,7 +132,7 @@ def to_go(per_token: Tensor, token_mask: Tensor, turn_index: Tensor) -> Tensor:
 
 
 def turn_bounds(token_mask: Tensor, turn_index: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-    """Return the position of the first and of the last token of every turn, each [B, n] integer, −1 where it has none.
+    """Return the positions of every turn's first and last token, each [B, n] integer, −1 where it has none.
 
     Args:
         token_mask: [B, L] bool.

@@ -298,7 +298,7 @@ class VLLMServerSampler(SyncedSampler):
         if choice["prompt_token_ids"] != job.tokens or answer["model"] != self._model(endpoint, version):
             raise ServerRefusedError(
                 f"{endpoint.url}: expected {self._model(endpoint, version)} to answer the tokens that were sent, got "
-                f"{answer['model']} or other tokens; no proxy may change what is asked"
+                f"{answer['model']} or other tokens; use no proxy that changes requests"
             )
         return Reply(tuple(choice["token_ids"]), tuple(float(p) for p in choice["logprobs"]["token_logprobs"]))
 

@@ -26,7 +26,7 @@ class Version:
 
     Attributes:
         number: The policy's version: optimiser steps taken.
-        serial: Counts the versions published, from 1; never used twice.
+        serial: Counts the versions published, from 1; never used twice in a run.
         name: Never used twice, in any run.
         path: The folder, absolute; never used twice.
     """

@@ -168,7 +168,7 @@ def test_broadcast_credit_by_hand() -> None:
         ({"credit": CREDIT[:1]}, r"credit of shape \[2, n\], got \[1, 2\]"),
         ({"credit": CREDIT.long()}, r"floating credit, got torch.int64"),
         ({"credit": CREDIT / torch.tensor([1.0, 0.0])}, r"finite credit, got inf at \[0, 1\]"),
-        ({"aggregation": "mean"}, r"aggregation out of sum, constant, .* got 'mean'"),
+        ({"aggregation": "mean"}, r"the aggregation to be one of sum, constant, .* got 'mean'"),
         ({"aggregation": "constant"}, r"constant > 0 for 'constant' only, got None"),
         ({"constant": 3.0}, r"constant > 0 for 'constant' only, got 3.0 for 'sum'"),
         ({"aggregation": "constant", "constant": -1.0}, r"constant > 0"),
