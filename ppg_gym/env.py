@@ -34,7 +34,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         personas: ``train``, ``held-out``, or a path to a persona file.
         partner: ``scripted``, ``llm``, ``console``, or your own as ``package.module:Class``.
         partner_options: Plain options of the partner.
-        judge: ``facts``, ``llm``, ``nli``, ``learned``, or your own as ``package.module:Class``.
+        judge: ``facts``, ``llm``, ``nli``, or your own as ``package.module:Class``.
         judge_options: Plain options of the judge.
         max_turns: Turns per conversation; None for the domain's own length.
         on_judge_failure: ``raise``, ``nan`` (the reward is NaN) or ``truncate`` (NaN, and the conversation ends).

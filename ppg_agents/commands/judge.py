@@ -1,7 +1,7 @@
-"""``ppg-agent judge``: how good a judge is: against labels, against recorded verdicts, against tricks; and a new one.
+"""``ppg-agent judge``: how good a judge is, against labels, recorded verdicts and tricks.
 
-Flags in, one call of the library, results to stdout, progress to stderr. Only click is imported before a command runs;
-nothing but an attack's success rate is computed here.
+Flags in, one call of the library, results to stdout, progress to stderr. Only click is imported before a command
+runs, and an attack's success rate is all that is computed here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ppg_agents.config.settings import parse_assignments
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-UNCACHED = ("facts", "nli", "learned")
+UNCACHED = ("facts", "nli")
 """Judges that keep no answers of a server."""
 
-LOCAL_JUDGES = {"nli": "model", "learned": "path"}
+LOCAL_JUDGES = {"nli": "model"}
 """Judges with a model of their own, and the option that names its folder."""
 
 
@@ -32,7 +32,7 @@ def example(line: str) -> str:
 
 @click.group()
 def judge() -> None:
-    """Measure judges: against labels, recorded verdicts and tricks; fit one.
+    """Measure judges against labels, recorded verdicts and tricks.
 
     Example: ppg-agent judge attack --judge facts --domain therapy
     """
@@ -41,7 +41,7 @@ def judge() -> None:
 def judge_flags(command: F) -> F:
     """Add the flags that name a judge."""
     flags = (
-        click.option("--judge", "name", help="facts (embedded, default), llm, nli, learned, or package.module:Class."),
+        click.option("--judge", "name", help="facts (embedded, default), llm, nli, or package.module:Class."),
         click.option("--judge-url", "urls", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
         click.option("--judge-model", "model", metavar="NAME", help="The model that the endpoint serves."),
         click.option(
@@ -107,28 +107,20 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise click.UsageError(f"the judge {name} is a model that runs here; give --judge-option {key}=FOLDER")
 
 
-labels_flags = (
-    click.option("--labels", multiple=True, required=True, metavar="FILES…", help="Judged dialogues, or a CSV."),
-    click.argument("more", nargs=-1, metavar=""),
-)
-
-
 @judge.command(
-    epilog=example("ppg-agent judge validate --labels dialogues/*.json --judge learned --judge-option path=fitted")
+    epilog=example("ppg-agent judge validate --labels dialogues/*.json --judge nli --judge-option model=FOLDER")
 )
-@labels_flags[0]
+@click.option("--labels", multiple=True, required=True, metavar="FILES…", help="Judged dialogues, or a CSV.")
 @judge_flags
 @click.option("--domain", help="Only this domain; the domain of a CSV without that column.")
-@click.option("--held-out", "only_held_out", is_flag=True, help="Only personas that a learned judge's fit held out.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge at most N labelled replies, drawn at random.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the draw and the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@labels_flags[1]
+@click.argument("more", nargs=-1, metavar="")
 def validate(
     labels: tuple[str, ...],
     more: tuple[str, ...],
     domain: str | None,
-    only_held_out: bool,
     limit: int | None,
     seed: int,
     as_json: bool,
@@ -147,12 +139,9 @@ def validate(
 
     from ppg_agents.terminal.progress import Progress
     from ppg_gym.judges.lab.recorded import read_labels
-    from ppg_gym.judges.lab.validation import only_unfamiliar
     from ppg_gym.judges.lab.validation import validate as measure
 
     read = read_labels([*labels, *more], domain)
-    if only_held_out:
-        read = only_unfamiliar(read, name, options)
     total = sum(turn.verdict.score is not None for dialogue in read.dialogues for turn in dialogue.turns)
     with Progress("judging", min(total, limit or total)) as progress:
         found = measure(read, name, options, limit=limit, seed=seed, done=progress.advance)
@@ -265,57 +254,3 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
     got = "no score at all" if rate is None else f"{rate:.3f}"
     click.echo(f"ppg-agent: expected a success rate of at most {max_success}, got {got}", err=True)
     return 1
-
-
-@judge.command(epilog=example("ppg-agent judge fit --labels dialogues/*.json --out fitted"))
-@labels_flags[0]
-@click.option("--out", type=click.Path(file_okay=False), required=True, metavar="DIR", help="New or empty folder.")
-@click.option("--domain", help="Only this domain; the domain of a CSV without that column.")
-@click.option("--features", type=click.Choice(("text", "embeddings")), default="text", show_default=True)
-@click.option("--encoder", metavar="NAME", help="Sentence encoder for embeddings: a folder or a hub name.")
-@click.option(
-    "--held-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.2,
-    show_default=True,
-    metavar="SHARE",
-    help="Personas that no part of the fit sees.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of split, folds and bootstrap.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@labels_flags[1]
-def fit(
-    labels: tuple[str, ...],
-    more: tuple[str, ...],
-    out: str,
-    domain: str | None,
-    features: str,
-    encoder: str | None,
-    held_out: float,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Fit the learned judge to labels.
-
-    Labels are what validate takes. Prints how the judge does on personas that were held out of the fit. Use it with
-    --judge learned --judge-option path=DIR.
-    """
-    folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise click.UsageError(f"--out: expected a new or empty folder, got {folder} with files")
-
-    from ppg_agents.terminal.progress import say
-    from ppg_gym.judges.fitting import ENCODER
-    from ppg_gym.judges.fitting import fit as learn
-    from ppg_gym.judges.lab.recorded import read_labels
-
-    dialogues = read_labels([*labels, *more], domain).dialogues
-    model, report = learn(
-        dialogues, seed=seed, held_out=held_out, features=features, encoder=encoder or ENCODER, progress=say
-    )
-    model.save(folder)
-    if as_json:
-        click.echo(json.dumps({"out": str(folder), **report.to_dict()}, allow_nan=False, ensure_ascii=False))
-    else:
-        click.echo(report.table())
-        click.echo(str(folder))

@@ -12,7 +12,6 @@ JUDGES = {
     "facts": "ppg_gym.judges.facts:FactsJudge",
     "llm": "ppg_gym.judges.llm:LLMJudge",
     "nli": "ppg_gym.judges.nli:NLIJudge",
-    "learned": "ppg_gym.judges.learned:LearnedJudge",
 }
 
 

@@ -21,9 +21,6 @@ from ppg_gym.judges.lab import rescoring
 from ppg_gym.judges.lab.recorded import read_labels, read_recorded
 from ppg_gym.judges.lab.rescoring import check_target, default_file, rescore
 
-pytest.importorskip("scipy")
-pytest.importorskip("sklearn")
-
 
 def play(domain: str, seed: int, kinds: tuple[str, ...] = ("truth", "slip", "vague", "evasion")) -> dict[str, Any]:
     """Return one conversation of the environment as a trajectory, played with replies of known kinds."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ppg_gym.conversation import Verdict
 from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
-from ppg_gym.extras import need
 from ppg_gym.judges.lab.agreement import Agreement, Estimate, align, compare, failures
 from ppg_gym.judges.lab.recorded import RESCORED, judge_all, prefixes
 
@@ -158,7 +158,14 @@ def _spearman(before: Sequence[float], after: Sequence[float]) -> Estimate:
     for whose, scores in (("recorded", before), ("new", after)):
         if len(set(scores)) < 2:
             return Estimate(None, reason=f"the {whose} scores are all the same" if scores else "no turn has both")
-    return Estimate(float(need("scipy.stats", "learned").spearmanr(before, after).statistic), reason="no interval")
+    return Estimate(float(np.corrcoef(_ranks(before), _ranks(after))[0, 1]), reason="no interval")
+
+
+def _ranks(scores: Sequence[float]) -> NDArray[np.float64]:
+    """Return the rank of each score, equal scores sharing the mean of theirs."""
+    _, place, times = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(times) - (times - 1) / 2)[place]
+    return ranks
 
 
 def table(parts: Sequence[Part]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -53,14 +53,12 @@ class Validation:
         judge: The judge's name.
         unlabelled: Replies in the files that carry no label.
         left_out: Labelled replies that were not drawn, with a limit.
-        familiar: Judged replies of personas that the learned judge's fit did not hold out; None for any other judge.
         parts: All lines first, then per domain.
     """
 
     judge: str
     unlabelled: int
     left_out: int
-    familiar: int | None
     parts: tuple[Part, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,41 +90,7 @@ class Validation:
             notes.append(f"{self.unlabelled} replies in the files carry no label and were not judged.")
         if self.left_out:
             notes.append(f"{self.left_out} labelled replies were not drawn.")
-        if self.familiar:
-            notes.append(
-                f"{self.familiar} of the judged replies are of personas that the judge's fit did not hold out: it may"
-                " have been fitted to them, which flatters it; leave them out with --held-out."
-            )
         return "\n".join([*align(rows), *notes])
-
-
-def unfamiliar(judge: str, options: Mapping[str, Any]) -> frozenset[str] | None:
-    """Return the ids of the personas that the fit of a learned judge held out, None for any other judge.
-
-    Raises:
-        ValueError: There is no learned judge in the folder.
-    """
-    if judge != "learned" or "path" not in options:
-        return None
-    from ppg_gym.judges.learned import LearnedModel
-
-    report = LearnedModel.load(options["path"]).report
-    return frozenset(name for domain in report.get("domains", ()) for name in domain["held_out_personas"])
-
-
-def only_unfamiliar(labels: Labels, judge: str, options: Mapping[str, Any]) -> Labels:
-    """Return the labels of personas that the fit of a learned judge held out.
-
-    Raises:
-        ValueError: Another judge, no judge in the folder, or no such label.
-    """
-    ids = unfamiliar(judge, options)
-    if ids is None:
-        raise ValueError(f"expected the judge 'learned' with its folder for held-out personas, got {judge!r}")
-    kept = tuple(dialogue for dialogue in labels.dialogues if dialogue.persona.id in ids)
-    if not any(turn.verdict.score is not None for dialogue in kept for turn in dialogue.turns):
-        raise ValueError(f"expected a labelled reply of one of the {len(ids)} held-out personas, got none")
-    return replace(labels, dialogues=kept)
 
 
 def validate(
@@ -151,7 +115,6 @@ def validate(
     Raises:
         ValueError: An unknown judge, a wrong option, a persona that it can not judge, or a limit below 1.
     """
-    unseen = unfamiliar(judge, options)
     lines = [
         (dialogue, float(turn.verdict.score), conversation)
         for dialogue in labels.dialogues
@@ -169,8 +132,7 @@ def validate(
     names = sorted({dialogue.domain for dialogue, _, _ in judged})
     parts = [_part("all", judged, seed)] if len(names) > 1 else []
     parts += [_part(name, [row for row in judged if row[0].domain == name], seed) for name in names]
-    familiar = None if unseen is None else sum(dialogue.persona.id not in unseen for dialogue, _, _ in lines)
-    return Validation(judge, labels.unlabelled, total - len(lines), familiar, tuple(parts))
+    return Validation(judge, labels.unlabelled, total - len(lines), tuple(parts))
 
 
 def _part(name: str, judged: Sequence[tuple[LoggedDialogue, float, Verdict]], seed: int) -> Part:
