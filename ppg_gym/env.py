@@ -10,8 +10,9 @@ import gymnasium as gym
 from gymnasium.spaces import Dict
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.nearest import refuse_unknown
 from ppg_gym.partners import Said
-from ppg_gym.simulator import Game, Outcome, refuse_unknown
+from ppg_gym.simulator import Game, Outcome
 from ppg_gym.spaces import Utterance
 
 Observation = dict[str, Any]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
+
+from ppg_gym.nearest import did_you_mean
 
 _METHODS = {"judge": ("check", "judge"), "partner": ("speak",)}
 
@@ -32,10 +33,8 @@ def make(what: str, name: object, known: Mapping[str, str], domain: str, options
     if target is None and isinstance(name, str) and ":" in name:
         target = name
     if target is None:
-        near = get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        own = f"or your own as 'package.module:Class', got {name!r}{hint}"
-        raise ValueError(f"expected a {what} out of {', '.join(known)}, {own}")
+        got = f"or your own as 'package.module:Class', got {name!r}{did_you_mean(name, known)}"
+        raise ValueError(f"expected a {what} out of {', '.join(known)}, {got}")
     module, _, attribute = target.partition(":")
     try:
         cls = getattr(importlib.import_module(module), attribute)

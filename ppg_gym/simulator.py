@@ -7,10 +7,9 @@ environments'.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,11 @@ import numpy as np
 from ppg_gym import judges, partners
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.domain import loading as domains
+from ppg_gym.domain.cast import personas as personas_of
+from ppg_gym.domain.personas import read_personas
 from ppg_gym.domain.twin import Twin
 from ppg_gym.judges.failure_limit import FailureLimit
+from ppg_gym.nearest import did_you_mean, refuse_unknown
 
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
 UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
@@ -223,35 +225,22 @@ class Game:
 
 def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:
     if source in domains.SPLITS:
-        return domains.personas(domain.source, source)
-    if not isinstance(source, str) or not Path(source).exists() or Path(source).is_dir():
-        what = "a folder" if isinstance(source, str) and Path(source).is_dir() else "no such file"
+        return personas_of(domain.source, source)
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or not path.exists() or path.is_dir():
+        why = "a folder" if path is not None and path.is_dir() else "no such file"
         raise ValueError(
             f"expected personas to be {' or '.join(map(repr, domains.SPLITS))} or a path to a persona file,"
-            f" got {source!r}: {what}{_hint(source, domains.SPLITS)}"
+            f" got {source!r}: {why}{did_you_mean(source, domains.SPLITS)}"
         )
-    from ppg_gym.domain.personas import read_personas
-
-    return tuple(read_personas(Path(source), domain.name))
+    return tuple(read_personas(path, domain.name))
 
 
 def _no_such_persona(domain: str, personas: Sequence[Persona], wanted: str) -> str:
-    """Return what is wrong with an id: which is nearest, or which embedded split has it."""
+    """Return the message for an unknown id: which one is nearest, or which split has it."""
     for split in domains.SPLITS:
-        if any(persona.id == wanted for persona in domains.personas(domain, split)):
+        if any(persona.id == wanted for persona in personas_of(domain, split)):
             return f"expected the id of one of {len(personas)} personas, got {wanted!r}, which is in personas={split!r}"
     ids = [persona.id for persona in personas]
-    hint = _hint(wanted, ids) or f"; the first is {ids[0]!r}"
+    hint = did_you_mean(wanted, ids, f"the first is {ids[0]!r}")
     return f"expected the id of one of {len(personas)} personas, got {wanted!r}{hint}"
-
-
-def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a ValueError for the first name that is not among the known ones; the nearest of these is offered."""
-    for name in given:
-        if name not in known:
-            raise ValueError(f"expected {what} out of {', '.join(known)}, got {name!r}{_hint(name, known)}")
-
-
-def _hint(given: object, known: Sequence[str]) -> str:
-    near = get_close_matches(str(given), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from ppg_gym.conversation import Conversation
 from ppg_gym.env import Observation, PersonaChatEnv, check_reply, observe, start_info, transcript, turn_info
-from ppg_gym.simulator import refuse_unknown
+from ppg_gym.nearest import refuse_unknown
 
 AUTORESET = {"disabled": AutoresetMode.DISABLED, "same-step": AutoresetMode.SAME_STEP}
 Arrays = npt.NDArray[Any]

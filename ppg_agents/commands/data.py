@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ppg_gym.data.dialogues import LoggedDialogue
+    from ppg_gym.data import LoggedDialogue
 
 _FORMATS = """
 Formats, told by the content unless --format names one: consistent-llms, consistent-llms-personas,
@@ -149,9 +149,8 @@ def export(
 
     Example: ppg-agent data export dialogues/*.json --out sft.jsonl
     """
-    from ppg_gym.data import OPENING, collect, table, write_rows
+    from ppg_gym.data import OPENING, collect, split_by_persona, table, write_rows
     from ppg_gym.data import export as to_rows
-    from ppg_gym.data.dialogues import split_by_persona
 
     if (share is None) != (out_test is None):
         raise click.UsageError("--split-by-persona and --out-test go together")

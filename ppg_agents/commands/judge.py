@@ -210,11 +210,11 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
 
     from ppg_gym import judges
     from ppg_gym.data.files import shorten
-    from ppg_gym.domain import loading as domains
+    from ppg_gym.domain.cast import personas as personas_of
     from ppg_gym.judges.lab.agreement import align
     from ppg_gym.judges.lab.attacks import FOOLED_AT, run_attacks
 
-    there = len(domains.personas(domain, "held-out"))
+    there = len(personas_of(domain, "held-out"))
     if personas > there:
         raise click.UsageError(
             f"--personas: expected at most {there}, the held-out personas of {domain}, got {personas}; ask for fewer"

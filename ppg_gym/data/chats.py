@@ -1,8 +1,8 @@
 """Chats between two personas, without a judge: Synthetic-Persona-Chat (CSV) and PersonaChat / ConvAI2 (text).
 
-Each dialogue gives one `LoggedDialogue` per speaker whose persona is known; no reply has a verdict. A dialogue
-that can not be read as it stands is skipped and named with its reason; nothing is guessed or mended but these:
-blank lines are dropped, and lines that the same user says in a row are joined (and counted in the report).
+Each dialogue gives one `LoggedDialogue` per speaker whose persona is known; no reply has a verdict. A dialogue that
+can not be read is skipped and named with the reason. Nothing is guessed or repaired, with two exceptions: blank lines
+are dropped, and lines that the same user says in a row are joined (and counted in the report).
 
 Synthetic-Persona-Chat is described in arXiv 2312.10007, PersonaChat in arXiv 1801.07243.
 """
@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn
 from ppg_gym.data.files import Problem, RefusedError, shorten
 from ppg_gym.data.report import Report, of_dialogues
-from ppg_gym.domain.personas import persona_key
+from ppg_gym.domain.personas import persona_key, prose_persona
 
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 DOMAIN = "chatting"
@@ -42,7 +42,7 @@ Lines = list[tuple[int, str]]
 
 
 class _SkipError(Exception):
-    """Why a dialogue is skipped, and what stands there."""
+    """Why a dialogue is skipped, and what the file holds there."""
 
 
 def read_synthetic_persona_chat(
@@ -50,12 +50,12 @@ def read_synthetic_persona_chat(
 ) -> tuple[list[LoggedDialogue], Report]:
     """Read a CSV file with the columns of Synthetic-Persona-Chat; further columns are not read.
 
-    Rows count from 1 like in a table program, the header being row 1. A row is skipped when a persona is empty,
+    Rows count from 1 as in a spreadsheet, the header being row 1. A row is skipped when a persona is empty,
     a line is not one of ``User 1:`` or ``User 2:``, a line is empty, a placeholder such as ``[User 1's name]``
     is left in a text, or only one of the users speaks.
 
     Raises:
-        RefusedError: No such columns, or a quote that does not end.
+        RefusedError: The columns are missing, or a quote is never closed.
     """
     dialogues: list[LoggedDialogue] = []
     problems: list[Problem] = []
@@ -93,12 +93,12 @@ def read_synthetic_persona_chat(
 def read_persona_chat(
     path: str | os.PathLike[str], text: str, domain: str | None
 ) -> tuple[list[LoggedDialogue], Report]:
-    r"""Read PersonaChat / ConvAI2 text: numbered lines, of which each 1 begins a dialogue.
+    r"""Read PersonaChat / ConvAI2 text: numbered lines; each line 1 begins a dialogue.
 
-    ``N your persona: …`` and ``N partner's persona: …`` come first, then ``N utterance\treply``, perhaps with a
-    third field (reward) and a fourth (candidate replies), which are not read. The partner speaks first; where
-    the utterance is ``__SILENCE__`` the persona does. Speaker 1 is "you", speaker 2 the partner. In files that
-    hold a dialogue from both sides with both personas, the side that is repeated is left out.
+    ``N your persona: …`` and ``N partner's persona: …`` come first, then ``N utterance\treply``. A third field
+    (reward) and a fourth (candidate replies) are not read. The partner speaks first; where the utterance is
+    ``__SILENCE__`` the persona does. Speaker 1 is "you", speaker 2 the partner. Where a file tells a dialogue from both
+    sides with both personas, the repeated side is left out.
 
     Raises:
         RefusedError: The first line has no number.
@@ -182,7 +182,7 @@ class _Block:
             raise _SkipError("no persona line")
         if not said:
             raise _SkipError("no utterance")
-        return ["\n".join(found) for found in facts.values()], said
+        return ["\n".join(lines) for lines in facts.values()], said
 
     @staticmethod
     def _exchange(text: str, opening: bool, last: bool) -> Lines:
@@ -224,7 +224,7 @@ def _blocks(path: str | os.PathLike[str], text: str) -> Iterator[_Block]:
 
 
 def _sides(said: Lines, personas: Sequence[str], domain: str, source: str, index: int) -> list[LoggedDialogue]:
-    """Return a dialogue as each speaker with a persona lived it."""
+    """Return a dialogue from the side of each speaker with a persona."""
     if len({speaker for speaker, _ in said}) < 2:
         raise _SkipError("only one of the two speaks")
     sides = []

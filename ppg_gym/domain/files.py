@@ -12,9 +12,10 @@ import string
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from difflib import get_close_matches
 from importlib.resources.abc import Traversable
 from typing import Any
+
+from ppg_gym.nearest import did_you_mean
 
 SHOWN = ("fact", "cue", "other_fact", "question", "point")
 """What a reply can show besides markers; ``[[read]]`` rules need these."""
@@ -155,9 +156,7 @@ def _keys(
         return
     for key, value in given.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-            yield f"{file}: unknown key {at}{key}; {hint}"
+            yield f"{file}: unknown key {at}{key}" + did_you_mean(key, known, f"known keys are {', '.join(known)}")
         elif not (isinstance(value, known[key]) or (known[key] is float and type(value) is int)):
             yield f"{file}: {at}{key}: expected {_NAMES[known[key]]}, got {value!r}"
     for key in needed:
@@ -184,9 +183,8 @@ def _kinds(data: Mapping[str, Any], where: Where, kinds: Collection[str], marker
         for key in ("needs", "without"):
             for word in rule.get(key, ()):
                 if word not in SHOWN and word not in markers:
-                    near = get_close_matches(str(word), (*SHOWN, *markers), n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else "add it to [markers]"
-                    yield f"{file}: read, rule {number}, {key}: no marker is called {word!r}; {hint}"
+                    hint = did_you_mean(word, (*SHOWN, *markers), "add it to [markers]")
+                    yield f"{file}: read, rule {number}, {key}: no marker is called {word!r}{hint}"
     disputes = options.get("disputes", {})
     strange = [s for s in (*data.get("tilt", {}), *disputes) if s not in states]
     if strange:

@@ -9,34 +9,23 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ppg_gym.conversation import Persona
 from ppg_gym.domain import files as domain_files
+from ppg_gym.nearest import did_you_mean
 
 _EMBEDDED = importlib.resources.files("ppg_gym.domains")
 DOMAINS = tuple(sorted(entry.name for entry in _EMBEDDED.iterdir() if (entry / "domain.toml").is_file()))
 """Names of the embedded domains: the folders that hold a ``domain.toml``."""
 SPLITS = ("train", "held-out")
 TRICKS = (
-    "silence",
-    "gibberish",
-    "meta",
-    "slip",
-    "copying",
-    "repeating",
-    "listing",
-    "evasion",
-    "question_back",
-    "vague",
+    *("silence", "gibberish", "meta", "slip", "copying", "repeating", "listing", "evasion", "question_back", "vague"),
     "off_topic",
 )
 
@@ -191,12 +180,11 @@ def folder(name: str) -> Traversable:
         ValueError: There is no such domain; the nearest name is offered.
     """
     if name not in DOMAINS:
-        near = get_close_matches(str(name), DOMAINS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, DOMAINS)
         if isinstance(name, str) and Path(name).is_dir():
             hint = f"; for the folder write {f'./{name}'!r}"
-        own = "or the path of your own (FILE.toml)"
-        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, {own}, got {name!r}{hint}")
+        known = f"{', '.join(DOMAINS)}, or the path of your own (FILE.toml)"
+        raise ValueError(f"expected a domain out of {known}, got {name!r}{hint}")
     return _EMBEDDED / name
 
 
@@ -266,35 +254,3 @@ def _even_mix(kinds: Sequence[str], tricks: Collection[str]) -> dict[str, float]
     own = [kind for kind in kinds if kind not in tricks]
     shares = {kind: 0.8 / len(own) if kind in own else (0.2 if own else 1.0) / len(tricks) for kind in kinds}
     return {kind: shares[kind] for kind in (*own, *tricks)}
-
-
-def personas(name: str, split: str) -> tuple[Persona, ...]:
-    """Return the personas that come with a domain, of the split ``train`` or ``held-out``.
-
-    They are read from ``personas-SPLIT.jsonl`` in its folder; where one's own domain has none, they are made from its
-    facts: 384 of them, two thirds for training, or as many as there are sets of facts.
-
-    Raises:
-        ValueError: No such domain, an embedded one without its files, or too few values for two splits.
-    """
-    return _personas(load(name).source, split)
-
-
-@functools.cache
-def _personas(source: str, split: str) -> tuple[Persona, ...]:
-    if not is_path(source):
-        try:
-            text = (folder(source) / f"personas-{split}.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            todo = "scripts/make_personas.py makes it"
-            raise ValueError(f"{error.filename}: expected a file of personas, got none; {todo}") from error
-        return tuple(Persona(**json.loads(line)) for line in text.splitlines())
-    own = load(source)
-    files = {name: Path(source) / f"personas-{name}.jsonl" for name in SPLITS}
-    if any(file.is_file() for file in files.values()):
-        from ppg_gym.domain.personas import read_personas
-
-        return tuple(read_personas(files[split], own.name))
-    from ppg_gym.data.persona_maker import own_personas
-
-    return tuple(own_personas(own)[split])

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ppg_gym.conversation import Conversation, Line, Persona, Status, Verdict
@@ -26,6 +25,7 @@ from ppg_gym.llm import background
 from ppg_gym.llm.client import Chat, ChatClient, Request
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.llm.sharing import lease, release
+from ppg_gym.nearest import did_you_mean
 from ppg_gym.sanitise import holds_control, plain
 
 WARM = 0.7  # temperature of several samples, and of a new try at an answer that could not be read
@@ -81,8 +81,7 @@ class JudgeOptions:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
-                near = get_close_matches(str(value), known, n=1)
-                raise _wrong(name, f"one of {', '.join(known)}", value, f"; did you mean {near[0]!r}?" if near else "")
+                raise _wrong(name, f"one of {', '.join(known)}", value, did_you_mean(value, known))
         least = {"samples": 1, "retries": 0, "history": 0, "max_chars": 100, "max_tokens": 16, "questions": 1}
         for name, at_least in least.items():
             value = getattr(self, name)
@@ -157,9 +156,8 @@ class LLMJudge:
         else:
             own = dict(options)
             for name in own.keys() - set(_OWN):
-                near = get_close_matches(str(name), _OWN, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(_OWN)}"
-                raise ValueError(f"judge_options: expected no option {name!r}; {hint}")
+                hint = did_you_mean(name, _OWN, f"known options are {', '.join(_OWN)}")
+                raise ValueError(f"judge_options: expected no option {name!r}{hint}")
         self.options = JudgeOptions(**own)
         chosen = self.options
         self._task = verdicts.task(chosen.metric, chosen.scale, domains.load(domain).scenario)

@@ -13,7 +13,6 @@ import os
 import random
 import time
 import weakref
-from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.extras import need
@@ -22,6 +21,7 @@ from ppg_gym.llm.cache import SHORT_LIVED, AnswerCache, Flights, digest
 from ppg_gym.llm.chat import Answer, BudgetError, CacheError, Chat, Counts, EndpointError, Request, Status
 from ppg_gym.llm.endpoints import CallError, Completion, Endpoint, Pool
 from ppg_gym.llm.settings import ClientSettings
+from ppg_gym.nearest import did_you_mean
 
 __all__ = [
     "Answer",
@@ -320,11 +320,10 @@ class ChatClient:
             _log.warning("%s; going on with the other endpoints", failure.reason)
         for endpoint, models in zip(endpoints, seen, strict=True):
             if isinstance(models, list) and models and settings.model not in models:
-                near = get_close_matches(settings.model, models, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it serves {', '.join(models[:5])}"
+                hint = did_you_mean(settings.model, models, f"it serves {', '.join(models[:5])}")
                 raise EndpointError(
                     f"expected {endpoint.url} to serve {settings.whose}['model'] = {settings.model!r}, got no such"
-                    f" model; {hint}"
+                    f" model{hint}"
                 )
         self._seen = True
 

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
+
+from ppg_gym.nearest import did_you_mean
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -107,9 +108,8 @@ class ClientSettings:
             )
         for name in options:
             if name not in mine and name not in own:
-                near = get_close_matches(str(name), [*mine, *own], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(sorted({*mine, *own}))}"
-                raise ValueError(f"{whose}: expected no option {name!r}; {hint}")
+                hint = did_you_mean(name, [*mine, *own], f"known options are {', '.join(sorted({*mine, *own}))}")
+                raise ValueError(f"{whose}: expected no option {name!r}{hint}")
         for name, example in (("base_url", "'http://localhost:8000/v1'"), ("model", "the name the server lists")):
             if name not in options:
                 raise ValueError(f"{whose}: expected {name!r}, got none; set it to {example}")

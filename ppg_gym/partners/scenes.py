@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.conversation import Persona
 from ppg_gym.domain.loading import load
+from ppg_gym.nearest import did_you_mean
 from ppg_gym.partners.audit import Roles
 from ppg_gym.sanitise import plain
 
@@ -97,8 +97,7 @@ def parse(table: Any, where: str, topic: str = "") -> Scene:
     kinds = {field.name: str(field.type) for field in fields(Scene) if field.name != "topic"}
     for key, value in table.items():
         if key not in kinds:
-            near = get_close_matches(key, kinds, n=1)
-            raise ValueError(f"{where}: unknown key partner.{key}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: unknown key partner.{key}{did_you_mean(key, kinds)}")
         listed = kinds[key] != "str"
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value) if listed else type(value) is str):
             raise ValueError(f"{where}: partner.{key}: expected {'a list of strings' if listed else 'a string'}")

@@ -19,7 +19,7 @@ from ppg_agents import building, cli
 from ppg_agents.commands import main as commands
 from ppg_agents.runs.curve import _figure, draw_consistency, draw_turns
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 

@@ -16,7 +16,7 @@ import ppg_gym  # noqa: F401 (registers the environment)
 from ppg_agents import cli
 from ppg_agents.commands import judge as judge_commands
 from ppg_agents.commands import main as commands
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 
 
 @pytest.fixture(autouse=True)

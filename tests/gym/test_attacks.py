@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.facts import FactsJudge
 from ppg_gym.judges.lab.attacks import FOOLED_AT, Attack, attacks, run_attacks

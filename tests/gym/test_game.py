@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges import FailureRateError, JudgeError
 from ppg_gym.judges.failure_limit import FEW
 from ppg_gym.llm.client import BudgetError

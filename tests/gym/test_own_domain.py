@@ -16,8 +16,9 @@ import pytest
 import ppg_gym
 from ppg_gym.conversation import Conversation
 from ppg_gym.data import make_personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.lint import cores, faults
-from ppg_gym.domain.loading import DOMAINS, SPLITS, folder, load, personas
+from ppg_gym.domain.loading import DOMAINS, SPLITS, folder, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.judges.facts import FactsJudge

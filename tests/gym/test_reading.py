@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.parsing import MOST_LIKE, spoken, words
 from ppg_gym.domain.reading import REPEAT_WINDOW, Track, instruction_sentences, reader
 from ppg_gym.domain.saying import say

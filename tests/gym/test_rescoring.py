@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import ppg_gym  # noqa: F401 (registers the environment)
-from ppg_gym.data.dialogues import DataError
-from ppg_gym.data.files import write_lines
+from ppg_gym.data.files import DataError, write_lines
 from ppg_gym.domain.loading import DOMAINS
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say

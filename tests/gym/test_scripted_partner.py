@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.files import FRESH
-from ppg_gym.domain.loading import DOMAINS, TRICKS, load, personas
+from ppg_gym.domain.loading import DOMAINS, TRICKS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.partners import make

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ppg_gym.data.dialogues import DataError
-from ppg_gym.domain import loading as domains
+from ppg_gym.data.files import DataError
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges.lab.recorded import read_labels
 from ppg_gym.judges.lab.validation import Validation, validate
 
@@ -142,7 +142,7 @@ def test_rows_of_one_dialogue_are_one_cluster(tmp_path: Path, fake: ModuleType) 
 
 
 def test_an_id_stands_for_the_embedded_persona(tmp_path: Path) -> None:
-    persona = domains.personas("chatting", "held-out")[0]
+    persona = personas("chatting", "held-out")[0]
     path = table(tmp_path, row("I like it.", 1, persona.id))
     assert read_labels([path]).dialogues[0].persona == persona
     with pytest.raises(DataError, match=f"row 2: persona: expected the id .* did you mean {persona.id!r}"):

@@ -12,7 +12,8 @@ import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.env import MAX_CHARS, PersonaChatEnv

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 import ppg_gym
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.env import PersonaChatEnv
 from ppg_gym.judges.facts import FactsJudge

@@ -17,7 +17,7 @@ import pytest
 
 import ppg_gym  # noqa: F401 (registers the environment)
 from ppg_gym.conversation import STATUSES, Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges import verdicts
 from ppg_gym.judges.llm import LLMJudge
 from ppg_gym.llm import background

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import loading as domains
+from ppg_gym.domain.cast import personas as personas_of
+from ppg_gym.domain.loading import load
 from ppg_gym.judges import Judge
 from ppg_gym.partners.scripted import ScriptedPartner
 
@@ -72,7 +73,7 @@ def attacks(persona: Persona, domain: str) -> list[Attack]:
         "name": persona.name,
         "instruction": persona.instruction,
         "facts": ", ".join(persona.facts.values()),
-        "values": ", ".join(value for values in domains.load(domain).slots.values() for value in values),
+        "values": ", ".join(value for values in load(domain).slots.values() for value in values),
         "sentence": max(addressing, key=len, default=""),
     }
     known = {name: value for name, value in values.items() if value}
@@ -105,7 +106,7 @@ def run_attacks(
         ValueError: More personas are asked for than there are, or the judge can not judge one of them.
     """
     rng = np.random.default_rng(seed)
-    pool = tuple(personas) or domains.personas(domain, "held-out")
+    pool = tuple(personas) or personas_of(domain, "held-out")
     if not 1 <= per_attack <= len(pool):
         raise ValueError(f"expected per_attack from 1 to the number of personas, {len(pool)}, got {per_attack}")
     drawn = [pool[int(i)] for i in rng.choice(len(pool), size=per_attack, replace=False)]

@@ -18,7 +18,6 @@ The CSV has a header and one row per judged reply:
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
 import json
 import logging
@@ -31,9 +30,13 @@ from typing import Any
 
 from ppg_gym import judges
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.data.dialogues import DataError, LoggedDialogue, LoggedTurn, persona_id, read_dialogues
-from ppg_gym.data.files import Problem, RefusedError, json_lines, read_text
-from ppg_gym.domain import loading as domains
+from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
+from ppg_gym.data.files import DataError, Problem, RefusedError, json_lines, read_text
+from ppg_gym.data.formats import read_dialogues
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, SPLITS, is_path
+from ppg_gym.domain.personas import persona_id
+from ppg_gym.nearest import did_you_mean, nearest
 
 RESCORED = "ppg-rescored/1"
 BATCH = 256
@@ -177,9 +180,9 @@ def _row_verdict(row: Mapping[str, Any], labelled: bool) -> Verdict:
 
 @functools.cache
 def _embedded(domain: str) -> Mapping[str, Persona]:
-    if domain not in domains.DOMAINS and not domains.is_path(domain):
+    if domain not in DOMAINS and not is_path(domain):
         return {}
-    return {persona.id: persona for split in domains.SPLITS for persona in domains.personas(domain, split)}
+    return {persona.id: persona for split in SPLITS for persona in personas(domain, split)}
 
 
 def _with_facts(persona: Persona) -> Persona:
@@ -220,10 +223,10 @@ def _check_columns(path: Path, names: Sequence[str], domain: str | None) -> None
         todo = "; or give --domain" if missing == ["domain"] else ""
         raise DataError(f"{path}: expected the columns {', '.join(_COLUMNS)}, missing {', '.join(missing)}{todo}")
     for name in names:
-        near = difflib.get_close_matches(name, _COLUMNS, n=1, cutoff=0.8)
-        if name not in _COLUMNS and near and near[0] not in names:
+        meant = "" if name in _COLUMNS else nearest(name, _COLUMNS, likeness=0.8)
+        if meant and meant not in names:  # other columns are nobody's business, but a typing error loses labels
             columns = ", ".join(_COLUMNS)
-            raise DataError(f"{path}: expected the columns {columns}, got {name!r}; did you mean {near[0]!r}?")
+            raise DataError(f"{path}: expected the columns {columns}, got {name!r}; did you mean {meant!r}?")
 
 
 def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialogue, tuple[str, ...]]:
@@ -231,9 +234,9 @@ def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialo
     if None in row or None in row.values():
         raise ValueError("expected as many cells as the header, got more or fewer; quote cells that hold commas")
     named, who, reply = str(row.get("domain") or domain or "").strip(), str(row["persona"]).strip(), str(row["reply"])
-    if named not in domains.DOMAINS and not domains.is_path(named):
+    if named not in DOMAINS and not is_path(named):
         own = "or the path of your own"
-        raise ValueError(f"domain: expected one of {', '.join(domains.DOMAINS)}, {own}, got {named!r}")
+        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, {own}, got {named!r}")
     if not who:
         raise ValueError("persona: expected an id or a description, got nothing")
     try:
@@ -246,8 +249,7 @@ def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialo
     before = [LoggedTurn(m, r, _UNLABELLED) for m, r in zip(lines[:-1:2], lines[1::2], strict=True)]
     persona = _embedded(named).get(who)
     if persona is None and not any(map(str.isspace, who)):
-        near = difflib.get_close_matches(who, _embedded(named), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(who, _embedded(named))
         raise ValueError(f"persona: expected the id of an embedded persona, or a description, got {who!r}{hint}")
     persona = persona or Persona(persona_id(who, named), who, domain=named)
     turns = (*before, LoggedTurn(lines[-1], reply, _label(row["label"])))
