@@ -1,8 +1,8 @@
 """A chat server on this machine, for tests, benchmarks and trying things offline.
 
-OpenAI-compatible as far as the client goes: ``GET /v1/models`` and ``POST /v1/chat/completions`` over HTTP/1.1 with
-keep-alive. A function gives the answers, and the faults. ``python -m ppg_gym.llm.loopback --latency 0.1`` serves one
-constant text from a process of its own and prints its URL.
+It speaks as much of the OpenAI protocol as the client uses: ``GET /v1/models`` and ``POST /v1/chat/completions`` over
+HTTP/1.1 with keep-alive. A function makes up the answers, and the faults. ``python -m ppg_gym.llm.loopback --latency
+0.1`` serves one constant text from its own process and prints its URL.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found"
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer with more to it than its text.
+    """An answer that is more than a text: an error, a header, a delay.
 
     Attributes:
-        status: The HTTP status; from 400 on, ``text`` is the error's message.
+        status: The HTTP status; at 400 and above, ``text`` is the error's message.
         text: The assistant's text.
         headers: Further headers.
-        body: The raw body in place of the usual JSON.
+        body: The raw body, instead of the usual JSON.
         hang: Seconds to wait first, on top of the server's latency.
-        close: Close the connection in place of an answer.
+        close: Close the connection instead of answering.
         drip: Seconds between one byte of the body and the next.
     """
 
@@ -57,14 +57,14 @@ _Respond = Callable[[bytes, bytes, bytes], _Wire]  # request line, other header 
 
 
 class Loopback:
-    """A chat server on 127.0.0.1 in a thread of its own; a context manager.
+    """A chat server on 127.0.0.1 in its own thread; a context manager.
 
     Args:
-        answer: The request's JSON body -> the assistant's text, or a Reply. Called in the server's thread; what it
-            raises becomes an answer with status 500.
+        answer: Gives the assistant's text, or a Reply, for a request's JSON body. Called in the server's thread; an
+            exception becomes an answer with status 500.
         latency: Seconds from request to answer.
-        model: What ``/v1/models`` lists; None: there is no such path.
-        key: Answer 401 to requests without this key.
+        model: The models that ``/v1/models`` lists; with None there is no such path.
+        key: Requests without this key are answered with 401.
 
     Attributes:
         url: ``http://127.0.0.1:PORT/v1``, once entered.
@@ -209,14 +209,14 @@ def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0) -> _Wi
     elif reply.status >= 400:
         body = json.dumps({"error": {"message": reply.text, "type": "loopback", "code": reply.status}}).encode()
     else:
-        said = len(reply.text.split())
+        written = len(reply.text.split())
         completion = {
             "id": "loopback",
             "object": "chat.completion",
             "created": 0,
             "model": model,
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply.text}}],
-            "usage": {"prompt_tokens": words, "completion_tokens": said, "total_tokens": words + said},
+            "usage": {"prompt_tokens": words, "completion_tokens": written, "total_tokens": words + written},
         }
         body = json.dumps(completion).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **reply.headers}

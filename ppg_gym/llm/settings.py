@@ -23,17 +23,17 @@ class ClientSettings:
     """Settings of a chat client.
 
     Attributes:
-        base_url: OpenAI-compatible endpoints that serve the same model, each like ``http://localhost:8000/v1``.
-        model: The name the endpoints serve it under.
-        timeout: Seconds per call.
-        attempts: Calls per answer at most, the first included.
-        concurrency: Calls in flight per endpoint at most.
-        api_key_env: Name of the environment variable that holds the key; unset is right for a server without keys.
+        base_url: OpenAI-compatible endpoints that serve the same model, such as ``http://localhost:8000/v1``.
+        model: The name under which the endpoints serve it.
+        timeout: Most seconds per call.
+        attempts: Most calls per answer, the first included.
+        concurrency: Most calls in flight per endpoint.
+        api_key_env: Name of the environment variable with the key; leave it unset for a server without keys.
         cache: True for the user's cache folder, False for no cache, or a folder.
         max_calls: Budget of calls; cached answers are free.
-        max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls that are in flight
-            when it is used up are not stopped.
-        whose: What the options are called where they were given, for messages.
+        max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls in flight when it
+            runs out are not stopped.
+        whose: Name of the options these came from, for messages.
 
     Raises:
         ValueError: A value of the wrong type or range.
@@ -84,21 +84,21 @@ class ClientSettings:
     def take(
         cls, options: Mapping[str, Any], whose: str, known: Iterable[str] = ()
     ) -> tuple[ClientSettings, dict[str, Any]]:
-        """Split plain options into the client's settings and the caller's own.
+        """Split plain options into the client's settings and the caller's.
 
         Args:
-            options: All JSON.
+            options: Plain JSON values by name.
             whose: ``"judge_options"`` or ``"partner_options"``.
-            known: Names of the caller's own options.
+            known: Names of the options that are the caller's.
 
         Returns:
-            The settings, and those of the options that are named in ``known``.
+            The client's settings, and the options named in ``known``.
 
         Raises:
-            ValueError: An unknown name (the nearest one is offered), a missing one, or a bad value.
+            ValueError: An unknown name (the message offers the nearest one), a missing one, or a bad value.
         """
-        mine = [field.name for field in dataclasses.fields(cls) if field.name != "whose"]
-        own = set(known)
+        settings_names = [field.name for field in dataclasses.fields(cls) if field.name != "whose"]
+        callers = set(known)
         if "api_key" in options:
             name = options.get("api_key_env", cls.api_key_env)
             variable = name if isinstance(name, str) and _ENV_NAME.fullmatch(name) else cls.api_key_env
@@ -107,14 +107,15 @@ class ClientSettings:
                 f" environment variable {variable}, or name another variable with {whose}['api_key_env']"
             )
         for name in options:
-            if name not in mine and name not in own:
-                hint = did_you_mean(name, [*mine, *own], f"known options are {', '.join(sorted({*mine, *own}))}")
+            if name not in settings_names and name not in callers:
+                everything = sorted({*settings_names, *callers})
+                hint = did_you_mean(name, everything, f"known options are {', '.join(everything)}")
                 raise ValueError(f"{whose}: expected no option {name!r}{hint}")
         for name, example in (("base_url", "'http://localhost:8000/v1'"), ("model", "the name the server lists")):
             if name not in options:
                 raise ValueError(f"{whose}: expected {name!r}, got none; set it to {example}")
-        settings = cls(**{name: options[name] for name in mine if name in options}, whose=whose)
-        return settings, {name: value for name, value in options.items() if name in own}
+        settings = cls(**{name: options[name] for name in settings_names if name in options}, whose=whose)
+        return settings, {name: value for name, value in options.items() if name in callers}
 
     def _url(self, url: str) -> str:
         try:

@@ -155,7 +155,7 @@ def test_an_endpoint_that_is_not_there_is_one_line(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("lost_judge.py").write_text(
-        "from ppg_gym.llm.client import EndpointError\n"
+        "from ppg_gym.llm.chat import EndpointError\n"
         "class Lost:\n"
         "    def __init__(self, domain, options): pass\n"
         "    def check(self, persona): pass\n"

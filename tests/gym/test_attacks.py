@@ -21,7 +21,7 @@ from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.facts import FactsJudge
 from ppg_gym.judges.lab.attacks import FOOLED_AT, Attack, attacks, run_attacks
 from ppg_gym.judges.llm import LLMJudge, by_rule
-from ppg_gym.llm.client import Answer, Counts, Request
+from ppg_gym.llm.chat import Answer, Counts, Request
 from ppg_gym.sanitise import holds_control, plain
 
 Messages = Sequence[Mapping[str, str]]

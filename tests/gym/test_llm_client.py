@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from ppg_gym.llm import background, client, endpoints
-from ppg_gym.llm.client import Answer, BudgetError, ChatClient, EndpointError, Request
+from ppg_gym.llm.chat import Answer, BudgetError, EndpointError, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.llm.settings import ClientSettings
 
@@ -411,7 +412,8 @@ def test_a_forked_child_asks_too_and_the_exit_is_silent() -> None:
     code = """
         import os, sys
         from ppg_gym.llm import background
-        from ppg_gym.llm.client import ChatClient, Request
+        from ppg_gym.llm.chat import Request
+        from ppg_gym.llm.client import ChatClient
         from ppg_gym.llm.loopback import Loopback
         from ppg_gym.llm.settings import ClientSettings
 

@@ -12,7 +12,7 @@ import pytest
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.llm import LLMJudge
-from ppg_gym.llm.client import Answer, BudgetError, Counts, Request
+from ppg_gym.llm.chat import Answer, BudgetError, Counts, Request
 from ppg_gym.llm.loopback import Loopback
 
 PROSE = Persona("prose", "I am Ann, a night nurse.\nYou grew up by the sea and never learned to swim.", name="Ann")

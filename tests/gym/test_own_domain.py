@@ -45,7 +45,7 @@ def conversation(domain: str, seed: int) -> list[Any]:
     shown: list[Any] = [env.reset(seed=seed)]
     over = False
     while not over:
-        mix = game.game.domain.mix_in(read.track(game._conversation).state)
+        mix = game.simulator.domain.mix_in(read.track(game._conversation).state)
         kind = str(rng.choice(list(mix), p=list(mix.values())))
         shown.append(env.step(say(read, kind, game._conversation, rng)))
         over = shown[-1][2]

@@ -1,7 +1,7 @@
 """How well a judge's scores agree with labels: agreement, Cohen's kappa and ROC AUC, with bootstrap intervals.
 
 Numbers in, numbers out: nothing here reads a file or calls a judge. A statistic that the lines do not determine is
-None with the reason, never a number that looks like one.
+None, with the reason.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a judge's scores have in common with labels on the same lines.
+    """How far a judge's scores agree with labels on the same lines.
 
     Attributes:
         lines: Lines with both.
-        dialogues: Dialogues that they come from.
+        dialogues: The dialogues these come from.
         consistent: Share of the labels that say "consistent"; None without lines.
         agreement: Share of the lines on which score and label fall on the same side of the threshold.
-        kappa: Cohen's kappa of the same two readings: agreement beyond chance.
+        kappa: Cohen's kappa of the same: agreement beyond chance.
         auc: Area under the ROC curve of the raw score: the chance that a consistent line scores higher than an
             inconsistent one, ties counting half.
     """
@@ -84,15 +84,15 @@ def compare(
 ) -> Agreement:
     """Compare scores with labels.
 
-    The intervals are percentiles of a cluster bootstrap: whole dialogues are drawn with replacement, because lines
-    of one dialogue resemble one another (Field and Welsh 2007, "Bootstrapping clustered data"). The same seed draws
-    the same dialogues, so that two judges of the same lines are compared on the same resamples.
+    The intervals are percentiles of a cluster bootstrap: whole dialogues are drawn with replacement, because the lines
+    of a dialogue are not independent (Field and Welsh 2007, "Bootstrapping clustered data"). The same seed draws the
+    same dialogues, so that two judges of the same lines are compared on the same resamples.
 
     Args:
         scores: The judge's, in [0, 1].
         labels: In [0, 1], binary or graded; 1 is consistent.
         dialogues: The dialogue of each line.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         resamples: How many.
 
     Raises:
@@ -217,7 +217,7 @@ def failures(statuses: Mapping[str, int]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return cells as lines of aligned columns, the first and the last to the left, the others to the right."""
+    """Return cells as lines of aligned columns: the first and the last flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     last = len(widths) - 1
     return [

@@ -1,7 +1,7 @@
 """Does a judge agree with recorded labels? Any judge, against people or other judges, beside "always consistent".
 
-The judge sees what was said up to a reply and never a label, neither of this reply nor of those before it. A reply that
-it gave no score is counted and left out of the statistics.
+The judge sees the conversation up to a reply and no label at all, not even of earlier replies. A reply that it gives no
+score is counted and left out of the statistics.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Part:
     Attributes:
         name: ``all`` or a domain.
         lines: Labelled replies that the judge was asked about.
-        statuses: Its verdicts, status -> replies, every status named.
-        judge: On the replies that it scored.
-        constant: A judge that calls every line consistent, on the same replies.
+        statuses: Its verdicts, status -> replies; every status is a key.
+        judge: Its agreement, on the replies that it scored.
+        constant: The agreement of a judge that calls every line consistent, on the same replies.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
         judge: The judge's name.
@@ -72,19 +72,19 @@ class Validation:
         notes = []
         for part in self.parts:
             both = ((self.judge, part.judge, failures(part.statuses) or "0"), (CONSTANT, part.constant, ""))
-            for name, found, lost in both:
-                share = "-" if found.consistent is None else f"{found.consistent:.3f}"
-                estimates = [estimate.text() for estimate in (found.agreement, found.kappa, found.auc)]
-                title = part.name if found is part.judge else ""
-                rows.append((title, name, str(found.lines), str(found.dialogues), share, *estimates, lost))
+            for name, same, lost in both:
+                share = "-" if same.consistent is None else f"{same.consistent:.3f}"
+                estimates = [estimate.text() for estimate in (same.agreement, same.kappa, same.auc)]
+                title = part.name if same is part.judge else ""
+                rows.append((title, name, str(same.lines), str(same.dialogues), share, *estimates, lost))
             named = {"agreement": part.judge.agreement, "kappa": part.judge.kappa, "ROC AUC": part.judge.auc}
-            for what, estimate in named.items():
+            for statistic, estimate in named.items():
                 if estimate.reason:
                     missing = "undefined" if estimate.value is None else "without an interval"
-                    notes.append(f"{part.name}: {what} is {missing}: {estimate.reason}")
+                    notes.append(f"{part.name}: {statistic} is {missing}: {estimate.reason}")
         notes.append(
-            f"Scores and labels of at least {THRESHOLD} are read as consistent (AUC: only the labels are). In brackets:"
-            " 95% bootstrap over dialogues."
+            f"Scores and labels of at least {THRESHOLD} are read as consistent (for the AUC, only the labels are)."
+            " In brackets: 95% bootstrap over dialogues."
         )
         if self.unlabelled:
             notes.append(f"{self.unlabelled} replies in the files carry no label and were not judged.")
@@ -105,11 +105,11 @@ def validate(
     """Judge labelled replies and compare.
 
     Args:
-        labels: As read.
+        labels: From `read_labels`.
         judge: Name of a judge.
-        options: Its options.
-        limit: Judge at most so many replies, drawn at random.
-        seed: Of the draw and of the bootstrap.
+        options: The judge's options.
+        limit: Judge at most this many replies, drawn at random.
+        seed: Seed of the draw and of the bootstrap.
         done: Called with the number of replies judged so far.
 
     Raises:
