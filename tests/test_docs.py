@@ -186,7 +186,7 @@ def check_options(judge: str, options: Any) -> None:
 
     known = {
         "facts": set[str](),
-        "nli": set(nli._KNOWN),
+        "nli": set(nli._DEFAULTS),
         "llm": {f.name for cls in (llm.JudgeOptions, ClientSettings) for f in dataclasses.fields(cls)},
     }
     assert set(options) <= known.get(judge, set(options)), f"{judge}: {options}"

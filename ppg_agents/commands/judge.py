@@ -209,9 +209,9 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
     name, options = chosen(**flags)
 
     from ppg_gym import judges
+    from ppg_gym.columns import align
     from ppg_gym.data.files import shorten
     from ppg_gym.domain.cast import personas as personas_of
-    from ppg_gym.judges.lab.agreement import align
     from ppg_gym.judges.lab.attacks import FOOLED_AT, run_attacks
 
     there = len(personas_of(domain, "held-out"))

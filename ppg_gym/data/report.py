@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import Persona
 from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue
 from ppg_gym.data.files import Problem, first_places
@@ -167,14 +168,8 @@ def table(reports: Sequence[Report]) -> str:
         counts = (report.dialogues, report.lines, report.judged_lines, report.scored, report.unparsed)
         ending = (share, str(report.personas), str(report.left_out), report.polarity or "-")
         rows.append((_name(report.path), report.format, *map(str, counts), *ending))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(head)}
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
     notes = [f"{_name(report.path)}: {note}" for report in reports for note in (*report.skipped, *report.notes)]
-    return "\n".join([*(line.rstrip() for line in lines), *notes])
+    return "\n".join([*align(rows, left=(0, 1, len(head))), *notes])
 
 
 def _lines(dialogues: Sequence[LoggedDialogue]) -> int:

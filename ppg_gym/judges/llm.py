@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from ppg_gym.llm.chat import Chat, Request
 from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.llm.sharing import lease, release
-from ppg_gym.nearest import did_you_mean
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import number, one_of, whole, wrong
 from ppg_gym.sanitise import holds_control, plain
 
 WARM = 0.7  # temperature for several samples, and for a new try after an answer that could not be read
@@ -79,40 +79,28 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise _wrong(name, f"one of {', '.join(known)}", value, did_you_mean(value, known))
+            one_of(_WHOSE, name, getattr(self, name), known)
         least = {"samples": 1, "retries": 0, "history": 0, "max_chars": 100, "max_tokens": 16, "questions": 1}
         for name, at_least in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < at_least:
-                raise _wrong(name, f"a whole number of at least {at_least}", value)
-        if self.max_rationale is not None and (type(self.max_rationale) is not int or self.max_rationale < 1):
-            raise _wrong("max_rationale", "a whole number of at least 1 or none", self.max_rationale)
+            whole(_WHOSE, name, getattr(self, name), at_least)
+        if self.max_rationale is not None:
+            whole(_WHOSE, "max_rationale", self.max_rationale)
         if self.samples % 2 == 0:
-            raise _wrong("samples", "an odd number", self.samples)
-        if not _number(self.untouched) or not 0.0 <= self.untouched <= 1.0:
-            raise _wrong("untouched", "a number in [0, 1]", self.untouched)
-        if self.temperature is not None and (not _number(self.temperature) or not 0.0 <= self.temperature <= 2.0):
-            raise _wrong("temperature", "a number in [0, 2] or none", self.temperature)
+            raise wrong(_WHOSE, "samples", "an odd number", self.samples)
+        number(_WHOSE, "untouched", self.untouched, 1)
+        if self.temperature is not None:
+            number(_WHOSE, "temperature", self.temperature, 2)
         if self.samples > 1 and self.temperature == 0:
-            raise _wrong("temperature", "a number above 0 for several samples, which would all be the same", 0)
+            raise wrong(_WHOSE, "temperature", "a number above 0 for several samples, which would all be the same", 0)
         if self.metric == "qa" and self.scale != "binary":
-            raise _wrong("scale", "'binary' for the metric 'qa', which is a share", self.scale)
+            raise wrong(_WHOSE, "scale", "'binary' for the metric 'qa', which is a share", self.scale)
         if self.metric == "line-to-line" and self.history < 2:
-            raise _wrong("history", "at least 2 for the metric 'line-to-line'", self.history)
+            raise wrong(_WHOSE, "history", "at least 2 for the metric 'line-to-line'", self.history)
 
 
+_WHOSE = "judge_options"
 _CHOICES = {"metric": verdicts.METRICS, "scale": verdicts.SCALES, "schema": ("auto", "always", "never")}
 _NAMES = tuple(field.name for field in dataclasses.fields(JudgeOptions))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, expected: str, got: object, hint: str = "") -> ValueError:
-    return ValueError(f"judge_options[{name!r}]: expected {expected}, got {got!r}{hint}")
 
 
 class _Case(NamedTuple):
@@ -152,12 +140,10 @@ class LLMJudge:
 
     def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
         if chat is None or "base_url" in options:
-            settings, rest = ClientSettings.take(options, "judge_options", _NAMES)
+            settings, rest = ClientSettings.take(options, _WHOSE, _NAMES)
         else:
             rest = dict(options)
-            for name in rest.keys() - set(_NAMES):
-                hint = did_you_mean(name, _NAMES, f"known options are {', '.join(_NAMES)}")
-                raise ValueError(f"judge_options: expected no option {name!r}{hint}")
+            refuse_unknown(_WHOSE, rest, _NAMES)
         self.options = chosen = JudgeOptions(**rest)
         self._task = verdicts.task(chosen.metric, chosen.scale, domains.load(domain).scenario)
         self._shape = verdicts.schema(chosen.metric, chosen.scale, chosen.max_rationale)

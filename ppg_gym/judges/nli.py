@@ -20,11 +20,16 @@ from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.domain.parsing import spoken
 from ppg_gym.extras import need
 from ppg_gym.judges.rules import apply_rules, persona_sentences
-from ppg_gym.nearest import did_you_mean, not_among
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import one_of, whole, wrong
 
 METRICS = ("prompt-to-line", "line-to-line", "both")
 SCALES = ("graded", "binary")
-_KNOWN = ("model", "device", "batch_size", "metric", "scale", "max_premises", "window")
+_WHOSE = "judge_options"
+_DEFAULTS: dict[str, Any] = {
+    "model": None, "device": None, "batch_size": 32, "metric": METRICS[0], "scale": SCALES[0], "max_premises": 64,
+    "window": 8,
+}  # fmt: skip
 _OFFSET = frozenset(("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "mpnet", "longformer"))
 """Model types whose positions start after the padding index, which leaves two fewer for tokens."""
 
@@ -81,22 +86,21 @@ class NLIJudge:
     waits = False
 
     def __init__(self, domain: str, options: Mapping[str, Any]) -> None:
-        for name in options:
-            if name not in _KNOWN:
-                hint = did_you_mean(name, _KNOWN, f"it takes {', '.join(_KNOWN)}")
-                raise ValueError(f"unknown judge_options key {name!r} for the nli judge{hint}")
+        refuse_unknown(_WHOSE, options, _DEFAULTS)
+        chosen = {**_DEFAULTS, **options}
+        for name, known in (("metric", METRICS), ("scale", SCALES)):
+            one_of(_WHOSE, name, chosen[name], known)
+        for name in ("batch_size", "max_premises", "window"):
+            whole(_WHOSE, name, chosen[name])
+        if not isinstance(chosen["model"], str) or not chosen["model"]:
+            raise wrong(_WHOSE, "model", "a folder or the name of a model on the hub", chosen["model"])
+        if chosen["device"] is not None and not isinstance(chosen["device"], str):
+            raise wrong(_WHOSE, "device", "a text or None", chosen["device"])
         self.domain = domain
-        self._metric = _choice(options, "metric", METRICS)
-        self._scale = _choice(options, "scale", SCALES)
-        self._batch_size = _positive(options, "batch_size", 32)
-        self._max_premises = _positive(options, "max_premises", 64)
-        self._window = _positive(options, "window", 8)
-        model, device = options.get("model"), options.get("device")
-        if not isinstance(model, str) or not model:
-            raise ValueError(f"expected judge_options['model'] of the nli judge to be a text, got {model!r}")
-        if device is not None and not isinstance(device, str):
-            raise ValueError(f"expected judge_options['device'] of the nli judge to be a text or None, got {device!r}")
-        self._classifier = _load(model, device)
+        self._metric, self._scale = chosen["metric"], chosen["scale"]
+        self._batch_size, self._max_premises = chosen["batch_size"], chosen["max_premises"]
+        self._window = chosen["window"]
+        self._classifier = _load(chosen["model"], chosen["device"])
 
     def check(self, persona: Persona) -> None:
         """Refuse a persona that gives no premise.
@@ -186,20 +190,6 @@ class NLIJudge:
         quoted = premise if len(premise) <= 80 else premise[:79] + "…"
         why = f"The likeliest contradiction ({worst.probability:.2f}) is with {quoted.rstrip('.!?')!r}."
         return Verdict("scored", min(max(score, 0.0), 1.0), why)
-
-
-def _choice(options: Mapping[str, Any], name: str, known: Sequence[str]) -> str:
-    value: str = options.get(name, known[0])
-    if value not in known:
-        raise ValueError(not_among(f"judge_options[{name!r}] of the nli judge", value, known))
-    return value
-
-
-def _positive(options: Mapping[str, Any], name: str, default: int) -> int:
-    value: int = options.get(name, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"expected judge_options[{name!r}] of the nli judge to be a positive integer, got {value!r}")
-    return value
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NoReturn
@@ -29,6 +29,7 @@ IDLE = 3.0  # seconds before we drop an idle connection; servers do after 5 s or
 _log = logging.getLogger("ppg_gym.llm")
 
 
+@dataclass(eq=False)
 class CallError(Exception):
     """A call without a usable answer.
 
@@ -42,25 +43,16 @@ class CallError(Exception):
         foreign: Whether the answer is not JSON at all, so that it is probably not a chat server.
     """
 
-    def __init__(
-        self,
-        status: Literal["timeout", "refused", "error"],
-        reason: str,
-        *,
-        again: bool = False,
-        lost: bool = False,
-        after: float | None = None,
-        code: int | None = None,
-        foreign: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.again = again
-        self.lost = lost
-        self.after = after
-        self.code = code
-        self.foreign = foreign
+    status: Literal["timeout", "refused", "error"]
+    reason: str
+    again: bool = field(default=False, kw_only=True)
+    lost: bool = field(default=False, kw_only=True)
+    after: float | None = field(default=None, kw_only=True)
+    code: int | None = field(default=None, kw_only=True)
+    foreign: bool = field(default=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)

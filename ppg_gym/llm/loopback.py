@@ -65,6 +65,7 @@ class Loopback:
         latency: Seconds from request to answer.
         model: The models that ``/v1/models`` lists; with None there is no such path.
         key: Requests without this key are answered with 401.
+        port: 0 for any free port.
 
     Attributes:
         url: ``http://127.0.0.1:PORT/v1``, once entered.
@@ -79,6 +80,7 @@ class Loopback:
         latency: float = 0.0,
         model: str | Sequence[str] | None = "loopback",
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         self.url = ""
         self.requests: list[dict[str, Any]] = []
@@ -87,7 +89,7 @@ class Loopback:
         self._answer = answer
         self._latency = latency
         self._models = [model] if isinstance(model, str) else model
-        self._key = key
+        self._key, self._port = key, port
         self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="loopback", daemon=True)
@@ -108,8 +110,11 @@ class Loopback:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(_listen(self._loop, self._respond, self._connections, 0))
-        self.url = _url(server)
+        made = self._loop.create_server(
+            lambda: _Connection(self._loop, self._respond, self._connections), "127.0.0.1", self._port, backlog=1024
+        )
+        server = self._loop.run_until_complete(made)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         self._ready.set()
         self._loop.run_forever()
         server.close()
@@ -226,32 +231,6 @@ def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0) -> _Wi
     return _Wire(head, body, latency + reply.hang, reply.close, reply.drip)
 
 
-async def _listen(
-    loop: asyncio.AbstractEventLoop, respond: _Respond, connections: set[_Connection], port: int
-) -> asyncio.Server:
-    return await loop.create_server(lambda: _Connection(loop, respond, connections), "127.0.0.1", port, backlog=1024)
-
-
-def _url(server: asyncio.Server) -> str:
-    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-
-
-async def _forever(port: int, latency: float, text: str, model: str) -> None:
-    listed = _wire(Reply(body=json.dumps({"object": "list", "data": [{"id": model, "object": "model"}]}).encode()), "")
-    constant = _wire(Reply(text=text), model, latency=latency)
-    missing = _wire(Reply(404, "no such path"), "")
-
-    def respond(line: bytes, headers: bytes, body: bytes) -> _Wire:
-        if line.startswith(b"POST /v1/chat/completions "):
-            return constant
-        return listed if line.startswith(b"GET /v1/models ") else missing
-
-    server = await _listen(asyncio.get_running_loop(), respond, set(), port)
-    print(_url(server), flush=True)
-    async with server:
-        await server.serve_forever()
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve one constant text until interrupted."""
     parser = argparse.ArgumentParser(prog="python -m ppg_gym.llm.loopback", description=__doc__.splitlines()[0])
@@ -260,10 +239,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", default='{"score": 1.0}', help="the assistant's text")
     parser.add_argument("--model", default="loopback", help="the name of the model")
     given = parser.parse_args(arguments)
-    try:
-        asyncio.run(_forever(given.port, given.latency, given.text, given.model))
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+    def answer(body: dict[str, Any]) -> str:
+        server.requests.clear()  # nobody looks at them here, and a long run would fill the memory
+        return str(given.text)
+
+    with Loopback(answer, given.latency, given.model, port=given.port) as server:
+        print(server.url, flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":

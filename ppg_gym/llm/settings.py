@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ppg_gym.nearest import did_you_mean
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import whole, wrong
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -59,26 +60,21 @@ class ClientSettings:
             )
         urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         if not isinstance(urls, list | tuple) or not urls or not all(isinstance(url, str) for url in urls):
-            raise self._wrong("base_url", "an endpoint's URL or a list of them", type(self.base_url).__name__)
+            raise wrong(self.whose, "base_url", "an endpoint's URL or a list of them", type(self.base_url).__name__)
         urls = tuple(self._url(url) for url in urls)
         if len(set(urls)) < len(urls):
-            raise self._wrong("base_url", "every endpoint once", ", ".join(urls))
+            raise wrong(self.whose, "base_url", "every endpoint once", ", ".join(urls))
         object.__setattr__(self, "base_url", urls)
         if not isinstance(self.model, str) or not self.model.strip():
-            raise self._wrong("model", "the name of a served model", self.model)
+            raise wrong(self.whose, "model", "the name of a served model", self.model)
         seconds = self.timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-            raise self._wrong("timeout", "seconds above 0", seconds)
-        if not math.isfinite(seconds) or seconds <= 0:
-            raise self._wrong("timeout", "seconds above 0", seconds)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise wrong(self.whose, "timeout", "seconds above 0", seconds)
         for name in ("attempts", "concurrency", "max_calls", "max_total_tokens"):
-            value = getattr(self, name)
-            if value is None and name.startswith("max_"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._wrong(name, "a whole number of at least 1", value)
+            if getattr(self, name) is not None or not name.startswith("max_"):
+                whole(self.whose, name, getattr(self, name))
         if not isinstance(self.cache, bool | str) or self.cache == "":
-            raise self._wrong("cache", "true, false or a folder", self.cache)
+            raise wrong(self.whose, "cache", "true, false or a folder", self.cache)
 
     @classmethod
     def take(
@@ -106,11 +102,7 @@ class ClientSettings:
                 f"{whose}['api_key']: expected no key among the options, which are written to files; put it into the"
                 f" environment variable {variable}, or name another variable with {whose}['api_key_env']"
             )
-        for name in options:
-            if name not in settings_names and name not in callers:
-                everything = sorted({*settings_names, *callers})
-                hint = did_you_mean(name, everything, f"known options are {', '.join(everything)}")
-                raise ValueError(f"{whose}: expected no option {name!r}{hint}")
+        refuse_unknown(whose, options, sorted({*settings_names, *callers}))
         for name, example in (("base_url", "'http://localhost:8000/v1'"), ("model", "the name the server lists")):
             if name not in options:
                 raise ValueError(f"{whose}: expected {name!r}, got none; set it to {example}")
@@ -130,8 +122,5 @@ class ClientSettings:
                 f" environment variable {self.api_key_env}"
             )
         if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url.strip()):
-            raise self._wrong("base_url", "a URL such as 'http://localhost:8000/v1'", url)
+            raise wrong(self.whose, "base_url", "a URL such as 'http://localhost:8000/v1'", url)
         return url.strip().rstrip("/")
-
-    def _wrong(self, name: str, expected: str, got: object) -> ValueError:
-        return ValueError(f"{self.whose}[{name!r}]: expected {expected}, got {got!r}")

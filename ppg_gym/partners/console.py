@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.options import wrong
 from ppg_gym.partners import Said
 from ppg_gym.plugins import refuse_options
 
@@ -34,7 +35,7 @@ class ConsolePartner:
         show = others.pop("show_persona", False)
         refuse_options("console partner", others)
         if not isinstance(show, bool):
-            raise ValueError(f"partner_options['show_persona']: expected true or false, got {show!r}")
+            raise wrong("partner_options", "show_persona", "true or false", show)
         self._show = show
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:

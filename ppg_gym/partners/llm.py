@@ -22,6 +22,7 @@ from ppg_gym.llm.chat import Chat, Request
 from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.llm.sharing import lease, release
+from ppg_gym.options import number, whole, wrong
 from ppg_gym.partners import Said
 from ppg_gym.partners.audit import audit, own_words
 from ppg_gym.partners.scenes import Scene, scene
@@ -29,6 +30,7 @@ from ppg_gym.sanitise import plain, without_reasoning
 
 HEARD = 4_000  # characters of a reply that reach the partner
 _SEEDS = 2**31
+_WHOSE = "partner_options"
 
 _RULES = """\
 Rules of this conversation:
@@ -61,21 +63,12 @@ class Style:
     retries: int = 3
 
     def __post_init__(self) -> None:
-        heat = self.temperature
-        if isinstance(heat, bool) or not isinstance(heat, int | float) or not 0 <= heat <= 2:
-            raise _wrong("temperature", "a number in [0, 2]", heat)
+        number(_WHOSE, "temperature", self.temperature, 2)
         for name, least in (("max_tokens", 1), ("max_words", 1), ("history", 1), ("retries", 0)):
-            value = getattr(self, name)
-            if name == "history" and value is None:
-                continue
-            if type(value) is not int or value < least:
-                raise _wrong(name, f"a whole number of at least {least}", value)
-        if self.retries and not heat:
-            raise _wrong("retries", "0 at temperature 0, where every sample is the same", self.retries)
-
-
-def _wrong(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"partner_options[{name!r}]: expected {expected}, got {got!r}")
+            if name != "history" or self.history is not None:
+                whole(_WHOSE, name, getattr(self, name), least)
+        if self.retries and not self.temperature:
+            raise wrong(_WHOSE, "retries", "0 at temperature 0, where every sample is the same", self.retries)
 
 
 class LLMPartner:
@@ -102,7 +95,7 @@ class LLMPartner:
     hears_verdicts = False
 
     def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
-        settings, style = ClientSettings.take(options, "partner_options", [field.name for field in fields(Style)])
+        settings, style = ClientSettings.take(options, _WHOSE, [field.name for field in fields(Style)])
         self.style = Style(**style)
         self._scene = scene(domain)
         self._client: ChatClient | None = None

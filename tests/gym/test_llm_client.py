@@ -338,7 +338,7 @@ def test_the_key_is_nowhere(
         ({"cache": 1}, "true, false or a folder"),
         ({"temprature": 0.0}, "did you mean 'temperature'"),
         ({"time_out": 3}, "did you mean 'timeout'"),
-        ({"whose": "mine"}, "no option 'whose'"),
+        ({"whose": "mine"}, "got 'whose'"),
     ],
 )
 def test_a_bad_option_is_refused_without_repeating_a_key(options: dict[str, Any], said: str) -> None:

@@ -214,16 +214,3 @@ def failures(statuses: Mapping[str, int]) -> str:
     total = sum(statuses.values())
     lost = [(status, n) for status, n in sorted(statuses.items()) if status != "scored" and n]
     return ", ".join(f"{n} {status} ({n / total:.1%})" for status, n in lost)
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return cells as lines of aligned columns: the first and the last flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import Verdict
 from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
-from ppg_gym.judges.lab.agreement import Agreement, Estimate, align, compare, failures
+from ppg_gym.judges.lab.agreement import Agreement, Estimate, compare, failures
 from ppg_gym.judges.lab.recorded import RESCORED, judge_all, prefixes
 from ppg_gym.simulator import UNOPENED
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import STATUSES, Verdict
 from ppg_gym.data.dialogues import LoggedDialogue
-from ppg_gym.judges.lab.agreement import THRESHOLD, Agreement, align, compare, failures
+from ppg_gym.judges.lab.agreement import THRESHOLD, Agreement, compare, failures
 from ppg_gym.judges.lab.recorded import Labels, judge_all, prefixes
 
 CONSTANT = "always consistent"
