@@ -107,7 +107,7 @@ class Simulator:
 
         Raises:
             ValueError: No persona has that id, a dict lacks an instruction or has an unknown field (the message offers
-                the nearest name), or the judge can not judge its replies.
+                the nearest name), or the judge cannot judge its replies.
         """
         if wanted is None:
             chosen = self.personas[int(rng.integers(len(self.personas)))]

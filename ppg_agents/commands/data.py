@@ -74,13 +74,13 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     click.echo("\n".join(notes), err=True)
 
 
-@data.command(epilog=_FORMATS, short_help="List what can not be used, as FILE:LINE.")
+@data.command(epilog=_FORMATS, short_help="List what cannot be used, as FILE:LINE.")
 @files_argument
 @domain_option
 @format_option
 @click.pass_context
 def validate(context: click.Context, files: tuple[str, ...], domain: str | None, format: str) -> None:
-    """List everything in the files that can not be used, as FILE:LINE; the exit code is 1 if there is any.
+    """List everything in the files that cannot be used, as FILE:LINE; the exit code is 1 if there is any.
 
     Example: ppg-agent data validate dialogues/*.json
     """

@@ -1,7 +1,7 @@
 """Chats between two personas, without a judge: Synthetic-Persona-Chat (CSV) and PersonaChat / ConvAI2 (text).
 
 Each dialogue gives one `LoggedDialogue` per speaker whose persona is known; no reply has a verdict. A dialogue that
-can not be read is skipped and named with the reason. Nothing is guessed or repaired, with two exceptions: blank lines
+cannot be read is skipped and named with the reason. Nothing is guessed or repaired, with two exceptions: blank lines
 are dropped, and lines that the same user says in a row are joined (and counted in the report).
 
 Synthetic-Persona-Chat is described in arXiv 2312.10007, PersonaChat in arXiv 1801.07243.

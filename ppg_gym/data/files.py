@@ -23,7 +23,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """Something in a file that can not be used.
+    """Something in a file that cannot be used.
 
     Attributes:
         line: Line of the file on which it begins, from 1.
@@ -70,7 +70,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        DataError: The file can not be read, or holds a byte that is not UTF-8 (with its line).
+        DataError: The file cannot be read, or holds a byte that is not UTF-8 (with its line).
     """
     try:
         content = Path(path).read_bytes()
@@ -116,7 +116,7 @@ def list_items(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def broken_json(error: json.JSONDecodeError) -> Problem:
-    """Return the problem of a file that is no JSON."""
+    """Return the problem of a file that is not JSON."""
     return Problem(error.lineno, f"column {error.colno}", "expected JSON", f"a fault: {error.msg}")
 
 
@@ -143,7 +143,7 @@ def write_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
         for row in rows:
             line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             if not line.isascii() and any("\ud800" <= char <= "\udfff" for char in line):
-                line = json.dumps(row, allow_nan=False)  # UTF-8 can not hold half a surrogate pair: escape it
+                line = json.dumps(row, allow_nan=False)  # UTF-8 cannot hold half a surrogate pair: escape it
             file.write(line + "\n")
 
 
@@ -152,7 +152,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside the target to write to; it replaces the target when the block ends without an error.
 
     Raises:
-        DataError: The folder does not exist, or the target is no regular file.
+        DataError: The folder does not exist, or the target is not a regular file.
     """
     target = Path(path).resolve()
     if not target.parent.is_dir():

@@ -86,7 +86,7 @@ def read_dialogues(
 
 
 def validate(path: str | os.PathLike[str], format: str = "auto", domain: str | None = None) -> list[Problem]:
-    """Return everything in a file that can not be used: why it is refused, or what is skipped in it.
+    """Return everything in a file that cannot be used: why it is refused, or what is skipped in it.
 
     Raises:
         ValueError: No such format.

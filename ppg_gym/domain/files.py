@@ -200,7 +200,7 @@ def _disputes(states: Mapping[str, Any], disputes: Mapping[str, Any], file: str)
         if lines not in ("ask", "recall"):
             yield f"{file}: options.disputes.{state}: expected 'ask' or 'recall', the lines to use, got {lines!r}"
     if next(iter(states), None) in disputes:
-        yield f"{file}: options.disputes: a conversation can not begin in a dispute; put another state first"
+        yield f"{file}: options.disputes: a conversation cannot begin in a dispute; put another state first"
     for state, entries in states.items():
         for kind, entry in entries.items():
             after = entry if kind == "otherwise" else entry[1]
@@ -240,7 +240,7 @@ def _slots(data: Mapping[str, Any], where: Where, markers: Mapping[str, Any]) ->
 
 
 def _place(where: Where, key: str) -> str:
-    """Return how messages begin about a table's keys: they are in a file of their own, or under its name in another."""
+    """Return how messages about a table's keys begin: it has its own file, or stands under its name in another."""
     return f"{where[key]}: {key}." if where[key] == where["domain"] else f"{where[key]}: "
 
 
@@ -281,7 +281,7 @@ def _lines(data: Mapping[str, Any], where: Where) -> Iterator[str]:
                 elif not _texts(texts, least=1):
                     yield f"{place}{table}.{slot}: expected a list of questions, got {texts!r}"
                 elif not slots[slot]["cues"] or len(slots[slot]["values"]) < 2:
-                    yield f"{where['slots']}: slots.{slot}: what is asked about needs cues and at least two values"
+                    yield f"{where['slots']}: slots.{slot}: expected cues and two values or more, as it is asked about"
                 else:
                     alone = table in options.get("disputes", {}).values()
                     topics[f"{table}.{slot}"] = (len(texts), 1 if alone or table != "ask" else len(lines["ask"]))
@@ -295,7 +295,7 @@ def _lines(data: Mapping[str, Any], where: Where) -> Iterator[str]:
 
 
 def _replies(data: Mapping[str, Any], where: Where, kinds: Collection[str]) -> Iterator[str]:
-    """Yield which kinds of reply have no template, or one that can not be filled in."""
+    """Yield which kinds of reply have no template, or one that cannot be filled in."""
     place, replies, slots = _place(where, "replies"), data["replies"], data["slots"]
     if missing := [kind for kind in kinds if kind not in replies]:
         example = f'{missing[0]}.any = ["…"]'

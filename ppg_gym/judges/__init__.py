@@ -1,4 +1,4 @@
-"""Judges: which there are to score a reply, and how one is made from its name and plain options."""
+"""Judges score replies: which ones there are, and how one is made from its name and plain options."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Judge(Protocol):
     """
 
     def check(self, persona: Persona) -> None:
-        """Raise a ValueError when this judge can not judge this persona's replies."""
+        """Raise a ValueError when this judge cannot judge this persona's replies."""
         ...
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:

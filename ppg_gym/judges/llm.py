@@ -1,7 +1,7 @@
 """The LLM judge: a chat model says whether a reply is consistent, from framed data, in an answer that is read strictly.
 
 The metrics follow Abdulhai et al., "Consistently Simulating Human Personas with Multi-Turn Reinforcement Learning"
-(arXiv 2511.00222). A call that fails or an answer that can not be read is never a number.
+(arXiv 2511.00222). A call that fails or an answer that cannot be read is never a number.
 
 Some replies score 0 by rule and cost no call: control tokens alone (kind ``meta``), and what
 :mod:`ppg_gym.judges.rules` calls silence, copying and repeating.
@@ -46,8 +46,8 @@ class JudgeOptions:
             touches, the share that it answers in agreement).
         scale: ``binary``, or ``graded``: 1 to 5, scored (grade - 1) / 4. ``qa`` is a share and has no grades.
         samples: Odd number of answers per reply. The score is their median: for ``binary`` the majority, for
-            ``graded`` one of the grades, which a single gullible sample can not move. Every sample has to be readable.
-        retries: Most new samples for an answer that can not be read.
+            ``graded`` one of the grades, which a single gullible sample cannot move. Every sample has to be readable.
+        retries: Most new samples for an answer that cannot be read.
         history: Most earlier lines shown, of both speakers.
         max_chars: Most characters of each text; longer ones are cut with a mark.
         temperature: None: 0 for one sample, else ``WARM``.

@@ -50,7 +50,7 @@ class AnswerCache:
         folder: True for the user's folder, or a path.
 
     Raises:
-        CacheError: The folder can not be made, read or written.
+        CacheError: The folder cannot be made, read or written.
     """
 
     def __init__(self, folder: bool | str, whose: str) -> None:

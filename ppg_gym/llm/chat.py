@@ -13,7 +13,7 @@ Status = Literal["ok", "timeout", "refused", "error"]
 
 
 class EndpointError(RuntimeError):
-    """The endpoints can not serve at all: none is reachable, the model is not served, or the key is wrong."""
+    """The endpoints cannot serve at all: none is reachable, the model is not served, or the key is wrong."""
 
 
 class BudgetError(RuntimeError):
@@ -21,7 +21,7 @@ class BudgetError(RuntimeError):
 
 
 class CacheError(RuntimeError):
-    """The folder of cached answers can not be used."""
+    """The folder of cached answers cannot be used."""
 
 
 @dataclass(frozen=True)

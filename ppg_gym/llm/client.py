@@ -44,7 +44,7 @@ _log = logging.getLogger("ppg_gym.llm")
 class _Bound:
     """The part of a client that belongs to one event loop of one process: connections and calls under way.
 
-    Connections can not move to another loop, and a forked child must not use (or close) those of its parent. So a
+    Connections cannot move to another loop, and a forked child must not use (or close) those of its parent. So a
     client makes a new one of these wherever it finds itself.
     """
 
@@ -91,7 +91,7 @@ class ChatClient:
         cache: The answers on disk; None when they are not kept.
 
     Raises:
-        CacheError: The folder of cached answers can not be used.
+        CacheError: The folder of cached answers cannot be used.
         ModuleNotFoundError: The extra ``[llm]`` is not installed.
     """
 
@@ -118,7 +118,7 @@ class ChatClient:
 
         Raises:
             BudgetError: A call is needed and the budget is used up.
-            CacheError: The folder of cached answers can not be used any more.
+            CacheError: The folder of cached answers cannot be used any more.
             EndpointError: At the first call: no endpoint can serve the model, or what answers is not a chat server.
         """
         schema = request.schema is not None and await self.structured()
@@ -151,7 +151,7 @@ class ChatClient:
 
         Raises:
             BudgetError: The probe's call is beyond the budget.
-            CacheError: The folder of cached answers can not be used any more.
+            CacheError: The folder of cached answers cannot be used any more.
             EndpointError: No endpoint can serve the model.
         """
         if self._structured is None:
@@ -240,7 +240,7 @@ class ChatClient:
             self._check_budget()
             counts.calls += 1
             counts.retries += again
-            counts.failures += 1  # taken back when there is a text; whatever is raised counts
+            counts.failures += 1  # taken back once there is a text; anything raised counts
             done = await endpoint.complete(body)
             answered = True
             self._proven.add(endpoint.url)

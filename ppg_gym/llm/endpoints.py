@@ -159,7 +159,7 @@ class Endpoint:
             while (deeper := cause.__cause__ or cause.__context__) is not None:
                 cause = deeper
             if not isinstance(cause, TimeoutError):
-                reason = f"{self.url} can not be reached: {self.scrub(str(cause)) or type(cause).__name__}"
+                reason = f"{self.url} cannot be reached: {self.scrub(str(cause)) or type(cause).__name__}"
                 raise CallError("error", reason, again=True, lost=True) from None
             reason = f"{self.url} gave no answer within {timeout:g} s"
         raise CallError("timeout", reason, again=True, lost=True)

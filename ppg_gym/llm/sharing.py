@@ -21,7 +21,7 @@ def lease(settings: ClientSettings) -> ChatClient:
     """Return the client of these settings, a new one if there is none; give it back with ``release``.
 
     Raises:
-        CacheError: The folder of cached answers can not be used.
+        CacheError: The folder of cached answers cannot be used.
         ModuleNotFoundError: The extra ``[llm]`` is not installed.
     """
     with _lock:

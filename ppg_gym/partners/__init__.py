@@ -1,4 +1,4 @@
-"""The other speaker: which partners there are, and how one is made from its name and plain options."""
+"""Partners are the other speaker: which ones there are, and how one is made from its name and plain options."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
     replies on offer for the *next* action, and after a step ``reply``, the one that was said. Where there is nothing to
     answer (the conversation is over, or the partner never opened it), the candidates are empty strings.
 
-    **Unjudged replies.** Stable-baselines3 can not mask a turn: a NaN reward would spoil its networks, any other number
-    would be made up, and a transition once handed over can not be taken back. So a reply without a score raises. Use a
+    **Unjudged replies.** Stable-baselines3 cannot mask a turn: a NaN reward would spoil its networks, any other number
+    would be made up, and a transition once handed over cannot be taken back. So a reply without a score raises. Use a
     judge that retries, or the embedded one, which never fails. For evaluation, where nothing learns,
     ``on_unjudged="nan"`` passes NaN on, to be left out of the mean.
 
@@ -128,7 +128,7 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
         self.history = (*self.history, (self.message, reply))
         if math.isnan(reward) and self._on_unjudged == "raise":
             raise UnjudgedError(
-                f"expected a score for the reply {reply!r}, got none ({_why(info)}); this learner can not leave a turn "
+                f"expected a score for the reply {reply!r}, got none ({_why(info)}); this learner cannot leave a turn "
                 "out: let the judge retry more often, use judge='facts', or pass on_unjudged='nan' to evaluate"
             )
         seen = self._observe(observation["message"], over=terminated or truncated)

@@ -89,7 +89,7 @@ def test_a_request_reaches_the_model_as_it_was_asked(make: Make) -> None:
     [
         (Reply(hang=9.0), "timeout", 2, "no answer within 0.2 s"),
         (Reply(text="slow", drip=0.01), "timeout", 2, "no answer within 0.2 s"),
-        (Reply(close=True), "error", 2, "can not be reached"),
+        (Reply(close=True), "error", 2, "cannot be reached"),
         (Reply(500, "boom"), "error", 2, "status 500: boom"),
         (Reply(429, "slow down"), "error", 2, "status 429: slow down"),
         (Reply(body=b'{"choices": [{"mess'), "error", 2, "malformed"),
@@ -230,7 +230,7 @@ def test_a_later_outage_is_a_failed_answer(make: Make) -> None:
         assert ask(chat, "x")[0].status == "ok"
     (answer,) = ask(chat, "y")
     assert answer.status == "error"
-    assert "can not be reached" in answer.reason
+    assert "cannot be reached" in answer.reason
     assert "(3 calls)" in answer.reason
 
 

@@ -103,7 +103,7 @@ def run_attacks(
         One row per family, in the suite's order.
 
     Raises:
-        ValueError: There are fewer personas than asked for, or the judge can not judge one of them.
+        ValueError: There are fewer personas than asked for, or the judge cannot judge one of them.
     """
     rng = np.random.default_rng(seed)
     pool = tuple(personas) or personas_of(domain, "held-out")

@@ -296,7 +296,7 @@ def judge_all(
         done: Called with the number of conversations judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, or a persona that it can not judge.
+        ValueError: An unknown judge, a wrong option, or a persona that it cannot judge.
     """
     made = {domain: judges.make(name, domain, options) for domain in sorted({d for d, _ in conversations})}
     verdicts: dict[int, Verdict] = {}

@@ -118,7 +118,7 @@ def rescore(
         done: Called with the number of turns judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, or a persona that it can not judge.
+        ValueError: An unknown judge, a wrong option, or a persona that it cannot judge.
     """
     turns = [
         (dialogue, number, conversation)

@@ -114,7 +114,7 @@ def validate(
         done: Called with the number of replies judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, a persona that it can not judge, or a limit below 1.
+        ValueError: An unknown judge, a wrong option, a persona that it cannot judge, or a limit below 1.
     """
     lines = [
         (dialogue, float(turn.verdict.score), conversation)
