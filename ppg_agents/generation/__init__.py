@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from ppg_agents.nearest import not_one_of
 
 if TYPE_CHECKING:
     from ppg_agents.config.settings import SamplingSettings
@@ -115,9 +116,7 @@ def make_sampler(
         GenerationError: A server is not there, or not what it should be.
     """
     if settings.backend not in BACKENDS:
-        near = get_close_matches(settings.backend, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected the sampling backend to be one of {BACKENDS}, got {settings.backend!r}{hint}")
+        raise ValueError(not_one_of("the sampling backend", settings.backend, BACKENDS))
     if settings.endpoints and settings.backend != "vllm":
         raise ValueError(f"expected backend 'vllm' with endpoints, got {settings.backend!r}; set the backend")
     length, temperature = settings.max_new_tokens, settings.temperature

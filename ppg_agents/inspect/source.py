@@ -5,7 +5,6 @@ Trajectories are read line by line, so that a large file costs no more memory th
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.inspect.sample import Row, sample
+from ppg_agents.nearest import did_you_mean
 from ppg_agents.runs.files import RunError
 from ppg_agents.runs.run import Run, is_run
 
@@ -183,9 +183,8 @@ def read(path: Path, most: int) -> Source:
             raise RunError(f"expected trajectories, one JSON object per line, got an empty file {path}; choose another")
         return Source(path, path.name, None, (), {}, shown, counts, notes)
     siblings = [str(p) for p in path.parent.iterdir() if is_run(p)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), siblings, n=1)
-    hint = f"did you mean {near[0]}?" if near else "give a folder that ppg-agent train wrote"
-    raise RunError(f"expected a run folder, or a .jsonl file of trajectories, got {path}; {hint}")
+    hint = did_you_mean(path, siblings) or "; give a folder that ppg-agent train wrote"
+    raise RunError(f"expected a run folder, or a .jsonl file of trajectories, got {path}{hint}")
 
 
 def conversations(
