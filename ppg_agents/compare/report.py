@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ppg_agents.compare.cell import Result
 from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, only, table
+from ppg_agents.plotting import new_figure, save, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,20 +196,17 @@ def _brackets(ci: Interval, form: str) -> str:
 
 def draw(table: Sequence[Row], path: Path) -> None:
     """Draw the rows: consistency against training conversations, or against the method where there is one size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     domains = list(dict.fromkeys(row.domain for row in table))
     most = max(len({row.method for row in table if row.domain == domain}) for domain in domains)
     sizes = {row.size for row in table}
     height = 3.6 if len(sizes) > 1 else 1.2 + 0.28 * most
-    figure = Figure(figsize=(4.6 * len(domains), height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * len(domains), height)
     for i, (ax, domain) in enumerate(zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True)):
         own = [row for row in table if row.domain == domain]
         (_curves if len(sizes) > 1 else _dots)(ax, own, labelled=i == 0)
         ax.set_title(domain)
-    figure.savefig(path, dpi=120)
+        tidy(ax, grid=None)
+    save(figure, path, dpi=120)
 
 
 def _curves(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
@@ -231,7 +229,6 @@ def _curves(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
     if labelled:
         ax.set_ylabel("consistency, held-out personas")
     ax.legend(fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _dots(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
@@ -243,7 +240,6 @@ def _dots(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
     ax.set_yticks(range(len(own)), [row.method for row in own], fontsize=8)
     reach(ax, own, vertical=True)
     ax.set_xlabel("consistency, held-out personas")
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def reach(ax: Axes, own: Sequence[Row], *, vertical: bool) -> None:

@@ -6,7 +6,6 @@ Every text that was said, judged or named stands in it as `text.markdown` leaves
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from ppg_agents.inspect import learned
 from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
+from ppg_agents.plotting import BLUE, new_figure, save, tidy
 from ppg_agents.runs.files import replace, writing
 from ppg_agents.terminal.progress import number
 
@@ -58,8 +58,7 @@ def write_report(path: Path, out: Path | None = None) -> Path:
     with writing(out, "{todo}, or change --out"):
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
-            figure.savefig(out / f".{name}.tmp", dpi=130, format="png")
-            os.replace(out / f".{name}.tmp", out / name)
+            save(figure, out / name, dpi=130)
         replace(out / "report.md", "\n".join(lines(source, printed, classes, set(pictures))) + "\n")
     return out / "report.md"
 
@@ -260,7 +259,7 @@ def curve_picture(source: Source) -> Figure:
     """Draw the learning curve and the held-out results, as in the run's ``curve.png``."""
     from ppg_agents.runs.curve import draw_results
 
-    figure = _figure(11, 4.6)
+    figure = new_figure(11, 4.6)
     draw_results(figure, source.metrics, source.evaluations, offline=source.offline)
     return figure
 
@@ -268,7 +267,7 @@ def curve_picture(source: Source) -> Figure:
 def credit_picture(conversation: Conversation, classes: Sequence[Candidate], discount: float) -> Figure:
     """Draw every class's mask, and below it the credit that it gives the conversation's replies."""
     n = max(len(conversation.trajectory.turns), 1)
-    figure = _figure(2.6 * len(classes) + 0.6, 4.4)
+    figure = new_figure(2.6 * len(classes) + 0.6, 4.4)
     grid = figure.subplots(2, len(classes), squeeze=False, height_ratios=(3, 2))
     most = 1.0
     for k, candidate in enumerate(classes):
@@ -281,20 +280,11 @@ def credit_picture(conversation: Conversation, classes: Sequence[Candidate], dis
         above.set_xticks(ticks, names)
         above.set_yticks(ticks, names)
         values = _credits(conversation, candidate, discount)
-        below.bar(range(len(values)), values, color="#0072B2")
+        below.bar(range(len(values)), values, color=BLUE)
         below.set(xlabel="turn", ylabel="credit" if k == 0 else "", xlim=(-0.6, n - 0.4))
         below.set_xticks(ticks, names)
-        below.spines[["top", "right"]].set_visible(False)
+        tidy(below, grid=None)
         most = max(most, *values) if values else most
     for ax in grid[1]:
         ax.set_ylim(0, 1.05 * most)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppg_agents.plotting import VERMILION, new_figure, save, tidy
 from ppg_agents.reproduce.numbers import ROLLOUT, STEP, UNTRAINED, Point, Standing
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def draw_standings(table: Sequence[Standing], path: Path, *, title: str, caption
             ax.text(x, y, _percent(one.share), ha="center", va="center", color=shade, fontsize=8.5, fontweight=weight)
             if one.not_worse:
                 box = {"xy": (x - 0.44, y - 0.42), "width": 0.88, "height": 0.84, "fill": False}
-                ax.add_patch(_rectangle(**box, edgecolor="#D55E00", linewidth=2.2 if one.best else 1.0))
+                ax.add_patch(_rectangle(**box, edgecolor=VERMILION, linewidth=2.2 if one.best else 1.0))
         ax.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
         ax.set_yticks(range(len(names)), list(names.values()))
         ax.tick_params(length=0)
@@ -152,20 +153,14 @@ def _domains(points: Sequence[Point]) -> list[str]:
 
 
 def _sheet(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(4.1 * columns, 6.6), height * rows + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.1 * columns, 6.6), height * rows + 1.1)
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
 def _clean(ax: Axes, *, title: str, xlabel: str) -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xlabel(xlabel)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
+    tidy(ax)
 
 
 def _same_height(axes: Sequence[Axes]) -> None:
@@ -190,4 +185,4 @@ def _save(figure: Figure, path: Path, title: str, caption: str) -> None:
     width = figure.get_size_inches()[0]
     figure.suptitle(textwrap.fill(title, int(9 * width)), fontsize=12, fontweight="bold")
     figure.supxlabel(textwrap.fill(caption, int(15 * width)), fontsize=8, color="#444444")
-    figure.savefig(path, dpi=130)
+    save(figure, path, dpi=130)

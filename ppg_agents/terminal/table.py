@@ -1,4 +1,4 @@
-"""Plain tables: columns side by side, for a terminal."""
+"""Tables on a terminal."""
 
 from __future__ import annotations
 
