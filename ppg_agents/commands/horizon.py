@@ -89,7 +89,7 @@ def horizon(
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
-    from ppg_agents.commands.main import target_config
+    from ppg_agents.commands.options import target_config
     from ppg_agents.horizon.choice import parse
 
     wanted = [parse(text) for text in classes]

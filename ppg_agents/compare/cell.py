@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
-from ppg_agents.config.settings import ConfigError, differences
+from ppg_agents.compare.plan import SB3, UNTRAINED, Job, Plan, config_of
+from ppg_agents.config import settings as configs
+from ppg_agents.config.settings import ConfigError, TrainConfig, differences
 from ppg_agents.runs.files import json_object
 from ppg_agents.runs.files import replace as replace_file
 from ppg_agents.runs.run import Run, is_run
@@ -128,17 +129,13 @@ def fill(job: Job, folder: Path) -> None:
 
 def _fill_sb3(job: Job, folder: Path) -> None:
     from ppg_agents.agents.sb3 import MODEL, evaluate_sb3, train_sb3
-    from ppg_agents.rollout.environment import keyword_arguments, make_envs, planned_turns
+    from ppg_agents.rollout.environment import keyword_arguments
 
     config = config_of(job)
     given = keyword_arguments(config, config.personas)
     for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for what is not judged
         given.pop(key, None)
-    envs = make_envs(config, 1, config.personas)
-    turns = planned_turns(envs, config)
-    envs.close()
-    if turns is None:
-        raise ValueError(f"expected conversations of a known length for {job.agent}; set env.max_turns")
+    turns = _planned(config)
     (folder / MODEL).unlink(missing_ok=True)
     trained = train_sb3(
         job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **config.agent_options
@@ -153,6 +150,29 @@ def _fill_sb3(job: Job, folder: Path) -> None:
         "config": job.config,
     }
     replace_file(folder / RESULT, json.dumps(found, allow_nan=False) + "\n")
+
+
+def turns_of(plan: Plan) -> dict[str, int]:
+    """Return how many turns the conversations of each domain have; the environment is asked.
+
+    Raises:
+        ConfigError: A wrong setting, or an environment whose conversations have no planned end.
+    """
+    given = configs.flatten(plan.settings)
+    return {domain: _planned(configs.load(None, {**given, "domain": domain})) for domain in plan.domains}
+
+
+def _planned(config: TrainConfig) -> int:
+    from ppg_agents.rollout.environment import make_envs, planned_turns
+
+    envs = make_envs(config, 1, config.personas)
+    try:
+        turns = planned_turns(envs, config)
+    finally:
+        envs.close()
+    if turns is None:
+        raise ConfigError(f"domain {config.domain}: expected a planned number of turns; set env.max_turns")
+    return turns
 
 
 def to_json(job: Job) -> str:
