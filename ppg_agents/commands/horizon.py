@@ -113,14 +113,14 @@ def horizon(
         policy, trajectories = played(target, config, personas, conversations)
     temperature = 1.0 if files else config.sampling.temperature
     with Progress("differentiating", len(trajectories)) as progress:
-        found = sketch(policy, trajectories, seed=config.seed, temperature=temperature, done=progress.advance)
+        sketches = sketch(policy, trajectories, seed=config.seed, temperature=temperature, done=progress.advance)
     if centre:
-        found = replace(found, rewards=own_mean_removed(found.rewards, found.valid))
-    n = found.valid.shape[1]
+        sketches = replace(sketches, rewards=own_mean_removed(sketches.rewards, sketches.valid))
+    n = sketches.valid.shape[1]
     size = config.batch
     first, *others = batches or (size, max(size // 4, 1), 4 * size, 16 * size)
     report = advise(
-        found,
+        sketches,
         masks(distinct(wanted or default_candidates(n), n), n),
         batch=first,
         other_batches=others,
@@ -232,9 +232,9 @@ def picture(report: Horizon, title: str) -> Figure:
     figure = new_figure(11, 8)
     verdict = report.verdict
     left_over = "" if verdict.decided else f", undecided among {len(verdict.undecided)} classes"
-    said = f"shortest class that points where full planning points: {report.aligned[0]}"
-    said += f"\nbest next step: {verdict.recommended}{left_over}"
-    figure.suptitle(f"{title}\n{said}", fontweight="bold", fontsize=11)
+    subtitle = f"shortest class that points where full planning points: {report.aligned[0]}"
+    subtitle += f"\nbest next step: {verdict.recommended}{left_over}"
+    figure.suptitle(f"{title}\n{subtitle}", fontweight="bold", fontsize=11)
     (cosine, middle), (left, right) = figure.subplots(2, 2)
     at = range(len(report.classes))
     for x, c in zip(at, report.classes, strict=True):

@@ -50,8 +50,8 @@ def results(job: Job, folder: Path) -> list[Result]:
         path = folder / RESULT
         if not path.exists():
             return []
-        found = json_object(path)
-        return [Result(job, job.sizes[0], found["evaluation"], found["judged_turns"], found["seconds"])]
+        stored = json_object(path)
+        return [Result(job, job.sizes[0], stored["evaluation"], stored["judged_turns"], stored["seconds"])]
     if not is_run(folder):
         return []
     run = Run.open(folder)
@@ -59,15 +59,15 @@ def results(job: Job, folder: Path) -> list[Result]:
     if job.agent in UNTRAINED:
         before = evaluations.get("before")
         return [Result(job, size, before, 0, 0.0) for size in job.sizes] if before else []
-    lines, filled = run.metrics(), []
+    lines, cells = run.metrics(), []
     for size in job.sizes:
         done = size // batch
-        found = evaluations.get(f"iteration {done}") or evaluations.get("after", {})
-        if found.get("iteration") == done:
+        evaluation = evaluations.get(f"iteration {done}") or evaluations.get("after", {})
+        if evaluation.get("iteration") == done:
             past = [line for line in lines if line["iteration"] <= done]
             seconds = sum(line.get("seconds_sampling", 0.0) + line["seconds_learning"] for line in past)
-            filled.append(Result(job, size, found, sum(line["judged_turns"] for line in past), seconds))
-    return filled
+            cells.append(Result(job, size, evaluation, sum(line["judged_turns"] for line in past), seconds))
+    return cells
 
 
 def check(job: Job, folder: Path) -> None:
@@ -143,13 +143,13 @@ def _fill_sb3(job: Job, folder: Path) -> None:
     evaluation = evaluate_sb3(
         folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed
     )
-    found = {
+    record = {
         "evaluation": evaluation.to_dict(),
         "judged_turns": trained.judged_turns,
         "seconds": trained.seconds,
         "config": job.config,
     }
-    replace_file(folder / RESULT, json.dumps(found, allow_nan=False) + "\n")
+    replace_file(folder / RESULT, json.dumps(record, allow_nan=False) + "\n")
 
 
 def turns_of(plan: Plan) -> dict[str, int]:

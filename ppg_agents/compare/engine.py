@@ -210,15 +210,15 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
 def _cluster(workers: int) -> Iterator[None]:
     import ray
 
-    own = not ray.is_initialized()
-    if own:
+    ours = not ray.is_initialized()
+    if ours:
         os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers, and so the runs, get what others leave
-        own_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own_machine))
+        this_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else this_machine))
     try:
         yield
     finally:
-        if own:
+        if ours:
             ray.shutdown()
 
 
@@ -254,25 +254,25 @@ def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
                 os.close(theirs)
             running.add(process)
             try:
-                _, said = process.communicate()
+                _, log = process.communicate()
             finally:
                 running.discard(process)
         finally:
             os.close(ours)
-    return process.returncode, said
+    return process.returncode, log
 
 
-def _note(job: Job, out: Path, code: int, said: str) -> str | None:
+def _note(job: Job, out: Path, code: int, log: str) -> str | None:
     """Keep what a run said, and return why it failed, None when it did not."""
     folder = folder_of(job, out)
-    folder.with_suffix(f".{LOG}").write_text(said, encoding="utf-8")
+    folder.with_suffix(f".{LOG}").write_text(log, encoding="utf-8")
     path = folder.with_suffix(f".{FAILED}")
     if code == 0 and finished(job, folder):
         path.unlink(missing_ok=True)
         return None
     if code in (STOPPED, -signal.SIGINT):
         return "stopped"
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in log.splitlines() if line.strip()]
     why = OWN.sub("", lines[-1].strip()) if lines else "no word"
     reason = f"exit code {code}: {why}"[:1000]
     path.write_text(reason + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from ppg_agents.inspect.text import markdown, markdown_line
 from ppg_agents.plotting import BLUE, new_figure, save, tidy
 from ppg_agents.runs.files import replace, writing
 from ppg_agents.terminal.progress import number
+from ppg_agents.terminal.table import in_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,18 +75,18 @@ def chosen(source: Source) -> list[tuple[str, Conversation]]:
         return []
     both = early_and_late(shown)
     if typical:
-        found = [("Held out, before", typical.before), ("Held out, the same persona after", typical.after)]
+        picked = [("Held out, before", typical.before), ("Held out, the same persona after", typical.after)]
     elif both:
-        found = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
+        picked = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
     elif len(shown) > 1:
-        found = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
+        picked = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
         if shown[0].trajectory.persona == shown[-1].trajectory.persona:
-            found[1] = ("The last one, the same persona", shown[-1])
+            picked[1] = ("The last one, the same persona", shown[-1])
     else:
-        found = [("The only one", shown[0])]
+        picked = [("The only one", shown[0])]
     failed = [c for c in shown if any(status(turn) != "scored" for turn in c.trajectory.turns)]
-    others = [c for c in failed if all(c is not one for _, one in found)]
-    return [("With a failed verdict", others[0]), *found] if others else found
+    others = [c for c in failed if all(c is not one for _, one in picked)]
+    return [("With a failed verdict", others[0]), *picked] if others else picked
 
 
 def compared(source: Source) -> list[Candidate]:
@@ -134,12 +135,9 @@ def lines(
         yield f"\nMasks of the policy classes, and the credit that each gives the replies of {last}."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield a Markdown table; its cells are texts, not Markdown."""
-    yield "| " + " | ".join(map(markdown, head)) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(map(markdown, row)) + " |"
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table whose cells are texts, not Markdown."""
+    return in_markdown(list(map(markdown, head)), [list(map(markdown, row)) for row in rows])
 
 
 def _evaluation(source: Source) -> Iterator[str]:
@@ -186,11 +184,11 @@ def _failures(source: Source) -> Iterator[str]:
 
 
 def _held_out_words(held_out: HeldOut) -> str:
-    found = changes(held_out)
+    counts = changes(held_out)
     return (
-        f"Of {found['pairs']} held-out conversations, played before and after with the same personas and seeds, "
-        f"{found['up']} have a higher mean reward after, {found['same']} the same, {found['down']} a lower one; mean "
-        f"change {found['mean']:+.3f}. Printed is the one whose change is the median of the first "
+        f"Of {counts['pairs']} held-out conversations, played before and after with the same personas and seeds, "
+        f"{counts['up']} have a higher mean reward after, {counts['same']} the same, {counts['down']} a lower one; "
+        f"mean change {counts['mean']:+.3f}. Printed is the one whose change is the median of the first "
         f"{len(held_out.pairs)}.\n"
     )
 

@@ -240,7 +240,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, int, Trajectory]
 
 def _held_out(run: Run, evaluations: Mapping[str, Any], most: int, notes: list[str]) -> HeldOut | None:
     """Return the first and the newest evaluation's conversations, of which the first pairs are kept."""
-    names = {int(found.get("iteration", 0)): when for when, found in evaluations.items()}
+    names = {int(result.get("iteration", 0)): when for when, result in evaluations.items()}
     files = {iteration: path for iteration, path in run.held_out().items() if iteration in names}
     if len(files) < 2:
         return None
@@ -277,7 +277,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
         notes.append(f"The run learned from logged dialogues, which cannot be read here: {error}.")
         return [], Counts()
     notes.append("The conversations are the logged dialogues that the run learned from; others had spoken them.")
-    found, counts, rows = [], Counts(), []
+    logged, counts, rows = [], Counts(), []
     for number, dialogue in enumerate(learned, start=1):
         turns = tuple(
             Turn(
@@ -294,7 +294,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
         )
         who = dialogue.persona
         trajectory = Trajectory(who.instruction, who.id, dialogue.domain, None, turns, terminated=True, truncated=False)
-        found.append(Conversation(number, None, trajectory))
+        logged.append(Conversation(number, None, trajectory))
         rows.append(Row(0, number, 0, who.id, any(status(turn) != "scored" for turn in turns)))
         counts.add(trajectory)
-    return [found[i] for i in sample(rows, most)], counts
+    return [logged[i] for i in sample(rows, most)], counts

@@ -50,19 +50,20 @@ class Handover:
     def start(self, n: int) -> None:
         """Begin n new conversations."""
         self.now = 1
-        self._said: list[list[int]] = [[] for _ in range(n)]
+        self._tokens: list[list[int]] = [[] for _ in range(n)]
         self.before.start(n)
 
     def reply(self, prompts: Sequence[Sequence[int] | None], generator: torch.Generator | None) -> list[Sample | None]:
         """Return one reply per conversation; None in, None out."""
-        for said, prompt in zip(self._said, prompts, strict=True):
-            said.extend(prompt or ())
+        for history, prompt in zip(self._tokens, prompts, strict=True):
+            history.extend(prompt or ())
         if self.now == self.turn:
             self.then.start(len(prompts))
-            prompts = [None if prompt is None else said for said, prompt in zip(self._said, prompts, strict=True)]
+            both = zip(self._tokens, prompts, strict=True)
+            prompts = [None if prompt is None else history for history, prompt in both]
         samples = (self.before if self.now < self.turn else self.then).reply(prompts, generator)
-        for said, sample in zip(self._said, samples, strict=True):
-            said.extend(sample.token_ids if sample is not None else ())
+        for history, sample in zip(self._tokens, samples, strict=True):
+            history.extend(sample.token_ids if sample is not None else ())
         self.now += 1
         return samples
 

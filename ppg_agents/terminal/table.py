@@ -1,4 +1,4 @@
-"""Tables on a terminal."""
+"""Tables as lines of text: aligned for a terminal, or in Markdown."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> li
     sides = [str.rjust if i in right else str.ljust for i in range(len(columns))]
     widths = [max(map(len, column)) for column in columns]
     return ["  ".join(map(lambda side, cell, w: side(cell, w), sides, row, widths)).rstrip() for row in rows]
+
+
+def in_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table, a line for each row; what is in the cells is Markdown already."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return [first, "|" + "---|" * len(head), *others]
