@@ -14,6 +14,7 @@ import numpy as np
 
 from ppg_agents.config.settings import OfflineSettings
 from ppg_agents.credit import Mask, credit
+from ppg_agents.terminal.table import aligned
 from ppg_agents.trajectory import Trajectory, from_logged
 
 if TYPE_CHECKING:
@@ -151,9 +152,6 @@ def report_table(logged: Logged) -> str:
         share = f"{report.unparsed / max(report.judged_lines, 1):.1%}"
         counts = (report.dialogues, report.judged_lines, report.scored)
         rows.append((_name(report.path), *map(str, counts), share, report.polarity or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
-    lines = ["  ".join(side(cell, width) for side, cell, width in zip(align, row, widths, strict=True)) for row in rows]
     notes = [f"{_name(report.path)}: {note}" for report in logged.reports for note in report.skipped]
     held_out = sum(map(len, logged.held_out.values()))
     split = (
@@ -161,7 +159,7 @@ def report_table(logged: Logged) -> str:
         f"held out {held_out} of {logged.personas[1]} others; {logged.cut} cut at a whole turn to fit, "
         f"{logged.dropped} without a judged turn left out"
     )
-    return "\n".join([*(line.rstrip() for line in lines), *notes, split])
+    return "\n".join([*aligned(rows, right=range(1, 5)), *notes, split])
 
 
 def to_json(logged: Logged) -> dict[str, Any]:

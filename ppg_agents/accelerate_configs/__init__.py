@@ -8,8 +8,9 @@ learner heeds the processes and whether weights are split (FSDP), no mixed preci
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
+
+from ppg_agents.nearest import not_one_of
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -26,9 +27,6 @@ def launch_config(name: str) -> Path:
     Raises:
         ValueError: No config of that name.
     """
-    names = list(launch_configs())
-    if name not in names:
-        near = get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-        raise ValueError(f"expected a launch config out of {', '.join(names)}, got {name!r}; {hint}")
+    if name not in launch_configs():
+        raise ValueError(not_one_of("the launch config", name, launch_configs()))
     return FOLDER / f"{name}.yaml"

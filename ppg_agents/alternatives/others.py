@@ -9,7 +9,6 @@ a pair belong in the same micro-batch.
 
 from __future__ import annotations
 
-import difflib
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ppg_agents.alternatives.clipped import clipped_surrogate
 from ppg_agents.alternatives.tokens import checked, log_ratio, ratio, token_advantage, turn_sum
 from ppg_agents.losses import constant_per_token, tokens_per_turn
+from ppg_agents.nearest import not_one_of
 
 ALoLVariant = Literal["reference_free", "sequence_ratio", "token_ratio", "kl"]
 
@@ -231,10 +231,7 @@ def a_lol(
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, an unknown variant, or ε or β out of range.
     """
     if variant not in get_args(ALoLVariant):
-        nearest = difflib.get_close_matches(variant, get_args(ALoLVariant), n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"expected a variant out of {', '.join(get_args(ALoLVariant))}, got {variant!r}; did you mean {nearest!r}?"
-        )
+        raise ValueError(not_one_of("variant", variant, get_args(ALoLVariant)))
     if not 0 <= clip <= 1 or not beta >= 0:
         raise ValueError(f"expected clip in [0, 1] and beta >= 0, got {clip} and {beta}")
     credit = token_advantage(advantage, log_probs, token_mask)

@@ -26,7 +26,6 @@ And histories come from π°: neither level corrects earlier turns.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,6 +44,7 @@ from ppg_agents.alternatives.tokens import (
     turn_share,
     turn_sum,
 )
+from ppg_agents.nearest import not_one_of
 
 Divergence = Literal["forward", "forward_u", "reverse", "reverse_u"]
 Level = Literal["token", "turn"]
@@ -290,5 +290,4 @@ def _check(
 
 def _known(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f"expected {name} out of {', '.join(known)}, got {value!r}; did you mean {nearest!r}?")
+        raise ValueError(not_one_of(name, value, known))

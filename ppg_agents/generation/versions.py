@@ -9,11 +9,11 @@ from __future__ import annotations
 import shutil
 import uuid
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args
 
 from ppg_agents.models.loading import quiet
+from ppg_agents.nearest import not_one_of
 from ppg_agents.policy.policy import Policy
 
 Sync = Literal["adapter", "merged"]
@@ -57,9 +57,7 @@ class Versions:
             ValueError: An unknown ``sync``, or one that does not suit the policy.
         """
         if sync not in get_args(Sync):
-            near = get_close_matches(str(sync), get_args(Sync), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected sync to be one of {get_args(Sync)}, got {sync!r}{hint}")
+            raise ValueError(not_one_of("sync", sync, get_args(Sync)))
         if sync == "adapter":
             _check_adapter(policy)
         elif getattr(policy.model, "is_quantized", False):

@@ -174,11 +174,11 @@ def own_classes(
     if config.policy_class != "auto":
         return [Candidate(config.policy_class, config.lookahead, config.segments)] * (len(iterations) + 1)
     chosen = {int(m["iteration"]): parse(str(m["horizon_class"])) for m in metrics if m.get("horizon_class")}
-    found = []
+    used = []
     for iteration in (*iterations, max(chosen, default=0)):
         before = [i for i in chosen if i <= (iteration or 0)]
-        found.append(chosen[max(before)] if before else Candidate("full"))
-    return found
+        used.append(chosen[max(before)] if before else Candidate("full"))
+    return used
 
 
 def classes(own: Sequence[Candidate], n: int) -> dict[str, tuple[int, ...]]:

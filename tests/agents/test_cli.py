@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ppg_agents import cli
-from ppg_agents.commands import main as commands
+from ppg_agents.commands.options import settings
 from ppg_agents.policy import Policy
 
 TOY = """
@@ -223,12 +223,12 @@ def test_the_end_of_input_ends_the_line_too(
 
 def test_an_endpoint_implies_the_llm_judge_and_another_judge_begins_without_options(tmp_path: Path) -> None:
     flags = {"judge_url": ("http://a/v1", "http://b/v1"), "judge_model": "m", "no_cache": True, "domain": None}
-    config = commands.settings(None, ("env.judge_options.timeout=5",), flags)
+    config = settings(None, ("env.judge_options.timeout=5",), flags)
     urls = ["http://a/v1", "http://b/v1"]
     assert config.env.judge == "llm"
     assert config.env.judge_options == {"base_url": urls, "model": "m", "timeout": 5, "cache": False}
     assert (config.env.partner, config.env.partner_options) == ("scripted", {})
     file = tmp_path / "config.toml"
     file.write_text('[env]\njudge = "llm"\njudge_options = {base_url = "http://a/v1", model = "m"}\n', encoding="utf-8")
-    assert commands.settings(file, (), {"judge": "facts"}).env.judge_options == {}
-    assert commands.settings(file, (), {"no_cache": True}).env.judge_options["cache"] is False
+    assert settings(file, (), {"judge": "facts"}).env.judge_options == {}
+    assert settings(file, (), {"no_cache": True}).env.judge_options["cache"] is False

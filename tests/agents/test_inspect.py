@@ -319,7 +319,7 @@ def test_odd_conversations_and_runs_can_be_shown(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(RunError, match="empty file"):
         contents(tmp_path / "empty.jsonl")
-    with pytest.raises(RunError, match=r"did you mean .*run\?"):
+    with pytest.raises(RunError, match=r"did you mean .*run'\?"):
         contents(tmp_path / "runn")
 
 
