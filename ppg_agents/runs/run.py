@@ -25,9 +25,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppg_agents.runs import checkpoints
 from ppg_agents.config import settings as configs
 from ppg_agents.config.settings import TrainConfig
+from ppg_agents.runs import checkpoints
 from ppg_agents.runs.files import LOCK, RunError, finite, json_object, lock, read_jsonl, replace, size, writing
 from ppg_agents.terminal.progress import say
 
