@@ -30,7 +30,7 @@ from ppg_agents.agents.gradient import (
     trained_tokens,
 )
 from ppg_agents.agents.state import load_state, save_state
-from ppg_agents.credit import credit
+from ppg_agents.credit import Mask, credit
 from ppg_agents.distributed import Alone, Workers, clip, groups
 from ppg_agents.generation import Sampler
 from ppg_agents.importance import Importance
@@ -61,7 +61,7 @@ class PPGAgent:
     def __init__(
         self,
         policy: Policy,
-        mask: Callable[[int], NDArray[np.bool_]],
+        mask: Callable[[int], Mask],
         *,
         n_turns: int | None = None,
         discount: float = 1.0,
@@ -86,7 +86,7 @@ class PPGAgent:
 
         Args:
             policy: Who learns.
-            mask: The policy class: n -> boolean [n, n] (see `ppg_agents.credit`).
+            mask: The policy class: n -> [n, n], boolean or weights (see `ppg_agents.credit`).
             n_turns: n; default the longest conversation of each batch.
             discount: Per turn.
             baseline: Subtracted from the credit when learning online. ``leave-one-out`` compares

@@ -46,7 +46,7 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
     "--conversations", type=click.IntRange(2), default=CONVERSATIONS, show_default=True, help="How many to read."
 )
 @click.option(
-    "--classes", multiple=True, metavar="CLASS", help="greedy, 3, full, segment:5,5, …; repeat. Default: every K."
+    "--classes", multiple=True, metavar="CLASS", help="As --policy-class of train; repeat. Default: every K."
 )
 @click.option(
     "--batch", "batches", callback=parse_batches, metavar="B,B,…",
@@ -88,9 +88,9 @@ def horizon(
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
     from ppg_agents.commands.main import target_config
-    from ppg_agents.horizon.choice import parse
+    from ppg_agents.credit import PolicyClass
 
-    wanted = [parse(text) for text in classes]
+    wanted = [PolicyClass.parse(text) for text in classes]
     config = target_config(target, assignments, domain=domain, seed=seed)
     files = (*offline, *more)
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -22,9 +22,9 @@ from ppg_agents.commands.horizon import horizon
 from ppg_agents.commands.inspect import inspect_, report
 from ppg_agents.commands.judge import LOCAL_JUDGES, judge
 from ppg_agents.commands.reproduce import reproduce
-from ppg_agents.config import settings as configs
-from ppg_agents.config.settings import PolicyClass, TrainConfig
-from ppg_agents.runs import run as runs
+
+if TYPE_CHECKING:
+    from ppg_agents.config.settings import TrainConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -119,6 +119,8 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
         assignments: ``a.b=c`` as given.
         flags: Flags by name; those that were not given are None, empty or False.
     """
+    from ppg_agents.config import settings as configs
+
     flags = dict(flags)
     no_cache = flags.pop("no_cache", False)
     fresh: dict[str, Any] = {}
@@ -149,7 +151,9 @@ def check_servers(config: TrainConfig) -> None:
     Raises:
         click.UsageError: An option is missing; the message names the flag.
     """
-    if config.env.id != configs.PERSONA_CHAT:
+    from ppg_agents.config.settings import PERSONA_CHAT
+
+    if config.env.id != PERSONA_CHAT:
         return
     for part in ("judge", "partner"):
         name, options = getattr(config.env, part), getattr(config.env, f"{part}_options")
@@ -164,9 +168,9 @@ def check_servers(config: TrainConfig) -> None:
 
 @cli.command(short_help="Train a policy; evaluate it before and after.")
 @shared("domain")
-@click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
-@click.option("--lookahead", type=int, metavar="K", help="Rewards that a reply is credited with (k-step).")
-@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="Turns per segment (segment).")
+@click.option("--policy-class", metavar="CLASS", help="greedy, 3, full, segment:3,3,2, auto, matrix, module:function.")
+@click.option("--lookahead", type=int, metavar="K", help="The class k-step: a reply is credited with K rewards.")
+@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="The class segment: turns in each.")
 @click.option("--agent", metavar="NAME", help="Who learns: ppg (default), ppo, grpo, …, or an installed one.")
 @click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
@@ -183,7 +187,6 @@ def check_servers(config: TrainConfig) -> None:
 @click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest.")
 @click.argument("more", nargs=-1, metavar="")
 def train(
-    policy_class: str | None,
     offline: tuple[str, ...],
     out: str | None,
     file: str | None,
@@ -202,7 +205,8 @@ def train(
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
-    flags["policy_class"] = policy_class
+    from ppg_agents.runs import run as runs
+
     endpoints = list(flags.pop("rollout_endpoints"))
     flags |= {"sampling.endpoints": endpoints, "sampling.backend": "vllm"} if endpoints else {}
     flags["offline.files"] = [*offline, *more] or None
@@ -285,6 +289,8 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
     Example: ppg-agent rollout runs/NAME --conversations 64 --out talks.jsonl
     """
     personas = flags.pop("personas") or "train"
+    from ppg_agents.runs import run as runs
+
     if out != "-":
         runs.check_file(Path(out))
     config = target_config(target, **flags)
@@ -379,6 +385,8 @@ def accelerate_config(name: str | None) -> None:
 
 def target_config(target: str, assignments: tuple[str, ...], **flags: Any) -> TrainConfig:
     """Return the settings of a run folder, or the defaults for a model, with flags on top."""
+    from ppg_agents.runs import run as runs
+
     if runs.is_run(Path(target)):
         return settings(Path(target) / "config.toml", assignments, flags)
     return settings(None, assignments, {"model": target, **flags})
