@@ -32,49 +32,21 @@ _EXPECTED = "full, greedy, k-step 3, segment 3,3,2, a matrix or module:function 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
+# The paper's classes, for conversations of n turns: boolean [n, n], or a ValueError that names the wrong argument.
+
+
 def full(n: int) -> NDArray[np.bool_]:
-    """Full planning [P]: R_t = {t, …, n}, the reward-to-go of REINFORCE.
-
-    Args:
-        n: Turns in a conversation.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` is not a positive integer.
-    """
+    """Full planning [P]: R_t = {t, …, n}, the reward-to-go of REINFORCE."""
     return k_step(n, n)
 
 
 def greedy(n: int) -> NDArray[np.bool_]:
-    """Greedy [P]: R_t = {t}, one bandit problem per turn.
-
-    Args:
-        n: Turns in a conversation.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` is not a positive integer.
-    """
+    """Greedy [P]: R_t = {t}, one bandit problem per turn."""
     return k_step(n, 1)
 
 
 def k_step(n: int, k: int) -> NDArray[np.bool_]:
-    """K-step lookahead [P]: R_t = {t, …, min(t+K−1, n)}; K = 1 is greedy, K ≥ n is full planning.
-
-    Args:
-        n: Turns in a conversation.
-        k: Rewards that count for an action, its own included.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` or ``k`` is not a positive integer.
-    """
+    """K-step lookahead [P]: R_t = {t, …, min(t+K−1, n)}; K = 1 is greedy, K ≥ n is full planning."""
     _positive("n", n)
     _positive("k", k)
     steps = _steps(n)
@@ -82,18 +54,7 @@ def k_step(n: int, k: int) -> NDArray[np.bool_]:
 
 
 def segment(n: int, lengths: Sequence[int]) -> NDArray[np.bool_]:
-    """Segments (class [P], definition own): R_t = {ℓ ≥ t : ℓ in the same segment as t}.
-
-    Args:
-        n: Turns in a conversation.
-        lengths: Turns in each segment, in order.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: A length is not a positive integer, or the lengths do not sum to ``n``.
-    """
+    """Segments (class [P], definition own): R_t = {ℓ ≥ t : ℓ in the same segment as t}; lengths in turns, in order."""
     _positive("n", n)
     for i, length in enumerate(lengths):
         _positive(f"lengths[{i}]", length)
