@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ppg_agents.agents import Agent, make_agent
+from ppg_agents.agents.protocol import Agent
+from ppg_agents.agents.registry import make_agent
+from ppg_agents.agents.settings import LearnerSettings
 from ppg_agents.config.settings import ConfigError, LoraSettings, TrainConfig
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, shard_layers, whole_weights
@@ -63,15 +66,12 @@ def split(config: TrainConfig, policy: Policy) -> None:
 
 def synchronise(sampler: Sampler, policy: Policy, team: Workers) -> None:
     """Make a sampler with weights of its own speak as the policy is now; all ranks call it together."""
-    sync = getattr(sampler, "sync", None)
-    if sync is None:
-        return
     with whole_weights(policy.model) if team.sharded else nullcontext():
         if team.main:
-            sync(policy)
+            sampler.sync(policy)
         team.gather([])  # what rank 0 writes is there
         if not team.main:
-            sync(policy)
+            sampler.sync(policy)
 
 
 def build_agent(
@@ -91,25 +91,14 @@ def build_agent(
     turns = turns or (None if config.policy_class == "auto" else config.policy_class.turns)
     if config.baseline == "moving-average" and turns is None:
         raise ConfigError("baseline 'moving-average' needs the number of turns; set env.max_turns")
+    named = {field.name for field in fields(LearnerSettings)} & {field.name for field in fields(config)}
     settings = {
+        **{name: getattr(config, name) for name in named},
         "n_turns": turns,
-        "discount": config.discount,
-        "baseline": config.baseline,
-        "standardise": config.standardise,
-        "aggregation": config.aggregation,
         "constant": config.aggregation_constant,
         "learning_rate": lambda step: learning_rate(config, step, iterations * config.steps_per_batch),
-        "max_grad_norm": config.max_grad_norm,
-        "weight_decay": config.weight_decay,
-        "micro_batch_tokens": config.micro_batch_tokens,
-        "importance": config.importance,
-        "importance_cap": config.importance_cap,
-        "kl_coefficient": config.kl_coefficient,
-        "max_log_prob_gap": config.max_log_prob_gap,
-        "max_staleness": config.max_staleness,
         "sampler": sampler,
-        **({"workers": team} if team.size > 1 else {}),
-        **({"steps_per_batch": config.steps_per_batch} if config.steps_per_batch > 1 else {}),
+        "workers": team,
     }
     for key in config.agent_options:
         if key in settings or hasattr(config, key) or config.agent == "ppg":
@@ -124,29 +113,27 @@ def build_agent(
 
 
 def _check_agent(agent: Agent, config: TrainConfig, team: Workers) -> None:
-    """Raise a ConfigError where the agent says that it needs other settings; one that says nothing takes any."""
-    name, group = config.agent, getattr(agent, "group", 1)
+    """Raise a ConfigError where the agent needs other settings."""
     if config.offline.files:
-        if not (hasattr(agent, "learn_offline") and getattr(agent, "learns_offline", True)):
-            raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
         return
+    name, needs = config.agent, agent.needs
+    group, together = needs.group, needs.together
     if config.group < group:
         raise ConfigError(
             f"agent {name!r} compares conversations with one persona: expected group >= {group}, got {config.group}; "
-            f"add --set group={2 * group if not getattr(agent, 'branch', False) else group}"
+            f"add --set group={group if needs.branch else 2 * group}"
         )
-    if getattr(agent, "branch", False) and config.group != group:
+    if needs.branch and config.group != group:
         raise ConfigError(f"agent {name!r} learns from pairs: expected group = {group}, got {config.group}")
-    together = getattr(agent, "together", 1)
     if config.group % together or (together > 1 and config.batch % (config.group * team.size)):
         raise ConfigError(
             f"agent {name!r} learns from {together} conversations at a time: expected a group that is a multiple of "
             f"{together}, and a batch that is one of group × processes, got group {config.group}, batch {config.batch} "
             f"and {team.size} processes"
         )
-    if config.policy_class == "auto" and getattr(agent, "head", None) is not None:
+    if config.policy_class == "auto" and needs.one_class:
         raise ConfigError(f"agent {name!r} learns the values of one policy class; name it, not 'auto'")
-    if config.policy_class == "auto" and getattr(agent, "full_only", False):
+    if config.policy_class == "auto" and needs.full_only:
         raise ConfigError(f"agent {name!r} takes the policy class 'full' alone here, got 'auto'; leave it out")
 
 

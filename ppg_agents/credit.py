@@ -13,7 +13,6 @@ token, a model or a config.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ppg_agents.nearest import nearest
 
 Mask = NDArray[np.bool_] | NDArray[np.float64]
 """A policy class [n, n]: M[t, ℓ] says whether, or with which weight, reward ℓ counts for action t."""
@@ -376,8 +377,8 @@ def _locate(matrix: Any) -> None:
 
 
 def _near(text: str) -> str:
-    near = difflib.get_close_matches(re.split("[ :]", text)[0].replace("_", "-"), _EXAMPLES, n=1)
-    return f"; did you mean {_EXAMPLES[near[0]]!r}?" if near and _EXAMPLES[near[0]] != text else ""
+    meant = _EXAMPLES.get(nearest(re.split("[ :]", text)[0].replace("_", "-"), _EXAMPLES) or "", text)
+    return "" if meant == text else f"; did you mean {meant!r}?"
 
 
 def _words(error: Exception) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from ppg_agents.rollout.metrics import partner_faults, reward_table
 if TYPE_CHECKING:
     from ppg_agents.generation import Sampler
     from ppg_agents.policy.policy import Policy
+    from ppg_agents.rollout.speaker import Speaker
     from ppg_agents.trajectory import Trajectory
 
 Interval = tuple[float, float]
@@ -78,6 +79,7 @@ def play(
     seed: int,
     best_of: int = 1,
     done: Callable[[int], None] = lambda count: None,
+    speaker: Speaker | None = None,
 ) -> tuple[list[Trajectory], NDArray[np.float64]]:
     """Play seeded conversations in lockstep, ``config.batch`` at a time.
 
@@ -91,6 +93,7 @@ def play(
         best_of: Times that every conversation is played, with other draws of the policy; the one with the highest
             mean score counts, the first of equal ones.
         done: Called with the number of conversations finished.
+        speaker: Who speaks instead of the policy; None for the policy.
 
     Returns:
         The conversations, and for each the reachable value, [conversations], NaN where unknown.
@@ -106,7 +109,7 @@ def play(
     reachable: list[float] = []
     envs = make_envs(config, chunk, personas)
     try:
-        getattr(sampler, "sync", lambda policy: None)(policy)
+        sampler.sync(policy)
         with speaking(policy, sampler):
             for start in range(0, conversations, chunk):
                 some = seeds[start : start + chunk]
@@ -115,7 +118,7 @@ def play(
                 for attempt in range(best_of):
                     draws = seed * 1_000_003 + start + attempt * _APART
                     generator = torch.Generator(policy.device).manual_seed(draws)
-                    tries.append(collect(envs, policy, sampler, padded, generator, config.domain))
+                    tries.append(collect(envs, policy, sampler, padded, generator, config.domain, speaker=speaker))
                 played = [max(same, key=_score) for same in zip(*tries, strict=True)]
                 trajectories += played[: len(some)]
                 reachable += envs.reachable()[: len(some)].tolist()
@@ -135,6 +138,7 @@ def evaluate(
     personas: str = HELD_OUT,
     best_of: int = 1,
     done: Callable[[int], None] = lambda count: None,
+    speaker: Speaker | None = None,
 ) -> Evaluation:
     """Play held-out personas and summarise; see `play` for the arguments."""
     trajectories, reachable = play(
@@ -146,6 +150,7 @@ def evaluate(
         seed=config.evaluation.seed if seed is None else seed,
         best_of=best_of,
         done=done,
+        speaker=speaker,
     )
     return summarise(trajectories, reachable)
 
@@ -229,25 +234,65 @@ def _ratio(total: float, count: float) -> float:
     return float(total / count) if count else math.nan
 
 
-def load_target(target: str, config: TrainConfig) -> tuple[Policy, Sampler]:
+class Target(NamedTuple):
+    """What is named on the command line, ready to speak.
+
+    Attributes:
+        policy: The policy.
+        sampler: How replies are drawn from it.
+        speaker: The run's own agent, where it speaks for itself; None for the policy.
+    """
+
+    policy: Policy
+    sampler: Sampler
+    speaker: Speaker | None = None
+
+
+def load_target(target: str, config: TrainConfig) -> Target:
     """Load what is named on the command line.
 
     Args:
         target: A run folder (its newest checkpoint), ``tiny``, or a Hugging Face model or folder.
-        config: Settings of the sampler.
+        config: Settings of the sampler, and whose agent it is.
 
     Raises:
         RunError: A run without a checkpoint.
     """
+    from ppg_agents.agents.methods import METHODS
     from ppg_agents.building import load_model
     from ppg_agents.generation.hf import HFSampler
-    from ppg_agents.runs.run import Run, RunError, is_run
+    from ppg_agents.runs.files import RunError
+    from ppg_agents.runs.run import Run, is_run
 
-    place: str | Path = target
+    checkpoint: Path | None = None
     if is_run(Path(target)):
         latest = Run.open(Path(target)).latest_checkpoint()
         if latest is None:
             raise RunError(f"expected a run with a checkpoint, got {target} without; resume it first")
-        place = latest[1]
-    policy = load_model(config, place, lora=None)
-    return policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
+        checkpoint = latest[1]
+    if config.agent not in METHODS:
+        spoken_for = _own_agent(config, checkpoint)
+        if spoken_for is not None:
+            return spoken_for
+    policy = load_model(config, checkpoint or target, lora=None)
+    return Target(policy, HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature))
+
+
+def _own_agent(config: TrainConfig, checkpoint: Path | None) -> Target | None:
+    """Return the run's agent as the one who speaks; None when it leaves speaking to the policy."""
+    from ppg_agents.agents.protocol import SpeakingAgent
+    from ppg_agents.building import build_agent, load_policy
+    from ppg_agents.distributed import Alone
+    from ppg_agents.generation.hf import HFSampler
+    from ppg_agents.horizon.planner import Planner
+    from ppg_agents.rollout.speaker import AgentSpeaker
+
+    policy = load_policy(config)
+    sampler = HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
+    planner = Planner(config, config.env.max_turns)
+    agent = build_agent(config, policy, sampler, Alone(), config.iterations, config.env.max_turns, planner.mask)
+    if not isinstance(agent, SpeakingAgent):
+        return None
+    if checkpoint is not None:
+        agent.load(checkpoint)
+    return Target(policy, sampler, AgentSpeaker(agent, policy, sampler))

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppg_agents.trajectory import Batch, Trajectory, Turn
+from ppg_agents.batch import Batch
+from ppg_agents.trajectory import Trajectory, Turn
 
 
 class LedgerError(ValueError):
@@ -263,4 +264,4 @@ def _same(name: str, got: Any, expected: Any, place: str, start: int) -> None:
 
 
 def _broken(expected: str, got: str) -> LedgerError:
-    return LedgerError(f"expected {expected}, got {got}; the batch is not the ledger: lay it out with trajectory.batch")
+    return LedgerError(f"expected {expected}, got {got}; the batch is not the ledger: lay it out with ppg_agents.batch")

@@ -17,7 +17,7 @@ from ppg_agents.credit import Mask, credit
 from ppg_agents.trajectory import Trajectory, from_logged
 
 if TYPE_CHECKING:
-    from ppg_agents.agents.ppg import PPGAgent
+    from ppg_agents.agents.protocol import OfflineAgent
     from ppg_agents.policy.policy import Policy
     from ppg_gym.data.dialogues import FileReport, LoggedDialogue
 
@@ -125,7 +125,7 @@ def likelihood(total: float, trajectories: Sequence[Trajectory], mask: Mask, dis
 
 
 def held_out_likelihood(
-    agent: PPGAgent, held_out: Mapping[str, Sequence[Trajectory]], mask: Mask, discount: float
+    agent: OfflineAgent, held_out: Mapping[str, Sequence[Trajectory]], mask: Mask, discount: float
 ) -> dict[str, Any]:
     """Return the objective of offline learning on held-out personas.
 

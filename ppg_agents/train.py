@@ -25,13 +25,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ppg_agents.agents import Agent
+from ppg_agents.agents.protocol import Agent, OfflineAgent
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config.settings import ConfigError, TrainConfig, differences
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.evaluate import play, summarise
-from ppg_agents.generation import GenerationError, Sampler, make_sampler, speaking
+from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
 from ppg_agents.policy.policy import Policy
@@ -45,6 +45,7 @@ from ppg_agents.rollout.environment import (
 from ppg_agents.rollout.lockstep import collect
 from ppg_agents.rollout.metrics import batch_metrics, check_judge
 from ppg_agents.rollout.pairs import play_pairs
+from ppg_agents.rollout.speaker import PolicySpeaker, speaker_of
 from ppg_agents.rollout.threads import Envs, collect_each
 from ppg_agents.runs.curve import curve
 from ppg_agents.runs.run import Run, finite, lock
@@ -89,11 +90,12 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         name = team.gather([uuid.uuid4().hex])[0]
         speech = replace(config.sampling, backend="hf", endpoints=()) if config.offline.files else config.sampling
         sampler = make_sampler(policy, speech, folder / "sampler", run=name, write=team.main)
-        held.callback(getattr(sampler, "close", lambda: None))
+        held.callback(sampler.close)
         if team.sharded:
             split(config, policy)
         task.prepare(policy, sampler)
         agent = build_agent(config, policy, sampler, team, task.iterations, task.turns, task.mask)
+        task.hear(agent)
         if run is None and team.main:
             run = Run.create(folder, config)
             held.enter_context(lock(folder))
@@ -168,7 +170,10 @@ class Task(Protocol):
     turns: int | None
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
-        """Take what speaks."""
+        """Take the policy and its sampler."""
+
+    def hear(self, agent: Agent) -> None:
+        """Take the agent, which may speak for itself."""
 
     def describe(self, run: Run) -> None:
         """Say what is learned from."""
@@ -207,9 +212,14 @@ class Online:
         self.planner.remember(run.metrics())
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
-        """Take what speaks."""
+        """Take the policy and its sampler."""
         self.policy, self.sampler = policy, sampler
-        if hasattr(sampler, "reply_one"):  # servers: a conversation that waits for its judge holds up no other
+
+    def hear(self, agent: Agent) -> None:
+        """Take the agent, which may speak for itself."""
+        self.speaker = speaker_of(agent, self.policy, self.sampler)
+        if isinstance(self.sampler, SingleSampler) and isinstance(self.speaker, PolicySpeaker):
+            # Servers answer one by one, so that a conversation that waits for its judge holds up no other.
             self.each = Envs(lambda: make_env(self.config, self.config.personas))
 
     def describe(self, run: Run) -> None:
@@ -228,7 +238,7 @@ class Online:
         began = time.perf_counter()
         synchronise(self.sampler, self.policy, self.team)
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
-            if getattr(agent, "branch", False):
+            if agent.needs.branch:
                 rng = np.random.default_rng([config.seed, iteration, self.team.rank])
                 one_half = partial(self._play, generator=generator)
                 trajectories = play_pairs(one_half, self.sampler, seeds, rng, self.policy.end_of_turn_id)
@@ -242,20 +252,21 @@ class Online:
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         if self.team.main:
             run.append_trajectories(everything)
-        usage: dict[str, Any] = getattr(self.envs.unwrapped, "usage", dict)()  # what the environment asked servers for
+        usage = self.envs.usage()  # what the environment asked servers for
         return {**batch_metrics(everything), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
-    def _play(self, sampler: Any, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
+    def _play(self, sampler: Sampler, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
         """Hold one conversation per seed."""
-        if self.each is not None:
+        if self.each is not None and isinstance(sampler, SingleSampler):
             return collect_each(self.each, self.policy, sampler, seeds, generator, self.config.domain)
         if self.envs.num_envs != len(seeds):  # an agent that learns from pairs plays one half after the other
             self.envs.close()
             self.envs = make_envs(self.config, len(seeds), self.config.personas)
-        return collect(self.envs, self.policy, sampler, seeds, generator, self.config.domain)
+        speaker = self.speaker if sampler is self.sampler else PolicySpeaker(self.policy, sampler)
+        return collect(self.envs, self.policy, sampler, seeds, generator, self.config.domain, speaker=speaker)
 
     def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
-        """Play held-out personas; the agent speaks through the policy it learns."""
+        """Play held-out personas; the agent speaks for itself where it can, else through the policy it learns."""
         settings = self.config.evaluation
         if not settings.conversations:
             return None
@@ -267,7 +278,8 @@ class Online:
                 personas=HELD_OUT,
                 conversations=settings.conversations,
                 seed=settings.seed,
-                best_of=getattr(agent, "best_of", 1),
+                best_of=agent.needs.best_of,
+                speaker=self.speaker,
             )
         return summarise(played, reachable).to_dict(), played
 
@@ -291,6 +303,17 @@ class Offline:
     def remember(self, run: Run) -> None:
         """Nothing is remembered: every iteration follows from its number."""
 
+    def hear(self, agent: Agent) -> None:
+        """Take the agent; nobody speaks.
+
+        Raises:
+            ConfigError: It does not learn from logged dialogues.
+        """
+        if not (isinstance(agent, OfflineAgent) and agent.learns_offline):
+            name = self.config.agent
+            raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
+        self.agent = agent
+
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
         self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
@@ -310,26 +333,25 @@ class Offline:
             )
         run.write_json("offline.json", read)
 
-    def step(self, agent: Any, run: Run, iteration: int) -> dict[str, Any]:
+    def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
         """Learn from the iteration's share of a pass over the data; every pass has its own order."""
         epoch, position = divmod(iteration, self.per_epoch)
         order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data.train))
         rows = order[position * self.config.batch :][: self.config.batch]
         trajectories = [self.data.train[row] for row in rows]
         began = time.perf_counter()
-        learned = agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
+        learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
-        plain = self.config.aggregation == "sum" and not self.config.standardise
-        if plain and getattr(agent, "loss_is_likelihood", True):  # loss = -objective
+        if self.agent.loss_is_likelihood:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
             metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
-    def evaluate(self, agent: Any) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Score the dialogues of held-out personas; nothing is played."""
         mask = self.mask(self.turns or 1)
         with self.interrupt.abandonable():
-            return held_out_likelihood(agent, self.data.held_out, mask, self.config.discount), ()
+            return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
 
     def close(self) -> None:
         """There is nothing to let go of."""

@@ -1,4 +1,4 @@
-"""The turn ledger: what was said, sampled and judged, its file format and its batches.
+"""The turn ledger: what was said, sampled and judged, and its file format.
 
 Token ids are kept as they were sampled. Nothing here encodes text that was sampled, talks to an
 environment or computes a credit.
@@ -13,11 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 if TYPE_CHECKING:
     from ppg_agents.policy.policy import Policy
@@ -110,80 +105,6 @@ class Trajectory:
     def judged(self) -> list[float]:
         """Return the rewards of the turns that were judged."""
         return [turn.reward for turn in self.turns if math.isfinite(turn.reward)]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Conversations as arrays; B conversations, L tokens in the longest, n turns.
-
-    Every [B, L] array is indexed by the position of the token itself.
-
-    Attributes:
-        ids: Tokens [B, L] long, padded on the right.
-        attention: Bool [B, L], True on real tokens.
-        token_mask: Bool [B, L], True on sampled reply tokens.
-        turn_index: Long [B, L], the turn (from 0) that a token belongs to; 0 on padding.
-        rewards: Float64 [B, n], NaN where a turn was not judged or not played.
-        valid: Bool [B, n], True where a turn was played and judged.
-        sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where nobody knows.
-        spans: Int64 [B, n, 3], the `Span` of every turn; -1 where it was not played.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    token_mask: Tensor
-    turn_index: Tensor
-    rewards: NDArray[np.float64]
-    valid: NDArray[np.bool_]
-    sampling_log_probs: Tensor
-    spans: NDArray[np.int64]
-
-
-def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None = None) -> Batch:
-    """Lay conversations side by side.
-
-    Args:
-        trajectories: At least one.
-        pad_id: Fills the rows on the right.
-        n_turns: n; default the most turns of any conversation, at least 1.
-
-    Raises:
-        ValueError: No trajectory, or one with more than ``n_turns`` turns.
-    """
-    if not trajectories:
-        raise ValueError("expected at least one trajectory, got none")
-    longest = max(len(t.turns) for t in trajectories)
-    n = max(longest, 1) if n_turns is None else n_turns
-    if longest > n:
-        raise ValueError(f"expected at most n_turns={n} turns, got a conversation of {longest}")
-    rows = [t.token_ids() for t in trajectories]
-    length = max(1, max(len(row) for row in rows))
-    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
-    attention = np.zeros(ids.shape, dtype=np.bool_)
-    token_mask = np.zeros(ids.shape, dtype=np.bool_)
-    turn_index = np.zeros(ids.shape, dtype=np.int64)
-    log_probs = np.zeros(ids.shape, dtype=np.float32)
-    rewards = np.full((len(rows), n), np.nan)
-    spans = np.full((len(rows), n, 3), -1, dtype=np.int64)
-    for b, (row, trajectory) in enumerate(zip(rows, trajectories, strict=True)):
-        ids[b, : len(row)] = row
-        attention[b, : len(row)] = True
-        for t, (turn, span) in enumerate(zip(trajectory.turns, trajectory.spans(), strict=True)):
-            turn_index[b, span.prompt : span.end] = t
-            token_mask[b, span.start : span.end] = True
-            log_probs[b, span.start : span.end] = turn.log_probs
-            rewards[b, t] = turn.reward
-            spans[b, t] = span
-    return Batch(
-        ids=torch.from_numpy(ids),
-        attention=torch.from_numpy(attention),
-        token_mask=torch.from_numpy(token_mask),
-        turn_index=torch.from_numpy(turn_index),
-        rewards=rewards,
-        valid=np.isfinite(rewards),
-        sampling_log_probs=torch.from_numpy(log_probs),
-        spans=spans,
-    )
 
 
 def to_json(trajectory: Trajectory) -> str:

@@ -62,13 +62,13 @@ class OurSide:
 
         import ppg_gym  # noqa: F401 (registers the environment)
         from ppg_agents import credit
-        from ppg_agents.agents.ppg import PPGAgent
+        from ppg_agents.agents.learner import Learner
         from ppg_agents.generation.hf import HFSampler
         from ppg_agents.policy import Policy
 
         self.policy = Policy.load(model)
         self.sampler = HFSampler(self.policy, MAX_NEW_TOKENS)
-        self.agent = PPGAgent(self.policy, credit.full, baseline="batch-mean", learning_rate=1e-6)
+        self.agent = Learner(self.policy, credit.full, baseline="batch-mean", learning_rate=1e-6)
         self.envs = gym.make_vec("PersonaChat-v0", num_envs=CONVERSATIONS, max_turns=TURNS)
         self.generator = torch.Generator(self.policy.device).manual_seed(0)
 
@@ -175,7 +175,7 @@ def grpo(settings: argparse.Namespace, ours: OurSide, prompts: list[str]) -> tup
 
 def bench_learner(settings: argparse.Namespace) -> Result:
     """Alternate learning steps with forward and backward of the bare model on the same conversations."""
-    from ppg_agents.trajectory import batch
+    from ppg_agents.batch import batch
 
     ours = OurSide(settings.model)
 
@@ -298,7 +298,7 @@ def bench_per_turn(settings: argparse.Namespace) -> Result:
     from transformers import AutoModelForCausalLM
 
     from ppg_agents import credit
-    from ppg_agents.agents.ppg import PPGAgent
+    from ppg_agents.agents.learner import Learner
     from ppg_agents.policy import LoraSettings, Policy, add_lora
     from ppg_agents.trajectory import Trajectory, Turn
 
@@ -306,7 +306,7 @@ def bench_per_turn(settings: argparse.Namespace) -> Result:
     embedded.config.max_position_embeddings = 4096
     lm = AutoModelForCausalLM.from_config(embedded.config).to(embedded.device)
     policy = Policy(add_lora(lm, LoraSettings()), embedded.tokenizer)
-    agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=0.0, max_grad_norm=1e9)
+    agent = Learner(policy, credit.greedy, baseline="none", learning_rate=0.0, max_grad_norm=1e9)
     random = np.random.default_rng(0)
     result: Result = {}
 

@@ -5,7 +5,7 @@
     python scripts/gpu_check.py --tiny --no-tests         # the same code on small shapes, on the CPU
 
 Weights are random, in the shapes of published config.json files; LoRA of rank 16 on every linear layer, bfloat16
-weights. One learner step is `PPGAgent.learn` on whole conversations: ledger checks, credit, forward, backward, clip,
+weights. One learner step is `Learner.learn` on whole conversations: ledger checks, credit, forward, backward, clip,
 AdamW. Half of a conversation's tokens are the policy's, in 20 turns.
 
 Model FLOP utilisation (MFU) counts what the mathematics needs, not what is computed again:
@@ -200,9 +200,9 @@ def learner(policy: Any, device: Device, length: int, settings: argparse.Namespa
 def steps(policy: Any, device: Device, count: int, length: int, budget: int, settings: argparse.Namespace) -> Result:
     """Return tokens per second, utilisation and peak memory of learning steps on ``count`` conversations."""
     from ppg_agents import credit
-    from ppg_agents.agents.ppg import PPGAgent
+    from ppg_agents.agents.learner import Learner
 
-    agent = PPGAgent(
+    agent = Learner(
         policy, lambda n: credit.k_step(n, 3), baseline="batch-mean", learning_rate=1e-6, micro_batch_tokens=budget
     )
 

@@ -290,7 +290,7 @@ def given(page: str) -> dict[str, Any]:
         from ppg_agents.horizon import choice as horizon_choice
 
         config = configs.load(None, {"sampling.max_new_tokens": 8, "env.max_turns": 2})
-        policy, sampler = evaluate.load_target("tiny", config)
+        policy, sampler, _ = evaluate.load_target("tiny", config)
         played, _ = evaluate.play(policy, sampler, config, personas="train", conversations=4, seed=0)
         classes = horizon_choice.default_candidates(2)
         known = {"horizon_choice": horizon_choice, "trajectories": played, "policy": policy, "classes": classes}

@@ -158,4 +158,4 @@ def test_every_page_is_in_the_index_and_every_agent_in_its_table() -> None:
     assert index == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     table = prose("docs/agents.md").partition("## By name")[2].partition("\n## ")[0]
     cells = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
-    assert {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} == {*agents.AGENTS, *agents.ALTERNATIVES}
+    assert {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)} == set(agents.METHODS)

@@ -1,13 +1,12 @@
-"""The gradient of one batch: conversations packed into micro-batches, scored, their losses added up.
+"""The gradient of one batch, and the step along it: micro-batches packed, scored, their losses added up, AdamW.
 
-What is measured on the way is a sum over conversations, so that the sums of several processes add up too. The loss is
-a function of a micro-batch (`Loss`); nothing here knows a baseline, a policy class or an optimiser.
+The loss is a function of a micro-batch (`Loss`); nothing here knows a baseline, a policy class or a method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import ledger, losses
-from ppg_agents.distributed import Alone, Workers, passes
-from ppg_agents.importance import Importance, effective_share, importance_weights
-from ppg_agents.ledger import Gap
+from ppg_agents.agents.settings import LearnerSettings
+from ppg_agents.agents.sums import Ratios, Sums, WeightSums
+from ppg_agents.batch import Batch
+from ppg_agents.distributed import Workers, clip, groups, passes
+from ppg_agents.importance import Importance, importance_weights
+from ppg_agents.ledger import LedgerError
 from ppg_agents.policy.policy import Policy
-from ppg_agents.trajectory import Batch
+from ppg_agents.trajectory import Trajectory
 
 Array = NDArray[np.float64]
 Reduction = dict[str, Any]
@@ -111,137 +113,95 @@ class Scored:
     reference: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class WeightSums:
-    """Sums over the importance weights w of a batch; those of parts add up.
-
-    Attributes:
-        total: Σw.
-        squares: Σw².
-        count: How many.
-        truncated: Of these, those that the largest allowed weight cut down.
-    """
-
-    total: float = 0.0
-    squares: float = 0.0
-    count: int = 0
-    truncated: int = 0
-
-    def __add__(self, other: WeightSums) -> WeightSums:
-        return WeightSums(
-            self.total + other.total,
-            self.squares + other.squares,
-            self.count + other.count,
-            self.truncated + other.truncated,
-        )
-
-
-@dataclass(frozen=True)
-class Ratios:
-    """What a loss says of w = π / π°, the learner against the sampler, at its tokens; those of parts add up.
-
-    Attributes:
-        largest: The largest w.
-        count: Tokens.
-        bounded: Tokens whose w the loss bounds.
-        outside: Of these, those with w outside of the bounds.
-    """
-
-    largest: float = 0.0
-    count: int = 0
-    bounded: int = 0
-    outside: int = 0
-
-    def __add__(self, other: Ratios) -> Ratios:
-        largest = max(self.largest, other.largest)
-        return Ratios(
-            largest, self.count + other.count, self.bounded + other.bounded, self.outside + other.outside
-        )
-
-
 Loss = Callable[[Scored, Reduction], tuple[Tensor, Ratios]]
 """A micro-batch and how it is reduced in; its part of the loss out (a scalar), and what is said of its ratios."""
 
 
-def policy_gradient(advantage: Array) -> Loss:
-    """Return the partial policy gradient with the advantage [B, n] of every turn."""
-
-    def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
-        arrays = (part.log_probs, part.token_mask, part.turn_index, torch.from_numpy(advantage[part.rows]))
-        return losses.partial_policy_gradient(*arrays, **reduction, weights=part.weights), Ratios()
-
-    return loss
-
-
-def log_likelihood(weight: Array) -> Loss:
-    """Return the likelihood of logged words with the weight [B, n] of every turn."""
-
-    def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
-        arrays = (part.log_probs, part.token_mask, part.turn_index, torch.from_numpy(weight[part.rows]))
-        return losses.reward_weighted_log_likelihood(*arrays, **reduction), Ratios()
-
-    return loss
-
-
-@dataclass
-class Sums:
-    """What one process adds up over a batch.
+class Descent:
+    """AdamW over the policy's trainable weights, one step per batch, the same on all workers.
 
     Attributes:
-        loss: The micro-batches' losses.
-        tokens: Real tokens in the batch.
-        needed: Tokens up to each conversation's last trained one.
-        read: Tokens in the micro-batches, padding included.
-        turns: Trained turns, where the divergence is measured.
-        kl: Estimated divergence from the reference, summed over them.
-        weights: Importance weights, where there are any.
-        gap: Of log-probs, over turns that the learner's own version sampled.
-        ratios: Of the policy to the one that sampled, as the loss has them.
+        optimizer: The AdamW.
+        steps: Steps taken.
     """
 
-    loss: float = 0.0
-    tokens: int = 0
-    needed: int = 0
-    read: int = 0
-    turns: int = 0
-    kl: float = 0.0
-    weights: WeightSums = field(default_factory=WeightSums)
-    gap: Gap = field(default_factory=Gap)
-    ratios: Ratios = field(default_factory=Ratios)
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.loss + other.loss,
-            self.tokens + other.tokens,
-            self.needed + other.needed,
-            self.read + other.read,
-            self.turns + other.turns,
-            self.kl + other.kl,
-            self.weights + other.weights,
-            self.gap + other.gap,
-            self.ratios + other.ratios,
+    def __init__(self, policy: Policy, settings: LearnerSettings, workers: Workers) -> None:
+        """Take no step yet."""
+        self.steps = 0
+        self._policy, self._settings, self._workers = policy, settings, workers
+        limit = settings.max_log_prob_gap
+        self._gap_limit = ledger.default_gap_limit(policy.model.dtype) if limit is None else limit
+        self._parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            groups(self._parameters), lr=settings.rate(0), weight_decay=settings.weight_decay, foreach=True
         )
 
-    def metrics(self, objective: Objective) -> dict[str, float]:
-        """Return ``loss``, ``tokens`` and ``padding``; and what was measured of gap, divergence, weights and ratios."""
-        found: dict[str, float] = {
-            "loss": self.loss,
-            "tokens": self.tokens,
-            "padding": 1 - self.needed / self.read if self.read else 0.0,
+    def step(
+        self,
+        trajectories: Sequence[Trajectory],
+        data: Batch,
+        whole: Whole,
+        loss: Loss,
+        objective: Objective,
+        temperature: float,
+        fresh: NDArray[np.bool_] | None = None,
+    ) -> dict[str, float]:
+        """Accumulate the gradient over micro-batches and workers, clip it and step; return metrics.
+
+        Args:
+            trajectories: This process's conversations, for messages.
+            data: The same as arrays.
+            whole: The batch of all processes; without a judged turn there is no step.
+            loss: What is minimised.
+            objective: What else is, and how it is reduced.
+            temperature: That the batch was sampled at.
+            fresh: [B, n], turns whose sampler ought to agree with the learner; None compares nothing.
+
+        Raises:
+            LedgerError: Sampler and learner disagree.
+            FloatingPointError: The gradient is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = accumulate(
+            self._policy,
+            data,
+            loss,
+            objective,
+            units=whole.units,
+            budget=self._settings.micro_batch_tokens,
+            temperature=temperature,
+            fresh=fresh,
+            workers=self._workers,
+        )
+        reports = self._workers.gather([(sums, ledger.gap_fault(sums.gap, self._gap_limit, trajectories))])
+        agree([fault for _, fault in reports])
+        total = sum((part for part, _ in reports), Sums())
+        rate, divergence = self._settings.rate(self.steps), bool(objective.kl_coefficient or objective.reference)
+        metrics = {
+            "grad_norm": 0.0,
+            "learning_rate": rate,
+            "policy_version": self._policy.version,
+            **total.metrics(divergence=divergence, weighted=objective.importance != "none"),
         }
-        if self.gap.count:
-            found |= {"log_prob_gap_mean": self.gap.mean, "log_prob_gap_max": self.gap.largest}
-        if objective.kl_coefficient or objective.reference:
-            found["kl"] = self.kl / max(1, self.turns)
-        if objective.importance != "none":
-            given = self.weights
-            found["importance_ess"] = effective_share(given.total, given.squares, given.count)
-            found["importance_truncated"] = given.truncated / max(1, given.count)
-        if self.ratios.count:
-            found["ratio_max"] = self.ratios.largest
-        if self.ratios.bounded:
-            found["clip_fraction"] = self.ratios.outside / self.ratios.bounded
-        return found
+        if not whole.valid.any():
+            return metrics
+        self._workers.sum_gradients(self._parameters)
+        norm = clip(self._parameters, self._settings.max_grad_norm)
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"expected a finite gradient, got norm {norm}; lower the learning rate")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.steps += 1
+        self._policy.version += 1
+        return {**metrics, "grad_norm": norm, "policy_version": self._policy.version}
+
+
+def agree(faults: Sequence[str | None]) -> None:
+    """Raise the first worker's fault, on every worker: the others would wait for its gradient for ever."""
+    for fault in faults:
+        if fault is not None:
+            raise LedgerError(fault)
 
 
 def trained_tokens(data: Batch) -> Tensor:
@@ -296,7 +256,7 @@ def accumulate(
     budget: int,
     temperature: float,
     fresh: NDArray[np.bool_] | None = None,
-    workers: Workers | None = None,
+    workers: Workers,
 ) -> Sums:
     """Add the gradient of the batch's loss to the policy's weights, one micro-batch at a time.
 
@@ -317,7 +277,7 @@ def accumulate(
     trained = trained_tokens(data)
     sums = Sums(tokens=int(data.attention.sum()), needed=sum(last_trained(trained)))
     own_passes = len(packs(trained, budget, objective.together))
-    spare = passes(workers or Alone(), own_passes) - own_passes
+    spare = passes(workers, own_passes) - own_passes
     again = _drops_out(policy) and (fresh is not None or objective.importance != "none")
     for part in score(policy, data, budget, temperature, objective.together):
         settled = part.log_probs.detach()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ppg_agents.agents.gradient import packs
+from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers, passes
 from ppg_agents.policy.policy import Policy
-from ppg_agents.trajectory import Batch
 
 Measurement = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Tokens, real ones, selected ones [R, L] in; a value, or a vector, for each selected one out: [N] or [N, …]."""

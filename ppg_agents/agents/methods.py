@@ -1,125 +1,147 @@
-"""The alternatives by name: which advantage, which loss, which options, which of the run's settings they take.
+"""The table of methods: what each one is, as data. Listing, checking and describing them needs no torch.
 
-A method is data and a few functions over `ppg_agents.alternatives`; `alternative`, `value_head` and `pairs` run it.
-Losses here are per token, [R, L'] of a micro-batch; advantages per turn, [B, n] of the whole batch of all processes.
-Nothing here knows a model or an optimiser.
+A row names its functions by string, ``module:function``; a module without a package is one of ``ppg_agents.agents``.
+`learner.Learner` runs them all. To add a method, add a row here and, where the formula is new, a function. A row of
+your own, for `Learner(method=row)`, may hold the functions themselves.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
-from ppg_agents import alternatives as alt
-from ppg_agents.agents.gradient import Scored, Whole
-from ppg_agents.alternatives.tokens import turn_share
-from ppg_agents.losses import Aggregation, tokens_per_turn
-
-log = logging.getLogger(__name__)
+from ppg_agents.nearest import did_you_mean
 
 Options = Mapping[str, Any]
+Reference = str | Callable[..., Any]
 KL = Literal["none", "loss", "token", "reward"]
-BoundPair = tuple[Tensor | float, Tensor | float]
-
-
-@dataclass(frozen=True)
-class Turns:
-    """The whole batch of all processes per turn, [B, n]; what stands at invalid turns is not read.
-
-    Attributes:
-        credit: Of the run's policy class.
-        baselined: The credit less the run's baseline.
-        valid: Played and judged.
-        groups: B labels, equal for conversations that share a persona.
-        lengths: Tokens of each reply.
-        entropy: Mean token entropy of each reply at sampling, where the method asks for it.
-    """
-
-    credit: Tensor
-    baselined: Tensor
-    valid: Tensor
-    groups: list[Any]
-    lengths: Tensor
-    entropy: Tensor
 
 
 @dataclass(frozen=True)
 class Method:
-    """One alternative.
+    """One way to learn from judged conversations.
 
     Attributes:
         options: By name, with defaults. A tuple lists the choices, the default first; None takes a number.
-        loss: Per token: a micro-batch, the advantage per token, the options.
-        advantage: Per turn, of the whole batch; None is the credit less the run's baseline.
-        ratio: Whether the loss weighs by w = π/π°, per token or, where the option ``ratio`` says so, per reply.
-        bounds: Of w, given advantage and options; None where the loss has none.
-        keep: Which conversations of the batch are learned from, [B]; None keeps all.
-        takes: The run's settings that act on it, out of `TAKEN`.
-        kl: What ``kl_coefficient`` does: nothing; ``loss`` adds `losses.kl_loss`, ``token`` `alternatives.kl_term`;
-            ``reward`` takes the log-ratio off the reward before the credit is formed.
+        loss: ``(micro-batch, advantage [R, L'], options) -> [R, L']``, a loss per token.
+        pair_loss: In place of ``loss``: ``(log w, log w', credit, credit', valid, options) -> [P, n]`` for P pairs of
+            conversations, rows 2p and 2p + 1.
+        advantage: ``(turns, options) -> [B, n]``, per turn of the whole batch; None is the credit less the baseline.
+        critic: In place of ``advantage``: ``(estimation, options) -> Critique``, from a value head or instead of one.
+        keep: ``(whole, options) -> [B]``, the conversations that are learned from; None keeps all of them.
+        bounds: ``(advantage, options) -> (low, high)`` of w = π / π°, to count what is clipped; None without bounds.
+        check: ``(options, settings) -> None``; raises a ValueError for what no single option can say.
+        ratio: Whether the loss reads w.
+        branch: Whether a pair shares its history up to a turn (see ``rollout.pairs``).
+        refers: Whether the pair loss reads the reference model in place of the sampler.
+        takes: The run's settings that act on it, out of `SETTINGS`.
+        kl: What ``kl_coefficient`` does: nothing; ``loss`` adds ``losses.kl_loss``, ``token`` ``alternatives.kl_term``;
+            ``reward`` takes the log-ratio off the reward before credit is formed.
         group: Least number of conversations per persona.
-        source_aggregation: What the source aggregates by; None where we do not know.
-        entropy: Whether the advantage reads the entropies.
-        credit: Whether the policy class's credit is read at all.
+        source_aggregation: How the source turns token losses into one number; None where we do not know.
+        entropy: Whether the advantage reads the replies' entropies.
+        credit: Whether it reads the policy class's credit at all.
         offline: Whether it learns from logged dialogues as well.
-        learns: False for what is only compared with.
+        learns: False for what others are only compared with.
+        baseline: The run's baseline where none is named.
         fixed: Options that the name decides.
     """
 
     options: Options = field(default_factory=dict)
-    loss: Callable[[Scored, Tensor, Options], Tensor] = lambda part, advantage, o: alt.reinforce(
-        part.log_probs, advantage, part.token_mask
-    )
-    advantage: Callable[[Turns, Options], Tensor] | None = None
+    loss: Reference = "surrogates:policy_gradient"
+    pair_loss: Reference | None = None
+    advantage: Reference | None = None
+    critic: Reference | None = None
+    keep: Reference | None = None
+    bounds: Reference | None = None
+    check: Reference | None = None
     ratio: bool = True
-    bounds: Callable[[Tensor, Options], BoundPair] | None = None
-    keep: Callable[[Whole, Options], NDArray[np.bool_]] | None = None
+    branch: bool = False
+    refers: bool = False
     takes: frozenset[str] = frozenset()
     kl: KL = "loss"
     group: int = 1
-    source_aggregation: Aggregation | None = None
+    source_aggregation: Literal["constant", "token_mean", "sequence_mean"] | None = None
     entropy: bool = False
     credit: bool = True
     offline: bool = False
     learns: bool = True
+    baseline: Literal["batch-mean", "leave-one-out"] = "batch-mean"
     fixed: Options = field(default_factory=dict)
 
     def fill(self, name: str, given: Options) -> dict[str, Any]:
-        """Return all options, those given over the defaults.
+        """Return all options, the given ones over the defaults.
 
         Args:
-            name: The agent's, for messages.
+            name: The method's, for messages.
             given: Some of the options.
 
         Raises:
-            ValueError: An option that the agent does not have, of another type, or no choice of it.
+            ValueError: An option that the method does not have, of the wrong type, out of range, or not a choice.
         """
-        options = {**self.options, **({"aggregation_of_source": False} if self.source_aggregation else {})}
-        filled = {key: value[0] if isinstance(value, tuple) else value for key, value in options.items()}
+        known = {**self.options, **({"aggregation_of_source": False} if self.source_aggregation else {})}
+        filled = {key: default[0] if isinstance(default, tuple) else default for key, default in known.items()}
         for key, value in given.items():
-            if key not in options:
-                near = difflib.get_close_matches(key, options, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"expected an option of {name!r} ({', '.join(options) or 'none'}), got {key!r}{hint}")
-            filled[key] = _fitting(f"{name!r}: {key}", value, options[key])
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise ValueError(f"expected an option of {name!r} ({', '.join(known) or 'none'}), got {key!r}{hint}")
+            filled[key] = _fitting(f"{name!r}: {key}", value, known[key])
+        for key, (fits, expected) in RANGES.items():
+            if key in filled and not fits(filled[key]):
+                raise ValueError(f"{name!r}: expected {key} {expected}, got {filled[key]}")
         return {**filled, **self.fixed}
+
+    def check_settings(self, name: str, settings: Options) -> None:
+        """Refuse settings of the run that the method would ignore.
+
+        Raises:
+            ValueError: A setting with another value than its default; the message says why it does not act.
+        """
+        for key, (default, why) in SETTINGS.items():
+            value = settings.get(key, default)
+            takes = self.kl != "none" if key == "kl_coefficient" else key in self.takes
+            if value != default and not takes:
+                raise ValueError(f"{name!r}: expected {key} = {default!r}, got {value!r}: {why}; leave it out")
+        steps = settings.get("steps_per_batch", 1)
+        if steps > 1 and not self.repeatable and settings.get("importance", "none") == "none":
+            raise ValueError(
+                f"expected steps_per_batch = 1 with importance 'none', got {steps}: a later step learns from replies "
+                "of an older policy; set importance to 'turn' or 'token'"
+            )
+
+    def reads_reference(self, options: Options, beta: float) -> bool:
+        """Return whether the loss reads the reference model's log-probs, given the options and ``kl_coefficient``."""
+        variant = options.get("variant", "reference_free")
+        return self.refers or variant != "reference_free" or (self.kl == "token" and beta > 0)
+
+    def full_only(self, options: Options) -> bool:
+        """Return whether full planning is the only policy class it takes: no credit of a class enters it."""
+        return not self.credit or options.get("credit") == "gae"
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether several steps on a batch need no importance weights of the run: its own ratios stand for them."""
+        return "importance" not in self.takes
+
+
+def resolve(reference: Reference) -> Callable[..., Any]:
+    """Return the function that a row names as ``module:function``; what is a function is returned as it is."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    place = module if "." in module else f"ppg_agents.agents.{module}"
+    function: Callable[..., Any] = getattr(importlib.import_module(place), name)
+    return function
 
 
 def _fitting(name: str, value: Any, default: Any) -> Any:
     """Return an option's value as the type of its default."""
     if isinstance(default, tuple):
         if value not in default:
-            near = difflib.get_close_matches(str(value), default, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(value), default)
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, default))}, got {value!r}{hint}")
         return value
     kind = float if default is None else type(default)
@@ -130,7 +152,17 @@ def _fitting(name: str, value: Any, default: Any) -> Any:
     return value
 
 
-TAKEN: dict[str, tuple[Any, str]] = {
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "keep": (lambda share: 0 < share <= 1, "in (0, 1]"),
+    "n": (lambda count: count >= 1, ">= 1"),
+    "lam": (lambda weight: 0 <= weight <= 1, "in [0, 1]"),
+    "token_discount": (lambda discount: 0 <= discount <= 1, "in [0, 1]"),
+    "value_clip": (lambda clip: clip >= 0, ">= 0 (0 for none)"),
+    "value_learning_rate": (lambda rate: 0 < rate < float("inf"), "> 0"),
+}
+"""Options with a range that holds whatever the method; the losses check their own."""
+
+SETTINGS: dict[str, tuple[Any, str]] = {
     "baseline": ("batch-mean", "its advantage has a baseline of its own"),
     "standardise": (False, "its advantage is scaled as its source scales it"),
     "discount": (1.0, "it forms no credit that is discounted by turn"),
@@ -140,132 +172,21 @@ TAKEN: dict[str, tuple[Any, str]] = {
     "aggregation": ("sum", "its loss is no sum over tokens"),
     "steps_per_batch": (1, "it takes no step on what it samples"),
 }
-"""Settings of a run that not every method takes: their defaults, and what is said of another value."""
+"""Settings of a run that not every method takes: their defaults, and why another value does not act."""
+
 _STEPS = frozenset({"aggregation", "steps_per_batch", "discount"})
 _FREE = _STEPS | {"baseline", "standardise"}
-CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+_CLIP = {"clip_low": 0.2, "clip_high": 0.2}
+_VALUE = {"value_clip": 0.5, "value_learning_rate": 3e-3}  # a value_clip of 0 is none
+_GAE = {"credit": ("gae", "class"), **_CLIP, "lam": 1.0, "token_discount": 1.0, "whiten": True, **_VALUE}
 
-
-def ppo_clip(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    """Return PPO's clipped surrogate, with the ratio of the token or, with ``ratio = "reply"``, of the reply."""
-    bounds = {name: o[name] for name in ("clip_low", "clip_high", "dual_clip", "ratio_cap") if name in o}
-    mask, turn_index = part.token_mask, part.turn_index
-    if o.get("ratio") != "reply":
-        return alt.ppo_clip(part.log_probs, part.sampling, advantage, mask, **bounds)
-    tokens, turn = tokens_per_turn(mask, turn_index)
-    log_ratios = alt.turn_sum(alt.log_ratio(part.log_probs, part.sampling, mask), mask, turn_index, tokens.shape[1])
-    of_turn = alt.turn_mean(advantage, mask, turn_index, tokens.shape[1])
-    per_turn = alt.ppo_clip_turns(log_ratios, of_turn, tokens > 0, **bounds)
-    return per_turn.gather(1, turn) * turn_share(mask, turn_index).to(per_turn)
-
-
-def clip_bounds(advantage: Tensor, o: Options) -> BoundPair:
-    """Return 1 − ε_lo and 1 + ε_hi."""
-    return 1 - o["clip_low"], 1 + o["clip_high"]
-
-
-def _reply_bounds(advantage: Tensor, o: Options) -> BoundPair:
-    return (1 - o["clip"], 1 + o["clip"]) if o["clip"] else (0.0, float("inf"))
-
-
-def _cispo(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    return alt.cispo(part.log_probs, part.sampling, advantage, part.token_mask, max_weight=o["max_weight"])
-
-
-def _sapo(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    return alt.sapo(part.log_probs, part.sampling, advantage, part.token_mask, **o)
-
-
-def _dispo(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    return alt.dispo(part.log_probs, part.sampling, advantage, part.token_mask, **o)
-
-
-def _dispo_bounds(advantage: Tensor, o: Options) -> BoundPair:
-    good = advantage > 0
-    low = torch.where(good, 1 - o["positive_low"], 1 - o["negative_low"])
-    return low, torch.where(good, 1 + o["positive_high"], 1 + o["negative_high"])
-
-
-def _rpg(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    given = {key: o[key] for key in ("divergence", "beta", "clip", "clip_low", "clip_high", "dual_clip", "kl_to_go")}
-    form = alt.rpg_reinforce if o["form"] == "reinforce" else alt.rpg_differentiable
-    level: Literal["token", "turn"] = "turn" if o["ratio"] == "reply" else "token"
-    arrays = (part.log_probs, part.sampling, advantage, part.token_mask, part.turn_index)
-    return form(*arrays, level=level, **given)
-
-
-def _rpg_bounds(advantage: Tensor, o: Options) -> BoundPair:
-    return (0.0, float("inf")) if o["clip"] == "none" else clip_bounds(advantage, o)
-
-
-def _weighted(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    weighted = advantage if part.weights is None else advantage * part.weights
-    return alt.reinforce(part.log_probs, weighted, part.token_mask)
-
-
-def _a_lol(part: Scored, advantage: Tensor, o: Options) -> Tensor:
-    reference = part.log_probs.detach() if part.reference is None else part.reference
-    given = {key: o[key] for key in ("variant", "clip", "beta")}
-    return alt.a_lol(part.log_probs, reference, advantage, part.token_mask, part.turn_index, **given)
-
-
-def _rloo(turns: Turns, o: Options) -> Tensor:
-    return alt.rloo(turns.credit, turns.valid, turns.groups)
-
-
-def _grpo(turns: Turns, o: Options) -> Tensor:
-    return alt.grpo(turns.credit, turns.valid, turns.groups, epsilon=o["epsilon"])
-
-
-def _dr_grpo(turns: Turns, o: Options) -> Tensor:
-    return alt.grpo(turns.credit, turns.valid, turns.groups, scale_by_std=False)
-
-
-def _whitened(turns: Turns, o: Options) -> Tensor:
-    """REINFORCE++: over turns or, as its source, over tokens, where a turn weighs by its length."""
-    credit = turns.credit
-    if o["group_mean"]:
-        credit = alt.grpo(credit, turns.valid, turns.groups, scale_by_std=False)
-    if o["whiten"] == "turns":
-        return alt.whiten(credit, turns.valid)
-    lengths = (turns.lengths * turns.valid)[..., None]
-    tokens = torch.arange(max(1, int(lengths.max())), device=lengths.device) < lengths
-    return alt.whiten(credit[..., None].expand(tokens.shape).flatten(1), tokens.flatten(1)).view(tokens.shape)[..., 0]
-
-
-def _rebn(turns: Turns, o: Options) -> Tensor:
-    return alt.rebn(turns.credit, turns.valid, epsilon=o["epsilon"])
-
-
-def _empg(turns: Turns, o: Options) -> Tensor:
-    given = {key: o[key] for key in ("scale", "future_scale", "zeta")}
-    return alt.empg(turns.baselined, turns.entropy, turns.valid, **given)
-
-
-def _with_spread(whole: Whole, o: Options) -> NDArray[np.bool_]:
-    if not o["dynamic_sampling"]:
-        return np.ones(len(whole.groups), dtype=np.bool_)
-    returns = torch.from_numpy(np.where(whole.valid, whole.rewards, 0.0).sum(1))
-    kept: NDArray[np.bool_] = alt.groups_with_spread(returns, whole.groups).numpy()
-    return kept
-
-
-def best_share(whole: Whole, o: Options) -> NDArray[np.bool_]:
-    """Return the best conversations by mean score over judged turns; of equal ones the earlier."""
-    counts = whole.valid.sum(1)
-    mean = np.where(whole.valid, whole.rewards, 0.0).sum(1) / np.maximum(counts, 1)
-    order = np.argsort(np.where(counts > 0, -mean, np.inf), kind="stable")
-    kept = np.zeros(len(mean), dtype=np.bool_)
-    kept[order[: int(np.ceil(o["keep"] * int((counts > 0).sum())))]] = True
-    return kept
-
-
-def _imitated(turns: Turns, o: Options) -> Tensor:
-    return torch.ones_like(turns.credit)
-
-
-_PPO = partial(Method, loss=ppo_clip, bounds=clip_bounds, takes=_STEPS)
-_GROUPED = partial(_PPO, advantage=_grpo, group=2, kl="token", source_aggregation="sequence_mean")
+_CLIPPED = partial(Method, loss="surrogates:ppo_clip", bounds="surrogates:clip_bounds", takes=_STEPS)
+_GROUPED = partial(
+    _CLIPPED, advantage="advantages:grpo", group=2, kl="token", source_aggregation="sequence_mean"
+)
+_PAIRED = partial(Method, group=2, takes=frozenset({"steps_per_batch", "discount"}))
+_BRANCHED = partial(_PAIRED, branch=True, kl="none")
+_COMPARED = partial(Method, learns=False, ratio=False, kl="none", takes=frozenset({"discount"}))
 _RPG = Method(
     options={
         "divergence": ("reverse_u", "forward", "forward_u", "reverse"),
@@ -278,8 +199,8 @@ _RPG = Method(
         "ratio": ("token", "reply"),
         "kl_to_go": False,
     },
-    loss=_rpg,
-    bounds=_rpg_bounds,
+    loss="surrogates:rpg",
+    bounds="surrogates:rpg_bounds",
     takes=_FREE,
     kl="none",
     source_aggregation="token_mean",
@@ -287,42 +208,45 @@ _RPG = Method(
 
 
 def _rpg_variant(divergence: str, form: str) -> Method:
+    """Return RPG with divergence and form decided by the name, so that a comparison can have several of them."""
     decided = {"divergence": divergence, "form": form}
     return replace(_RPG, options={k: v for k, v in _RPG.options.items() if k not in decided}, fixed=decided)
 
 
-_PAIRS = frozenset({"steps_per_batch", "discount"})
-_VALUE = {"value_clip": 0.5, "value_learning_rate": 3e-3}  # a value_clip of 0 is none
-_GAE = {"credit": ("gae", "class"), **CLIP, "lam": 1.0, "token_discount": 1.0, "whiten": True, **_VALUE}
-
 METHODS: dict[str, Method] = {
-    "base": Method(learns=False, ratio=False, kl="none", takes=frozenset({"discount"})),
-    "best-of-n": Method({"n": 4}, learns=False, ratio=False, kl="none", takes=frozenset({"discount"})),
+    "ppg": Method(
+        ratio=False, takes=_FREE | {"importance", "importance_cap"}, offline=True, baseline="leave-one-out"
+    ),
+    "base": _COMPARED(),
+    "best-of-n": _COMPARED({"n": 4}),
     "sft": Method(
         {"keep": 0.25},
-        advantage=_imitated,
-        keep=best_share,
+        advantage="advantages:imitated",
+        keep="advantages:best_share",
         ratio=False,
         kl="none",
         takes=_STEPS - {"discount"},
         credit=False,
         offline=True,
     ),
-    "reinforce": Method(loss=_weighted, ratio=False, takes=_FREE | {"importance", "importance_cap"}),
-    "rloo": _PPO({**CLIP, "ratio": ("reply", "token")}, advantage=_rloo, group=2, kl="reward"),
-    "grpo": _GROUPED({**CLIP, "ratio_cap": None, "epsilon": 1e-4, "kl_weighted": True}),
-    "dr-grpo": _GROUPED({**CLIP, "kl_weighted": True}, advantage=_dr_grpo, source_aggregation="constant"),
+    "rloo": _CLIPPED({**_CLIP, "ratio": ("reply", "token")}, advantage="advantages:rloo", group=2, kl="reward"),
+    "grpo": _GROUPED({**_CLIP, "ratio_cap": None, "epsilon": 1e-4, "kl_weighted": True}),
+    "dr-grpo": _GROUPED(
+        {**_CLIP, "kl_weighted": True}, advantage="advantages:dr_grpo", source_aggregation="constant"
+    ),
     "dapo": _GROUPED(
         {"clip_low": 0.2, "clip_high": 0.28, "epsilon": 1e-4, "dynamic_sampling": False, "overlong_buffer": 0},
-        keep=_with_spread,
+        keep="advantages:with_spread",
         kl="none",
         source_aggregation="token_mean",
     ),
-    "reinforce++": _PPO({**CLIP, "whiten": ("turns", "tokens"), "group_mean": False}, advantage=_whitened, kl="reward"),
+    "reinforce++": _CLIPPED(
+        {**_CLIP, "whiten": ("turns", "tokens"), "group_mean": False}, advantage="advantages:whitened", kl="reward"
+    ),
     "cispo": Method(
         {"max_weight": 5.0},
-        loss=_cispo,
-        bounds=lambda advantage, o: (0.0, o["max_weight"]),
+        loss="surrogates:cispo",
+        bounds="surrogates:cispo_bounds",
         takes=_FREE,
         source_aggregation="token_mean",
     ),
@@ -334,23 +258,27 @@ METHODS: dict[str, Method] = {
     },
     "sapo": Method(
         {"temperature_positive": 1.0, "temperature_negative": 1.05},
-        loss=_sapo,
+        loss="surrogates:sapo",
         takes=_FREE,
         source_aggregation="sequence_mean",
     ),
     "dispo": Method(
         {"positive_low": 0.2, "positive_high": 10.0, "negative_low": 1.0, "negative_high": 100.0},
-        loss=_dispo,
-        bounds=_dispo_bounds,
+        loss="surrogates:dispo",
+        bounds="surrogates:dispo_bounds",
+        check="surrogates:check_dispo",
         takes=_FREE,
         source_aggregation="token_mean",
     ),
-    "empg": _PPO(
-        {**CLIP, "scale": 1.0, "future_scale": 1.0, "zeta": 0.0}, advantage=_empg, takes=_FREE, entropy=True
+    "empg": _CLIPPED(
+        {**_CLIP, "scale": 1.0, "future_scale": 1.0, "zeta": 0.0},
+        advantage="advantages:empg",
+        takes=_FREE,
+        entropy=True,
     ),
-    "rebn": _PPO({**CLIP, "epsilon": 1e-9}, advantage=_rebn, source_aggregation="constant"),
-    "ppo": _PPO({**_GAE, "dual_clip": None}),
-    "bi-level-gae": _PPO(_GAE),
+    "rebn": _CLIPPED({**_CLIP, "epsilon": 1e-9}, advantage="advantages:rebn", source_aggregation="constant"),
+    "ppo": _CLIPPED({**_GAE, "dual_clip": None}, critic="value_head:gae", check="value_head:check_gae"),
+    "bi-level-gae": _CLIPPED(_GAE, critic="value_head:bi_level_gae"),
     "a-lol": Method(
         {
             "variant": ("reference_free", "sequence_ratio", "token_ratio", "kl"),
@@ -359,13 +287,14 @@ METHODS: dict[str, Method] = {
             "beta": 0.2,
             **_VALUE,
         },
-        loss=_a_lol,
+        loss="surrogates:a_lol",
+        critic="value_head:per_turn",
         ratio=False,
         takes=_STEPS,
         kl="none",
         offline=True,
     ),
-    "p3o": Method({"clip": 0.2}, bounds=_reply_bounds, takes=_PAIRS, kl="reward", group=2),
-    "copg": Method({"beta": 0.1}, ratio=False, takes=_PAIRS, kl="none", group=2),
-    "refuel": Method({"eta": 1.0}, takes=_PAIRS, kl="none", group=2),
+    "p3o": _PAIRED({"clip": 0.2}, pair_loss="pairs:p3o", bounds="surrogates:reply_bounds", kl="reward"),
+    "copg": _BRANCHED({"beta": 0.1}, pair_loss="pairs:copg", ratio=False, refers=True),
+    "refuel": _BRANCHED({"eta": 1.0}, pair_loss="pairs:refuel"),
 }

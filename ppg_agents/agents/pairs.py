@@ -1,13 +1,13 @@
-"""Alternatives that compare two conversations at a time: P3O, CoPG and REFUEL.
+"""Losses that compare two conversations at a time: P3O, CoPG and REFUEL.
 
 P3O takes any two with one persona, at every turn that both have judged; CoPG and REFUEL two that share a history (see
-`ppg_agents.rollout.pairs`), at the turn where they part. The loss is the mean over pairs.
+`ppg_agents.rollout.pairs`), at the turn where they part. Rows 2p and 2p + 1 of a process are a pair, and the loss is
+the mean over pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,76 +15,78 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
-from ppg_agents.agents.alternative import AlternativeAgent
-from ppg_agents.agents.gradient import Loss, Ratios, Reduction, Scored, Whole
-from ppg_agents.agents.methods import Method
-from ppg_agents.credit import Mask
-from ppg_agents.policy.policy import Policy
+from ppg_agents.agents.gradient import Array, Loss, Reduction, Scored
+from ppg_agents.agents.methods import Method, Options, resolve
+from ppg_agents.agents.sums import Ratios
+from ppg_agents.agents.surrogates import count_ratios
 from ppg_agents.rollout.pairs import branch_point
-from ppg_agents.trajectory import Batch, Trajectory
+from ppg_agents.trajectory import Trajectory
 
 
-class PairAgent(AlternativeAgent):
-    """Learns a policy from pairs of conversations: rows 2p and 2p + 1 of every process."""
+def p3o(one: Tensor, other: Tensor, credit: Tensor, other_credit: Tensor, valid: Tensor, options: Options) -> Tensor:
+    """Return P3O's loss; a clip of 0 is none."""
+    return alt.p3o(one, other, credit, other_credit, valid, clip=options["clip"] or None)
 
-    together = 2
 
-    def __init__(self, name: str, method: Method, policy: Policy, mask: Callable[[int], Mask], **given: Any) -> None:
-        """Make an agent; see `AlternativeAgent`."""
-        super().__init__(name, method, policy, mask, **given)
-        self.branch = name in ("copg", "refuel")
+def copg(one: Tensor, other: Tensor, credit: Tensor, other_credit: Tensor, valid: Tensor, options: Options) -> Tensor:
+    """Return CoPG's loss."""
+    return alt.copg(one, other, credit, other_credit, valid, beta=options["beta"])
 
-    def _keep(
-        self, trajectories: Sequence[Trajectory], data: Batch, whole: Whole
-    ) -> tuple[NDArray[np.bool_] | None, dict[str, float]]:
-        """Return the turns that both conversations of a pair learn from."""
-        if len(trajectories) % 2 or any(
-            one.instruction != other.instruction
-            for one, other in zip(trajectories[::2], trajectories[1::2], strict=False)
-        ):
-            raise ValueError(
-                f"{self.name!r}: expected pairs of conversations with one persona, one after the other, got others; "
-                "set --set group=2, and a batch that is a multiple of 2 × processes"
-            )
-        both = data.valid[::2] & data.valid[1::2]
-        if self.branch:
-            at = [branch_point(one, other) for one, other in zip(trajectories[::2], trajectories[1::2], strict=True)]
-            parts = np.array([-1 if t is None else t for t in at])
-            both &= np.arange(both.shape[1]) == parts[:, None]
-        found = self._workers.gather([both.repeat(2, axis=0)])
-        kept = np.concatenate(found)
-        return kept, {"pairs_dropped": int((~kept.any(1)).sum()) // 2}
 
-    def _loss(self, data: Batch, whole: Whole, temperature: float) -> Loss:
-        credit, valid = torch.from_numpy(whole.credit[whole.own]), torch.from_numpy(data.valid)
+def refuel(one: Tensor, other: Tensor, credit: Tensor, other_credit: Tensor, valid: Tensor, options: Options) -> Tensor:
+    """Return REFUEL's loss."""
+    return alt.refuel(one, other, credit, other_credit, valid, eta=options["eta"])
 
-        def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
-            mask, turn_index, n = part.token_mask, part.turn_index, valid.shape[1]
-            other = part.reference if part.reference is not None else part.sampling
-            log_ratios = alt.turn_sum(alt.log_ratio(part.log_probs, other, mask), mask, turn_index, n)
-            scores = credit[part.rows].to(log_ratios)
-            both = valid[part.rows][::2].to(log_ratios.device)
-            arrays = (log_ratios[::2], log_ratios[1::2], scores[::2], scores[1::2], both)
-            pairs = reduction["batch_size"] / 2
-            return self._pair_loss(*arrays).sum() / pairs, self._ratios(part, scores)
 
-        return loss
+def compared_turns(
+    name: str, trajectories: Sequence[Trajectory], valid: NDArray[np.bool_], *, branch: bool
+) -> NDArray[np.bool_]:
+    """Return the turns [B, n] that both conversations of a pair learn from.
 
-    def _pair_loss(self, one: Tensor, other: Tensor, score: Tensor, other_score: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss per pair and turn [P, n]."""
-        if self.name == "p3o":
-            clip = self.options["clip"]
-            return alt.p3o(one, other, score, other_score, valid, clip=clip or None)
-        if self.name == "copg":
-            return alt.copg(one, other, score, other_score, valid, beta=self.options["beta"])
-        return alt.refuel(one, other, score, other_score, valid, eta=self.options["eta"])
+    Args:
+        name: The method's, for messages.
+        trajectories: This process's conversations, pair by pair.
+        valid: [B, n], played and judged.
+        branch: Whether only the turn at which a pair parts counts.
 
-    def _by_reply(self) -> bool:
-        return True
+    Raises:
+        ValueError: The conversations are not pairs with one persona.
+    """
+    pairs = list(zip(trajectories[::2], trajectories[1::2], strict=False))
+    if len(trajectories) % 2 or any(one.instruction != other.instruction for one, other in pairs):
+        raise ValueError(
+            f"{name!r}: expected pairs of conversations with one persona, one after the other, got others; "
+            "set --set group=2, and a batch that is a multiple of 2 × processes"
+        )
+    both: NDArray[np.bool_] = valid[::2] & valid[1::2]
+    if branch:
+        points = [branch_point(one, other) for one, other in pairs]
+        parting = np.array([-1 if point is None else point for point in points])
+        both &= np.arange(both.shape[1]) == parting[:, None]
+    return both.repeat(2, axis=0)
 
-    def _refers(self) -> bool:
-        return self.name == "copg"
 
-    def _try_options(self) -> None:
-        zeros = torch.zeros((1, 1))
-        self._pair_loss(zeros, zeros, zeros, zeros, zeros == 0)
+def pair_loss(method: Method, options: Options, credit: Array, valid: NDArray[np.bool_]) -> Loss:
+    """Return the loss of a micro-batch of whole pairs.
+
+    Args:
+        method: Whose loss it is.
+        options: The method's.
+        credit: [B, n] of this process.
+        valid: [B, n], the turns that are compared.
+    """
+    compare = resolve(method.pair_loss or "")
+    credits, compared = torch.from_numpy(credit), torch.from_numpy(valid)
+
+    def loss(part: Scored, reduction: Reduction) -> tuple[Tensor, Ratios]:
+        mask, turn_index = part.token_mask, part.turn_index
+        other = part.reference if part.reference is not None else part.sampling
+        per_token = alt.log_ratio(part.log_probs, other, mask)
+        log_ratios = alt.turn_sum(per_token, mask, turn_index, compared.shape[1])
+        scores = credits[part.rows].to(log_ratios)
+        both = compared[part.rows][::2].to(log_ratios.device)
+        arrays = (log_ratios[::2], log_ratios[1::2], scores[::2], scores[1::2], both)
+        total = compare(*arrays, options).sum()
+        return total / (reduction["batch_size"] / 2), count_ratios(method, options, part, scores)
+
+    return loss

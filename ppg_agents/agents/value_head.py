@@ -1,4 +1,4 @@
-"""Alternatives with a value head: PPO, bi-level GAE, and A-LoL, which may do without.
+"""A value head, and the advantages against it: PPO's GAE, bi-level GAE, and the credit less the value, turn by turn.
 
 The head is linear on the last hidden state before a token, and learns from states that the policy had before the
 batch's first step: its loss never changes the policy's weights (ours; others share them), so that the policy gradient
@@ -10,24 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
 from ppg_agents import baselines
-from ppg_agents.agents.alternative import AlternativeAgent
-from ppg_agents.agents.gradient import Array, Loss, Whole, last_trained, trained_tokens
-from ppg_agents.agents.measure import states
-from ppg_agents.agents.methods import Method
+from ppg_agents.agents.gradient import Whole, last_trained, trained_tokens
+from ppg_agents.agents.methods import Options
 from ppg_agents.alternatives.tokens import turn_bounds
-from ppg_agents.credit import Mask
+from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers
-from ppg_agents.policy.policy import Policy
-from ppg_agents.trajectory import Batch, Trajectory
 
 FILE = "value_head.safetensors"
 
@@ -113,129 +106,136 @@ class Regression:
     values: Tensor
 
 
-class ValueHeadAgent(AlternativeAgent):
-    """Learns a policy against a learned value.
+@dataclass(frozen=True)
+class Estimation:
+    """What an advantage against a value is made from.
 
     Attributes:
+        batch: This process's conversations.
+        whole: The batch of all processes.
         head: The value head; None where the options do without.
+        states: ``mask [B, L] -> [N, hidden]``, the states that the selected tokens are predicted from.
+        discount: Per turn.
+        cut: Which conversations were truncated.
+        workers: The processes that learn together.
     """
 
-    def __init__(self, name: str, method: Method, policy: Policy, mask: Callable[[int], Mask], **given: Any) -> None:
-        """Make an agent; see `AlternativeAgent`.
+    batch: Batch
+    whole: Whole
+    head: ValueHead | None
+    states: Callable[[Tensor], Tensor]
+    discount: float
+    cut: Sequence[bool]
+    workers: Workers
 
-        Raises:
-            ValueError: As `AlternativeAgent`; or a discount per turn where credit is formed token by token.
-        """
-        super().__init__(name, method, policy, mask, **given)
-        self.head: ValueHead | None = None
-        self._regression: Regression | None = None
-        self._cut: list[bool] = []
-        if self.options.get("value") != "mean":
-            rate = self.options["value_learning_rate"]
-            self.head = ValueHead(int(policy.config.hidden_size), rate, policy.device)
-        if name == "ppo" and self.options["credit"] == "gae" and self._discount != 1.0:
-            raise ValueError(
-                f"'ppo': expected discount = 1 with credit 'gae', got {self._discount}; "
-                "set agent_options.token_discount, or agent_options.credit=class"
-            )
 
-    def save(self, folder: str | Path) -> None:
-        """Write what `PPGAgent.save` writes, and the head."""
-        super().save(folder)
-        if self.head is not None and self._workers.main:
-            self.head.save(Path(folder) / FILE)
+@dataclass(frozen=True)
+class Critique:
+    """An advantage of this process's conversations, per turn [B, n] or per token [B, L], and what the head learns."""
 
-    def load(self, folder: str | Path) -> None:
-        """Read back what `save` wrote; see `PPGAgent.load`."""
-        super().load(folder)
-        if self.head is not None:
-            self.head.load(Path(folder) / FILE)
+    advantage: Tensor
+    per_token: bool
+    regression: Regression | None = None
 
-    def _learn(
-        self, trajectories: Sequence[Trajectory], data: Batch, temperature: float, fresh: NDArray[np.bool_] | None
-    ) -> dict[str, float]:
-        self._cut = [trajectory.truncated for trajectory in trajectories]
-        return super()._learn(trajectories, data, temperature, fresh)
 
-    def _descend(
-        self,
-        trajectories: Sequence[Trajectory],
-        data: Batch,
-        whole: Whole,
-        loss: Loss,
-        temperature: float,
-        fresh: NDArray[np.bool_] | None,
-    ) -> dict[str, float]:
-        metrics = super()._descend(trajectories, data, whole, loss, temperature, fresh)
-        if self._regression is None or self.head is None or not whole.valid.any():
-            return metrics
-        for _ in range(self._steps_per_batch):
-            metrics["value_loss"] = self.head.fit(self._regression, self._value_clip(), self._workers)
-        return metrics
+def gae(given: Estimation, options: Options) -> Critique:
+    """Return PPO's advantage: GAE token by token or, with ``credit = "class"``, the class's credit less V per turn.
 
-    def _loss(self, data: Batch, whole: Whole, temperature: float) -> Loss:
-        if self.head is None:  # A-LoL against the others' mean
-            others = baselines.leave_one_out(whole.credit, whole.valid, [0] * len(whole.credit))
-            return self._token_loss(data, baselines.advantage(whole.credit, others, whole.valid)[whole.own])
-        if self.name == "bi-level-gae" or self.options.get("credit") == "gae":
-            return self._token_loss(data, self._per_token(data, whole, self.head), per_token=True)
-        return self._token_loss(data, self._per_turn(data, whole, self.head))
+    A conversation that was cut goes on with its last value.
+    """
+    if options["credit"] == "class":
+        return per_turn(given, options)
+    trained = trained_tokens(given.batch)
+    hidden, values, spread = _token_values(given, trained)
+    rewards = torch.from_numpy(given.batch.rewards)
+    # The head is fitted at the last trained token and nowhere after it, so its value there stands for what was cut off.
+    last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)
+    coming = torch.where(torch.tensor(given.cut), spread[torch.arange(len(last)), last], 0.0)
+    at_ends = alt.at_turn_ends(rewards, trained, given.batch.turn_index)
+    factors = {"discount": options["token_discount"], "lam": options["lam"]}
+    estimate = alt.gae(at_ends, spread, trained, bootstrap=coming, **factors)
+    return _token_critique(given, options, trained, hidden, values, estimate)
 
-    def _per_turn(self, data: Batch, whole: Whole, head: ValueHead) -> Array:
-        """Return c_t − V_t [B, n] with V_t at the reply's first token; V_t is to regress c_t."""
-        trained, n = trained_tokens(data), data.valid.shape[1]
-        first = turn_bounds(trained, data.turn_index, n)[0]
-        rows, turns = (first >= 0).nonzero(as_tuple=True)
-        mask = torch.zeros_like(trained)
-        mask[rows, first[rows, turns]] = True  # in the order of turns, which is that of tokens
-        hidden = self._measure(data, states(self.policy), mask)
-        values = head(hidden).detach().cpu().double()
-        targets = torch.from_numpy(whole.credit[whole.own])[rows, turns]
-        self._regression = Regression(hidden, targets, values)
-        advantage = torch.zeros(data.valid.shape, dtype=torch.float64)
-        advantage[rows, turns] = self._whitened(targets - values)
-        return np.asarray(advantage)
 
-    def _per_token(self, data: Batch, whole: Whole, head: ValueHead) -> Array:
-        """Return GAE's advantages [B, L]; for PPO, a conversation that was cut goes on with its last value."""
-        trained, o = trained_tokens(data), self.options
-        hidden = self._measure(data, states(self.policy), trained)
-        values = head(hidden).detach().cpu().double()
-        spread = torch.zeros(trained.shape, dtype=torch.float64).masked_scatter(trained, values)
-        rewards, factors = torch.from_numpy(data.rewards), {"discount": o["token_discount"], "lam": o["lam"]}
-        if self.name == "bi-level-gae":
-            targets = torch.from_numpy(whole.credit[whole.own]) if o["credit"] == "class" else None
-            arrays = (rewards, spread, data.token_mask, data.turn_index, torch.from_numpy(data.valid))
-            found = alt.bi_level_gae(*arrays, turn_discount=self._discount, turn_targets=targets, **factors)
-        else:
-            last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)  # the head is fitted there; after it, nowhere
-            coming = torch.where(torch.tensor(self._cut), spread[torch.arange(len(last)), last], 0.0)
-            at_ends = alt.at_turn_ends(rewards, trained, data.turn_index)
-            found = alt.gae(at_ends, spread, trained, bootstrap=coming, **factors)
-        self._regression = Regression(hidden, found.target[trained], values)
-        advantage = torch.zeros(trained.shape, dtype=torch.float64)
-        return np.asarray(advantage.masked_scatter(trained, self._whitened(found.advantage[trained])))
+def bi_level_gae(given: Estimation, options: Options) -> Critique:
+    """Return bi-level GAE's advantage; with ``credit = "class"`` the turns' targets are the class's credit."""
+    batch, trained = given.batch, trained_tokens(given.batch)
+    hidden, values, spread = _token_values(given, trained)
+    targets = torch.from_numpy(given.whole.credit[given.whole.own]) if options["credit"] == "class" else None
+    rewards, valid = torch.from_numpy(batch.rewards), torch.from_numpy(batch.valid)
+    estimate = alt.bi_level_gae(
+        rewards,
+        spread,
+        batch.token_mask,
+        batch.turn_index,
+        valid,
+        turn_discount=given.discount,
+        turn_targets=targets,
+        discount=options["token_discount"],
+        lam=options["lam"],
+    )
+    return _token_critique(given, options, trained, hidden, values, estimate)
 
-    def _whitened(self, own: Tensor) -> Tensor:
-        """Return this process's advantages [N], whitened over those of all where the options say so."""
-        if not self.options.get("whiten"):
-            return own
-        parts = self._workers.gather([own])
-        before = sum(len(part) for part in parts[: self._workers.rank])
-        everything = torch.cat(parts)[None]
-        return alt.whiten(everything, torch.ones_like(everything, dtype=torch.bool))[0, before : before + len(own)]
 
-    def _try_options(self) -> None:
-        super()._try_options()
-        for name in ("lam", "token_discount"):
-            if not 0 <= self.options.get(name, 1.0) <= 1:
-                raise ValueError(f"{self.name!r}: expected {name} in [0, 1], got {self.options[name]}")
-        if self.options.get("value_clip", 0.0) < 0:
-            raise ValueError(f"{self.name!r}: expected value_clip >= 0 (0 for none), got {self.options['value_clip']}")
+def per_turn(given: Estimation, options: Options) -> Critique:
+    """Return c_t − V_t [B, n] with V_t at the reply's first token; V_t is to regress c_t.
 
-    def _value_clip(self) -> float | None:
-        clip = self.options["value_clip"]
-        return float(clip) if clip else None
+    Without a head, V_t is the mean credit of all other conversations at that turn.
+    """
+    batch, whole = given.batch, given.whole
+    if given.head is None:
+        others = baselines.leave_one_out(whole.credit, whole.valid, [0] * len(whole.credit))
+        advantage = baselines.advantage(whole.credit, others, whole.valid)[whole.own]
+        return Critique(torch.from_numpy(advantage), per_token=False)
+    trained, turns = trained_tokens(batch), batch.valid.shape[1]
+    first = turn_bounds(trained, batch.turn_index, turns)[0]
+    rows, columns = (first >= 0).nonzero(as_tuple=True)
+    mask = torch.zeros_like(trained)
+    mask[rows, first[rows, columns]] = True  # in the order of turns, which is that of tokens
+    hidden = given.states(mask)
+    values = given.head(hidden).detach().cpu().double()
+    targets = torch.from_numpy(whole.credit[whole.own])[rows, columns]
+    spread = torch.zeros(batch.valid.shape, dtype=torch.float64)
+    spread[rows, columns] = _whitened(given, options, targets - values)
+    return Critique(spread, per_token=False, regression=Regression(hidden, targets, values))
 
-    def _refers(self) -> bool:
-        return super()._refers() or self.options.get("variant", "reference_free") != "reference_free"
+
+def check_gae(options: Options, settings: Options) -> None:
+    """Refuse a discount per turn where credit is formed token by token.
+
+    Raises:
+        ValueError: Both are asked for.
+    """
+    if options["credit"] == "gae" and settings.get("discount", 1.0) != 1.0:
+        raise ValueError(
+            f"'ppo': expected discount = 1 with credit 'gae', got {settings['discount']}; "
+            "set agent_options.token_discount, or agent_options.credit=class"
+        )
+
+
+def _token_values(given: Estimation, trained: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states of the trained tokens [N, hidden], their values [N], and those laid out [B, L]."""
+    if given.head is None:
+        raise ValueError("expected a value head for an advantage per token, got none")
+    hidden = given.states(trained)
+    values = given.head(hidden).detach().cpu().double()
+    return hidden, values, torch.zeros(trained.shape, dtype=torch.float64).masked_scatter(trained, values)
+
+
+def _token_critique(
+    given: Estimation, options: Options, trained: Tensor, hidden: Tensor, values: Tensor, estimate: alt.GAE
+) -> Critique:
+    advantage = torch.zeros(trained.shape, dtype=torch.float64)
+    advantage = advantage.masked_scatter(trained, _whitened(given, options, estimate.advantage[trained]))
+    return Critique(advantage, per_token=True, regression=Regression(hidden, estimate.target[trained], values))
+
+
+def _whitened(given: Estimation, options: Options, advantages: Tensor) -> Tensor:
+    """Return this process's advantages [N], whitened over those of all processes where the options say so."""
+    if not options.get("whiten"):
+        return advantages
+    parts = given.workers.gather([advantages])
+    before = sum(len(part) for part in parts[: given.workers.rank])
+    everything = torch.cat(parts)[None]
+    whitened = alt.whiten(everything, torch.ones_like(everything, dtype=torch.bool))
+    return whitened[0, before : before + len(advantages)]

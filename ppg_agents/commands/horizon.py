@@ -156,7 +156,8 @@ def load(target: str, config: TrainConfig) -> tuple[Policy, Any]:
     if is_run(Path(target)):
         from ppg_agents.evaluate import load_target
 
-        return load_target(target, config)
+        policy, sampler, _ = load_target(target, config)
+        return policy, sampler
     from ppg_agents.building import load_policy
     from ppg_agents.generation.hf import HFSampler
 

@@ -261,10 +261,12 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
     from ppg_agents.evaluate import load_target
     from ppg_agents.terminal.progress import Progress, number, sparkline
 
-    policy, sampler = load_target(target, config)
+    policy, sampler, speaker = load_target(target, config)
     best_of = best_of or (int(config.agent_options.get("n", 4)) if config.agent == "best-of-n" else 1)
     with Progress("evaluating", config.evaluation.conversations) as progress:
-        result = measure(policy, sampler, config, personas=personas, best_of=best_of, done=progress.advance)
+        result = measure(
+            policy, sampler, config, personas=personas, best_of=best_of, done=progress.advance, speaker=speaker
+        )
     if as_json:
         where = {"target": target, "domain": config.domain, "personas": personas}
         click.echo(json.dumps({**result.to_dict(), **where, "seed": config.evaluation.seed}, allow_nan=False))
@@ -300,7 +302,7 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
     from ppg_agents.terminal.progress import Progress
     from ppg_agents.trajectory import to_json, write_jsonl
 
-    policy, sampler = load_target(target, config)
+    policy, sampler, speaker = load_target(target, config)
     count = conversations or config.batch
     with Progress("playing", count) as progress:
         trajectories, _ = play(
@@ -311,6 +313,7 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
             conversations=count,
             seed=config.seed if seed is None else seed,
             done=progress.advance,
+            speaker=speaker,
         )
     if out == "-":
         for trajectory in trajectories:
@@ -338,8 +341,7 @@ def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> No
     from ppg_agents.commands.talk import talk
     from ppg_agents.evaluate import load_target
 
-    policy, sampler = load_target(target, config)
-    talk(policy, sampler, config, personas=personas, persona=persona, seed=seed)
+    talk(load_target(target, config), config, personas=personas, persona=persona, seed=seed)
 
 
 @cli.command(short_help="Write a run as one plain model, LoRA folded in.")
@@ -358,8 +360,7 @@ def merge(target: str, out: str, assignments: tuple[str, ...]) -> None:
 
     from ppg_agents.evaluate import load_target
 
-    policy, _ = load_target(target, config)
-    policy.save_merged(folder)
+    load_target(target, config).policy.save_merged(folder)
     click.echo(str(folder))
 
 

@@ -18,18 +18,16 @@ import torch
 
 from ppg_agents.config.settings import PERSONA_CHAT, ConfigError, TrainConfig
 from ppg_agents.rollout.environment import keyword_arguments
-from ppg_agents.rollout.lockstep import Speaker
+from ppg_agents.rollout.speaker import PolicySpeaker
 
 if TYPE_CHECKING:
-    from ppg_agents.generation import Sampler
-    from ppg_agents.policy.policy import Policy
+    from ppg_agents.evaluate import Target
 
 MANY_TURNS = 1000
 
 
 def talk(
-    policy: Policy,
-    sampler: Sampler,
+    target: Target,
     config: TrainConfig,
     *,
     personas: str,
@@ -39,8 +37,7 @@ def talk(
     """Talk until the person says nothing, or the conversation does not fit into the model's context.
 
     Args:
-        policy: Who plays the persona.
-        sampler: How it speaks.
+        target: Who plays the persona.
         config: Domain and judge.
         personas: ``train``, ``held-out`` or a path.
         persona: Id of the persona; None draws one.
@@ -65,9 +62,11 @@ def talk(
     importlib.import_module(module)
     arguments = keyword_arguments(replace(config, env=settings), personas)
     env = gym.make(name, disable_env_checker=True, **arguments)
+    policy = target.policy
     generator = torch.Generator(policy.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    speaker = Speaker(policy, sampler, 1)
+    speaker = target.speaker or PolicySpeaker(policy, target.sampler)
+    speaker.start(1, generator)
     scores: list[float] = []
     click.echo("You speak first. An empty line ends the conversation.", err=True)
     try:
@@ -79,9 +78,8 @@ def talk(
                 if turn is None:
                     click.echo("(the conversation is as long as the model's context)", err=True)
                     break
-                reply = policy.spoken(turn[1].token_ids)
-                click.echo(f"persona> {reply}")
-                observation, reward, terminated, truncated, info = env.step(reply)
+                click.echo(f"persona> {turn.text}")
+                observation, reward, terminated, truncated, info = env.step(turn.text)
                 scores.append(float(reward))
                 over = terminated or truncated
                 if terminated:  # the partner, who shows verdicts, does not get to speak

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
+
+from ppg_agents.nearest import not_one_of
 
 if TYPE_CHECKING:
     from ppg_agents.config.settings import SamplingSettings
@@ -45,14 +46,24 @@ class Sample:
 class Sampler(Protocol):
     """Speaks for n conversations in lockstep, and remembers their tokens from turn to turn.
 
-    A sampler with weights of its own also has ``own_model = False``, ``sync(policy)``, which makes it speak as the
-    policy is now, ``close()``, and a ``context_length``, which may be shorter than the policy's. One whose
-    conversations need not be in lockstep is a `SingleSampler`.
+    One whose conversations need not be in lockstep is a `SingleSampler` too.
     """
+
+    @property
+    def own_model(self) -> bool:
+        """Whether the policy's own model samples, so that its LoRA is worth merging meanwhile."""
 
     @property
     def max_new_tokens(self) -> int:
         """Most tokens in a reply."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a conversation, prompt and reply; may be less than the policy's."""
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling; 0 takes the most likely token."""
 
     def start(self, n: int) -> None:
         """Begin n new conversations and forget the old ones."""
@@ -65,7 +76,14 @@ class Sampler(Protocol):
             generator: Source of randomness; None only for greedy sampling.
         """
 
+    def sync(self, policy: Policy | None = None) -> None:
+        """Speak as the policy is now; nothing to do where the policy's own model samples."""
 
+    def close(self) -> None:
+        """Let go of what is held: servers, engines, files."""
+
+
+@runtime_checkable
 class SingleSampler(Protocol):
     """Speaks for n conversations, each at its own pace; `reply_one` may be called from several threads at once."""
 
@@ -74,8 +92,16 @@ class SingleSampler(Protocol):
         """Most tokens in a reply."""
 
     @property
+    def context_length(self) -> int:
+        """Most tokens of a conversation, prompt and reply."""
+
+    @property
     def temperature(self) -> float:
         """Of sampling; 0 takes the most likely token."""
+
+    @property
+    def own_model(self) -> bool:
+        """Whether the policy's own model samples."""
 
     def start(self, n: int) -> None:
         """Begin n new conversations and forget the old ones."""
@@ -115,9 +141,7 @@ def make_sampler(
         GenerationError: A server is not there, or not what it should be.
     """
     if settings.backend not in BACKENDS:
-        near = get_close_matches(settings.backend, BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected the sampling backend to be one of {BACKENDS}, got {settings.backend!r}{hint}")
+        raise ValueError(not_one_of("the sampling backend", settings.backend, BACKENDS))
     if settings.endpoints and settings.backend != "vllm":
         raise ValueError(f"expected backend 'vllm' with endpoints, got {settings.backend!r}; set the backend")
     length, temperature = settings.max_new_tokens, settings.temperature
@@ -146,9 +170,9 @@ def make_sampler(
     return VLLMSampler(policy, folder, length, temperature, sync=settings.sync, engine=settings.engine)
 
 
-def speaking(policy: Policy, sampler: object) -> AbstractContextManager[None]:
+def speaking(policy: Policy, sampler: Sampler | SingleSampler) -> AbstractContextManager[None]:
     """Return the context to sample in: LoRA merged where the policy's own model samples, else nothing."""
-    return policy.merged() if getattr(sampler, "own_model", True) else nullcontext()
+    return policy.merged() if sampler.own_model else nullcontext()
 
 
 def draw_seeds(generator: torch.Generator | None, n: int) -> list[int | None]:

@@ -102,6 +102,8 @@ class HFSampler:
     `Policy.merged` for speed.
     """
 
+    own_model = True
+
     def __init__(self, policy: Policy, max_new_tokens: int = 48, temperature: float = 1.0) -> None:
         """Make a sampler.
 
@@ -128,6 +130,7 @@ class HFSampler:
         self.policy = policy
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.context_length = policy.context_length
         self._kinds = kinds
         self._window: int | None = getattr(policy.config, "sliding_window", None)
         self.start(0)
@@ -138,6 +141,12 @@ class HFSampler:
         self._lengths = [0] * n
         self._pending: list[list[int]] = [[] for _ in range(n)]
         self._version = self.policy.version
+
+    def sync(self, policy: Policy | None = None) -> None:
+        """The policy's own model samples: there is nothing to bring up to date."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     @torch.inference_mode()
     def reply(

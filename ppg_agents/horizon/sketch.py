@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppg_agents.batch import Batch, batch
 from ppg_agents.policy.policy import Policy
-from ppg_agents.trajectory import Batch, Trajectory, batch
+from ppg_agents.trajectory import Trajectory
 
 Array = NDArray[np.float64]
 

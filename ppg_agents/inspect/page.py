@@ -21,7 +21,7 @@ from ppg_agents.config import settings as configs
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.credit import PolicyClass
 from ppg_agents.horizon.choice import default_candidates, named
-from ppg_agents.inspect import learned, tokens
+from ppg_agents.inspect import method, tokens
 from ppg_agents.inspect.sample import pairs
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import right_to_left, script_json
@@ -95,7 +95,7 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
     kept = classes(own, n)
     position = {rows: i for i, rows in enumerate(kept)}
     at = {one: position[counted(one, n)] for one in set(own)}
-    read_by_agent = config is not None and learned.reads_credit(config)
+    read_by_agent = config is not None and method.reads_credit(config)
     return {
         "name": source.name,
         "kind": "run" if config else "file",
@@ -113,8 +113,8 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         },
         "n": n,
         "discount": config.discount if config else 1.0,
-        "baseline": learned.baseline(config) if config else None,
-        "agent_note": learned.note(config) if config else "",
+        "baseline": method.baseline(config) if config else None,
+        "agent_note": method.note(config) if config else "",
         "classes": [{"label": one.label, **asdict(rows)} for rows, one in kept.items()],
         "auto": read_by_agent and config is not None and config.policy_class == "auto",
         "own": at[own[-1]] if read_by_agent else None,
@@ -239,12 +239,12 @@ def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
     files = ", ".join(Path(file).name for file in config.offline.files)
     return [
         ("Dialogues", files) if files else ("Domain", config.domain),
-        ("Policy class", config.label if learned.reads_credit(config) else "no credit is read"),
+        ("Policy class", config.label if method.reads_credit(config) else "no credit is read"),
         ("Model", config.model),
         ("Learner", config.agent),
         *([] if files else [("Conversations per step", str(config.batch)), *played]),
         ("Discount", f"{config.discount:g}"),
-        ("Baseline", learned.baseline(config) or ("the agent's own" if learned.reads_credit(config) else "none")),
+        ("Baseline", method.baseline(config) or ("the agent's own" if method.reads_credit(config) else "none")),
         ("Learning rate", f"{config.learning_rate:g}, {config.schedule}"),
         ("Seed", str(config.seed)),
     ]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppg_agents.credit import Mask, PolicyClass, credit
-from ppg_agents.inspect import learned
+from ppg_agents.inspect import method
 from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
@@ -126,7 +126,7 @@ def lines(
         yield f"{of}{_credit_words(source)}"
         own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
         for (what, conversation), mine in zip(printed, own, strict=False):
-            reads = source.config is not None and learned.reads_credit(source.config)
+            reads = source.config is not None and method.reads_credit(source.config)
             yield from _conversation(what, conversation, classes, mine if reads else None, _discount(source))
     if "credit.png" in pictures:
         last = f"conversation {printed[-1][1].number}"
@@ -198,7 +198,7 @@ def _held_out_words(held_out: HeldOut) -> str:
 def _credit_words(source: Source) -> str:
     discount = _discount(source)
     far = "" if discount == 1 else f" A reward d turns later counts {discount:g} to the power of d."
-    note = learned.note(source.config) if source.config else ""
+    note = method.note(source.config) if source.config else ""
     before = "Credit is before any baseline is subtracted; a" if not note else f"{markdown(note)} A"
     return f"{before} reply without a score is masked.{far}"
 

@@ -158,21 +158,18 @@ class Policy:
         """
         return [*self._encode(self.format.lead + self.format.plain(text)), self.end_of_turn_id]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a reply, without control tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
     def spoken(self, token_ids: Sequence[int]) -> str:
         """Return what the partner and the judge hear of a reply: its text without control tokens and reasoning.
 
         A reply that is cut while it reasons says nothing: ``""``.
         """
-        if self.format.reasoning is None:
-            return self.decode(token_ids)
-        text = self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
-        heard = self.format.heard(str(text))
-        return self.decode(token_ids) if heard == text else self.format.control_free(heard)
+        if self.format.reasoning is not None:
+            text = str(self.tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+            heard = self.format.heard(text)
+            if heard != text:
+                return self.format.control_free(heard)
+        plain = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(plain)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -9,7 +9,7 @@ Gymnasium alone, and may not learn.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,51 +20,14 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 
 from ppg_agents.config.settings import ConfigError, TrainConfig
 from ppg_agents.evaluate import Evaluation, summarise
-from ppg_agents.generation import Sample, Sampler, speaking
+from ppg_agents.generation import Sampler, speaking
 from ppg_agents.rollout.environment import HELD_OUT, make_envs, planned_turns
+from ppg_agents.rollout.handover import Handover
 from ppg_agents.rollout.lockstep import collect
 
 if TYPE_CHECKING:
     from ppg_agents.policy.policy import Policy
     from ppg_agents.trajectory import Trajectory
-
-
-class Handover:
-    """A sampler made of two: one speaks before a turn, the other in it, with all tokens so far as its prompt."""
-
-    def __init__(self, before: Sampler, then: Sampler, turn: int) -> None:
-        """Take two samplers.
-
-        Args:
-            before: Speaks in turns 1..turn−1.
-            then: Speaks from `turn` on; begun anew there.
-            turn: From 1.
-        """
-        self.before, self.then, self.turn = before, then, turn
-        self.max_new_tokens = max(before.max_new_tokens, then.max_new_tokens)
-        limits = [getattr(one, "context_length", None) for one in (before, then)]
-        known = [limit for limit in limits if limit is not None]
-        if known:
-            self.context_length = min(known)
-
-    def start(self, n: int) -> None:
-        """Begin n new conversations."""
-        self.now = 1
-        self._said: list[list[int]] = [[] for _ in range(n)]
-        self.before.start(n)
-
-    def reply(self, prompts: Sequence[Sequence[int] | None], generator: torch.Generator | None) -> list[Sample | None]:
-        """Return one reply per conversation; None in, None out."""
-        for said, prompt in zip(self._said, prompts, strict=True):
-            said.extend(prompt or ())
-        if self.now == self.turn:
-            self.then.start(len(prompts))
-            prompts = [None if prompt is None else said for said, prompt in zip(self._said, prompts, strict=True)]
-        samples = (self.before if self.now < self.turn else self.then).reply(prompts, generator)
-        for said, sample in zip(self._said, samples, strict=True):
-            said.extend(sample.token_ids if sample is not None else ())
-        self.now += 1
-        return samples
 
 
 class Until(VectorWrapper):
@@ -140,11 +103,11 @@ def evaluate_steps(
             raise ConfigError("expected conversations of a planned length to judge turn by turn; set env.max_turns")
         until = Until(envs)
         for one, how in ((base, base_sampler), (policy, sampler)):
-            getattr(how, "sync", lambda policy: None)(one)
+            how.sync(one)
             held.enter_context(speaking(one, how))
         for turn in range(1, turns + 1):
             until.turn = turn
-            handover = Handover(base_sampler, sampler, turn)
+            handover = Handover(base_sampler, sampler, [turn - 1] * chunk)
             for start in range(0, count, chunk):
                 some = seeds[start : start + chunk]
                 padded = some + some[:1] * (chunk - len(some))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -60,6 +60,14 @@ def _one_name() -> Iterator[None]:
         raise ConversationError(str(error)) from error
 
 
+@runtime_checkable
+class Metered(Protocol):
+    """An environment that counts what it asks servers for."""
+
+    def usage(self) -> dict[str, Any]:
+        """Return the counts so far."""
+
+
 class Conversations(gym.vector.VectorWrapper):
     """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
 
@@ -87,6 +95,11 @@ class Conversations(gym.vector.VectorWrapper):
         """
         with _one_name():
             return self.env.step(actions)
+
+    def usage(self) -> dict[str, Any]:
+        """Return what the environment has asked servers for, by partner and judge; empty where it asks none."""
+        env = self.env.unwrapped
+        return env.usage() if isinstance(env, Metered) else {}
 
     def reachable(self) -> NDArray[np.float64]:
         """Return the best mean reward per turn that each conversation can reach, NaN where unknown, [N]."""

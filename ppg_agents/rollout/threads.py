@@ -6,7 +6,6 @@ and asks the sampler on its own. What comes out is what `rollout.collect` gives.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 import time
@@ -18,10 +17,9 @@ import torch
 
 from ppg_agents.generation import SingleSampler, draw_seeds, speaking
 from ppg_agents.policy.policy import Policy
-from ppg_agents.rollout.lockstep import Side, partner_status, record
-from ppg_agents.trajectory import Trajectory, Turn
-
-log = logging.getLogger(__name__)
+from ppg_agents.rollout.record import Record, texts
+from ppg_agents.rollout.speaker import Side
+from ppg_agents.trajectory import Trajectory
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
 _GRACE, _LOOK = 0.5, 0.1  # seconds: for conversations to end when the rollout is stopped; between looks for a signal
@@ -169,39 +167,22 @@ def _converse(
 ) -> Trajectory:
     """Hold one conversation to its end."""
     observation, info = env.reset(seed=seed)
-    instruction, message = _text(observation)
-    persona = str(info.get("persona", ""))
-    turns: list[Turn] = []
-    terminated = truncated = False
-    partner = "ok"
-    side = Side(policy, sampler)
-    while not (terminated or truncated):
-        prompt = side.prompt(instruction, message)
+    record, side, turn = Record(_texts(observation), info, seed, domain), Side(policy, sampler), 0
+    while not record.over:
+        prompt = side.prompt(record.instruction, record.message)
         if prompt is None:
-            log.warning("conversation %d truncated: no room for another reply in the context", i)
-            truncated = True
+            record.cut(i)
             break
         if stop.is_set():
             raise _StoppedError
-        sample = sampler.reply_one(i, prompt, reply_seeds.at(len(turns), i))
-        side.said(prompt, sample)
-        text = policy.spoken(sample.token_ids)
+        spoken = side.said(prompt, sampler.reply_one(i, prompt, reply_seeds.at(turn, i)))
         if stop.is_set():
             raise _StoppedError
-        observation, reward, terminated, truncated, info = env.step(text)
-        turns.append(record(message, text, prompt, sample, float(reward), info))
-        partner = partner_status(info)
-        _, message = _text(observation)
-    return Trajectory(
-        instruction=instruction,
-        persona=persona,
-        domain=domain,
-        seed=None if seed is None else int(seed),
-        turns=tuple(turns),
-        terminated=bool(terminated),
-        truncated=bool(truncated),
-        partner_status=partner,
-    )
+        observation, reward, terminated, truncated, info = env.step(spoken.text)
+        record.add(spoken, float(reward), terminated, truncated, info)
+        record.message = _texts(observation)[1]
+        turn += 1
+    return record.trajectory()
 
 
 def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
@@ -212,12 +193,7 @@ def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def _text(observation: Any) -> tuple[str, str]:
+def _texts(observation: Any) -> tuple[str, str]:
     """Return instruction and message of an observation."""
-    try:
-        return str(observation["instruction"]), str(observation["message"])
-    except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            "expected an observation with 'instruction' and 'message' (a Dict space of texts), got "
-            f"{type(observation).__name__}; wrap the environment"
-        ) from error
+    instruction, message = texts(observation)
+    return str(instruction), str(message)

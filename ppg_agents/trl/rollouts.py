@@ -219,12 +219,19 @@ class TrainerSampler:
     def __init__(self, trainer: Any, policy: Policy) -> None:
         self.max_new_tokens = int(trainer.max_completion_length)
         self.context_length = int(trainer.args.vllm_max_model_length or policy.context_length)
+        self.temperature = float(trainer.temperature)
         self._trainer, self._end = trainer, policy.end_of_turn_id
         self._ids: list[list[int]] = []
 
     def start(self, n: int) -> None:
         """Begin n new conversations and forget the old ones."""
         self._ids = [[] for _ in range(n)]
+
+    def sync(self, policy: Policy | None = None) -> None:
+        """TRL keeps its generation up to date by itself."""
+
+    def close(self) -> None:
+        """The trainer owns what generates."""
 
     def reply(self, prompts: Sequence[Sequence[int] | None], generator: torch.Generator | None) -> list[Sample | None]:
         """Return one reply per conversation; None in, None out. TRL draws from torch's global generator.

@@ -13,18 +13,22 @@ import pytest
 import torch
 
 from ppg_agents import credit
-from ppg_agents.agents import ALTERNATIVES, make_agent
+from ppg_agents.agents import METHODS, make_agent
+from ppg_agents.agents.advantages import best_share, turns_of
 from ppg_agents.agents.gradient import trained_tokens
-from ppg_agents.agents.methods import METHODS
-from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.learner import Learner
+from ppg_agents.agents.measure import entropies
+from ppg_agents.agents.methods import resolve
+from ppg_agents.batch import batch
+from ppg_agents.distributed import Alone
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
 from ppg_agents.rollout.pairs import branch_point, play_pairs
-from ppg_agents.trajectory import Trajectory, Turn, batch
+from ppg_agents.trajectory import Trajectory, Turn
 
 Make = Callable[..., Policy]
-LEARNING = [name for name in ALTERNATIVES if METHODS[name].learns]
+LEARNING = [name for name, method in METHODS.items() if method.learns and name != "ppg"]
 FULL = {"sft": credit.full, "ppo": credit.full, "bi-level-gae": credit.full}
 CLASSES = {"full": credit.full, "greedy": credit.greedy, "2-step": lambda n: credit.k_step(n, 2)}
 
@@ -89,7 +93,7 @@ def double(make_policy: Make) -> Policy:
 def test_at_the_sampling_policy_all_losses_take_the_step_of_ppg(double: Policy, mask: Any) -> None:
     conversations = played(double, [3, 3, 2, 1])
     expected, _ = gradient("ppg", double, conversations, mask, baseline="batch-mean")
-    for name in ("reinforce", "cispo", "sapo", "dispo", "rpg-forward-u", "rpg-reverse-u-reinforce", "rpg-reverse-u"):
+    for name in ("cispo", "sapo", "dispo", "rpg-forward-u", "rpg-reverse-u-reinforce", "rpg-reverse-u"):
         close(gradient(name, double, conversations, mask)[0], expected)
     for form in ("differentiable", "reinforce"):
         for divergence in ("forward", "reverse"):
@@ -180,13 +184,14 @@ def test_statistics_are_of_what_was_judged(double: Policy) -> None:
     conversations = played(double, [3, 3, 3, 3])
     agent = agent_of("rebn", double)
     data = batch(conversations, double.pad_id)
-    whole = agent._whole(conversations, data)
-    turns = agent._turns(data, whole, whole.credit, 1.0)
-    advantage = agent.method.advantage(turns, agent.options)
+    whole = agent._credit(conversations, data)
+    turns = turns_of(data, whole, whole.credit, None, Alone())
+    advantage = resolve(agent.method.advantage)(turns, agent.options)
     assert float(advantage.mean()) == pytest.approx(0, abs=1e-12)
     assert float(advantage.std(correction=0)) == pytest.approx(1)
     assert int(turns.lengths.sum()) == int(trained_tokens(data).sum())
-    entropy = agent_of("empg", double)._turns(data, whole, whole.credit, 1.0).entropy
+    measured = agent._measure(data, entropies(double, 1.0), trained_tokens(data))
+    entropy = turns_of(data, whole, whole.credit, measured, Alone()).entropy
     logits = double.model(input_ids=data.ids[:1]).logits[0].double().log_softmax(-1)
     span = conversations[0].spans()[1]
     of_turn = [-(logits[i - 1].exp() * logits[i - 1]).sum().detach() for i in range(span.start, span.end)]
@@ -194,13 +199,11 @@ def test_statistics_are_of_what_was_judged(double: Policy) -> None:
 
 
 def test_what_is_kept() -> None:
-    keep = METHODS["sft"].keep
-    assert keep is not None
     whole: Any = type("Batch", (), {})()
     whole.rewards = np.array([[0.2, math.nan], [0.9, 0.1], [0.8, 0.8], [math.nan, math.nan], [0.8, 0.8]])
     whole.valid = np.isfinite(whole.rewards)
-    assert keep(whole, {"keep": 0.25}).tolist() == [False, False, True, False, False]
-    assert keep(whole, {"keep": 0.5}).tolist() == [False, False, True, False, True]
+    assert best_share(whole, {"keep": 0.25}).tolist() == [False, False, True, False, False]
+    assert best_share(whole, {"keep": 0.5}).tolist() == [False, False, True, False, True]
 
 
 def test_a_second_step_moves_the_ratio_and_what_is_clipped_is_counted(make_policy: Make) -> None:
@@ -216,14 +219,12 @@ def test_a_second_step_moves_the_ratio_and_what_is_clipped_is_counted(make_polic
     weighed = agent_of("ppg", make_policy(), steps_per_batch=2, importance="turn", **options).learn(conversations)
     assert weighed["importance_ess"] < 1
     with pytest.raises(ValueError, match="set importance to 'turn' or 'token'"):
-        PPGAgent(make_policy(), credit.full, steps_per_batch=2)
-    with pytest.raises(ValueError, match="set importance to 'turn' or 'token'"):
-        agent_of("reinforce", make_policy(), steps_per_batch=2)
+        Learner(make_policy(), credit.full, steps_per_batch=2)
 
 
 def test_a_divergence_is_measured_and_pulls(double: Policy) -> None:
     conversations = played(double, [2, 2, 2, 2])
-    for name in ("reinforce", "grpo", "rloo"):
+    for name in ("ppg", "grpo", "rloo"):
         free, without = gradient(name, double, conversations)
         pulled, metrics = gradient(name, double, conversations, kl_coefficient=0.5)
         assert "kl" not in without
@@ -249,7 +250,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"mask": credit.greedy}, "leave out --policy-class"),
     ("dr-grpo", {"aggregation_of_source": True}, "expected a sampler"),
     ("dapo", {"aggregation_of_source": True, "aggregation": "turn_mean"}, "got both"),
-    ("reinforce", {"steps_per_batch": 2}, "set importance"),
     ("ppo", {"mask": credit.greedy}, "set agent_options.credit=class"),
     ("ppo", {"discount": 0.9}, "token_discount"),
     ("ppo", {"value_learning_rate": 0.0}, "value_learning_rate > 0"),
@@ -277,7 +277,7 @@ def test_a_persona_alone_and_logged_words_are_refused(policy: Policy) -> None:
     assert agent_of("sft", policy, learning_rate=0.01).learn_offline(conversations)["conversations_kept"] == 1
 
 
-@pytest.mark.parametrize("name", ["reinforce", "empg", "ppo", "copg"])
+@pytest.mark.parametrize("name", ["ppg", "empg", "ppo", "copg"])
 def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(name: str, make_policy: Make, tmp_path: Path) -> None:
     options: dict[str, Any] = {"learning_rate": 0.01, "max_grad_norm": 1.0, "n_turns": 3}
     agent = agent_of(name, make_policy(), **options)
@@ -321,8 +321,9 @@ def test_a_conversation_that_was_cut_goes_on_with_the_value_of_its_end(double: P
     def advantages(truncated: bool) -> Any:
         cut = [replace(t, truncated=truncated, terminated=not truncated) for t in conversations]
         data = batch(cut, double.pad_id)
-        agent._cut = [t.truncated for t in cut]
-        return agent._per_token(data, agent._whole(cut, data), agent.head)[trained_tokens(data).numpy()]
+        critique = agent._advantage(cut, data, agent._credit(cut, data), 1.0, sampled=True)
+        assert critique.per_token
+        return critique.advantage[trained_tokens(data)].numpy()
 
     np.testing.assert_allclose(advantages(True) - advantages(False), 3.0, rtol=1e-6)
 
@@ -382,5 +383,5 @@ def test_a_second_conversation_shares_the_history_of_the_first(partner: str, pol
             assert at >= h
             parted += 1
     assert parted >= 6
-    agent = PPGAgent(policy, credit.full, baseline="none")
+    agent = Learner(policy, credit.full, baseline="none")
     assert agent.learn(pairs)["log_prob_gap_max"] < 1e-4  # what followed was sampled after the whole history

@@ -11,7 +11,6 @@ import pytest
 
 from ppg_agents import config as configs
 from ppg_agents import train as training
-from ppg_agents.agents import ALTERNATIVES
 from ppg_agents.agents.methods import METHODS
 from ppg_agents.config import ConfigError
 from ppg_agents.policy import Policy
@@ -66,7 +65,7 @@ def test_every_agent_trains_or_says_why_not(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "save_checkpoint", lambda *unused: None)
-    for name in ALTERNATIVES:
+    for name in METHODS:
         config = configs.from_dict({**settings, "agent": name})
         if name in FULL:  # takes no other class, or only when it is told to
             with pytest.raises(ConfigError, match=r"expected the policy class 'full'.*(credit=class|--policy-class)"):

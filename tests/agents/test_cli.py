@@ -249,9 +249,9 @@ def test_ctrl_c_says_how_to_go_on(
 
     original = train.collect
 
-    def collect(*args: object) -> object:
+    def collect(*args: Any, **named: Any) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)  # type: ignore[arg-type]
+        return original(*args, **named)
 
     monkeypatch.setattr(train, "collect", collect)
     assert cli.main(["train", *toy, "--out", "run"]) == 130

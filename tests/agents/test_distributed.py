@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ppg_agents import credit, distributed
 from ppg_agents.accelerate_configs import launch_config, launch_configs
-from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.learner import Learner
 from ppg_agents.distributed import Alone, Workers
 from ppg_agents.policy import LoraSettings, Policy
 from ppg_agents.trajectory import Trajectory, Turn
@@ -91,8 +91,8 @@ def learn(
     if split and workers.size > 1:
         distributed.shard_layers(policy.model)
 
-    def make() -> PPGAgent:
-        return PPGAgent(policy, credit.full, learning_rate=1e-3, max_grad_norm=0.5, workers=workers, **options)
+    def make() -> Learner:
+        return Learner(policy, credit.full, learning_rate=1e-3, max_grad_norm=0.5, workers=workers, **options)
 
     agent, metrics, gradient = make(), [], torch.zeros(0)
     for version in range(2):

@@ -184,13 +184,12 @@ class TestReasoning:
         for message, text, reply in zip(SAID[1:], thoughts, REPLIED, strict=True):
             sampled = [*tokenizer.encode(text), policy.end_of_turn_id]
             assert policy.spoken(sampled) == reply
-            assert "She asks" in policy.decode(sampled)
             ids += sampled + policy.next_prompt(message)
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": message}]
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert policy.spoken(tokenizer.encode("<think>\nShe asks")) == ""
         assert policy.spoken(tokenizer.encode("Well <think>\nshe")) == "Well"
-        assert policy.spoken(tokenizer.encode("Plain <|im_start|>")) == policy.decode(tokenizer.encode("Plain "))
+        assert policy.spoken(tokenizer.encode("Plain <|im_start|>")) == policy.spoken(tokenizer.encode("Plain "))
         logged = policy.encode_reply("Yes </think> no")
         assert tokenizer.decode(logged) == "<think>\n\n</think>\n\nYes < /think> no<|im_end|>"
 

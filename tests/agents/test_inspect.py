@@ -28,7 +28,8 @@ from ppg_agents.config import OfflineSettings, TrainConfig
 from ppg_agents.credit import PolicyClass
 from ppg_agents.evaluate import summarise
 from ppg_agents.horizon.choice import default_candidates
-from ppg_agents.inspect import learned, page, sample, source, text
+from ppg_agents.inspect import method as methods_in_words
+from ppg_agents.inspect import page, sample, source, text
 from ppg_agents.inspect.report import write_report
 from ppg_agents.runs import Run, RunError
 from ppg_agents.trajectory import Trajectory, Turn, to_json
@@ -261,14 +262,15 @@ def test_what_is_said_of_every_agent_is_what_it_does() -> None:
 
     for name, method in METHODS.items():
         config = TrainConfig(agent=name)
-        assert learned.reads_credit(config) is (method.learns and method.credit), name
-        assert (learned.baseline(config) == "batch-mean") is ("baseline" in method.takes), name
-        assert (learned.note(config) == "") is ("baseline" in method.takes and method.advantage is None), name
-        assert (name in learned.ESTIMATING) is ("credit" in method.options), name
-    assert learned.note(TrainConfig(agent="mine:Agent")).startswith("The agent mine:Agent forms its own advantage from")
+        assert methods_in_words.reads_credit(config) is (method.learns and method.credit), name
+        assert (methods_in_words.baseline(config) == "batch-mean") is ("baseline" in method.takes), name
+        plain = "baseline" in method.takes and method.advantage is None
+        assert (methods_in_words.note(config) == "") is plain, name
+    note = methods_in_words.note(TrainConfig(agent="mine:Agent"))
+    assert note.startswith("The agent mine:Agent forms its own advantage from")
     by_class = TrainConfig(agent="ppo", agent_options={"credit": "class"})
-    assert "instead of" in learned.note(TrainConfig(agent="ppo"))
-    assert "instead of" not in learned.note(by_class)
+    assert "instead of" in methods_in_words.note(TrainConfig(agent="ppo"))
+    assert "instead of" not in methods_in_words.note(by_class)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit, ledger
 from ppg_agents.agents.gradient import trained_tokens
-from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.learner import Learner
+from ppg_agents.batch import Batch, batch
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import Gap, LedgerError
 from ppg_agents.policy import LoraSettings, Policy, add_lora
 from ppg_agents.rollout import collect
-from ppg_agents.trajectory import Batch, Trajectory, Turn, batch
+from ppg_agents.trajectory import Trajectory, Turn
 
 Make = Callable[..., Policy]
 Envs = Callable[..., SyncVectorEnv]
@@ -158,7 +159,7 @@ def test_the_learner_agrees_with_the_sampler_at_its_temperature(
     make_policy: Make, toy_envs: Envs, temperature: float
 ) -> None:
     policy = make_policy()
-    agent = PPGAgent(policy, credit.full, micro_batch_tokens=200)
+    agent = Learner(policy, credit.full, micro_batch_tokens=200)
     played = rollout(policy, toy_envs(*[{"turns": 3}] * 3), temperature)
     assert {turn.temperature for t in played for turn in t.turns} == {temperature}
     metrics = agent.learn(played)
@@ -168,7 +169,7 @@ def test_the_learner_agrees_with_the_sampler_at_its_temperature(
 
 def test_a_log_prob_that_is_not_the_policy_s_stops_learning(make_policy: Make, toy_envs: Envs) -> None:
     policy = make_policy()
-    agent = PPGAgent(policy, credit.full, learning_rate=1.0, micro_batch_tokens=200)
+    agent = Learner(policy, credit.full, learning_rate=1.0, micro_batch_tokens=200)
     before = [p.detach().clone() for p in policy.parameters()]
     played = rollout(policy, toy_envs(*[{"turns": 3}] * 3))
     own = played[1].turns[2]
@@ -183,14 +184,14 @@ def test_a_log_prob_that_is_not_the_policy_s_stops_learning(make_policy: Make, t
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     nobody_knows = swap(played, 1, 2, log_probs=(math.nan,) * len(forged))
     assert agent.learn(nobody_knows)["log_prob_gap_max"] < 1e-5
-    assert PPGAgent(make_policy(), credit.full, max_log_prob_gap=0.5).learn(swap(played, 1, 2, log_probs=forged))
+    assert Learner(make_policy(), credit.full, max_log_prob_gap=0.5).learn(swap(played, 1, 2, log_probs=forged))
 
 
 def test_a_rollout_of_the_version_before_is_caught_by_its_label_and_by_its_log_probs(
     make_policy: Make, toy_envs: Envs
 ) -> None:
     policy = make_policy()
-    agent = PPGAgent(policy, credit.full, baseline="none", learning_rate=0.01)
+    agent = Learner(policy, credit.full, baseline="none", learning_rate=0.01)
     envs = toy_envs(*[{"turns": 2}] * 3)
     played = swap(rollout(policy, envs), 0, 0, reward=1.0)
     agent.learn(played)
@@ -202,7 +203,7 @@ def test_a_rollout_of_the_version_before_is_caught_by_its_label_and_by_its_log_p
     relabelled = [replace(t, turns=tuple(replace(x, policy_version=1) for x in t.turns)) for t in played]
     with pytest.raises(LedgerError, match="sampled from another distribution"):
         agent.learn(relabelled)
-    stale = PPGAgent(policy, credit.full, learning_rate=0.0, max_staleness=1, importance="turn")
+    stale = Learner(policy, credit.full, learning_rate=0.0, max_staleness=1, importance="turn")
     metrics = stale.learn(played)
     assert metrics["staleness_max"] == 1
     assert "log_prob_gap_max" not in metrics
@@ -214,7 +215,7 @@ def test_dropout_is_not_a_gap(toy_envs: Envs, tiny_llama: Any, byte_tokenizer: A
     for name, parameter in model.named_parameters():
         parameter.data += 0.1 * ("lora_B" in name)
     policy = Policy(model, byte_tokenizer())
-    agent = PPGAgent(policy, credit.full, baseline="none", importance="turn")
+    agent = Learner(policy, credit.full, baseline="none", importance="turn")
     metrics = agent.learn(rollout(policy, toy_envs(*[{"turns": 2}] * 3)))
     assert metrics["log_prob_gap_max"] < 1e-3
     assert metrics["importance_ess"] == pytest.approx(1)
@@ -224,12 +225,12 @@ def test_dropout_is_not_a_gap(toy_envs: Envs, tiny_llama: Any, byte_tokenizer: A
 def test_mixed_temperatures_and_unknown_log_probs_stop_learning(policy: Policy, toy_envs: Envs) -> None:
     played = rollout(policy, toy_envs(*[{"turns": 2}] * 3))
     with pytest.raises(LedgerError, match="one temperature in a batch"):
-        PPGAgent(policy, credit.full).learn(swap(played, 0, 1, temperature=0.5))
+        Learner(policy, credit.full).learn(swap(played, 0, 1, temperature=0.5))
     unknown = swap(played, 0, 1, log_probs=(math.nan,) * len(played[0].turns[1].token_ids))
     with pytest.raises(LedgerError, match=r"sampling log-probs at conversation 1 of 3 .* turn 2 of 2"):
-        PPGAgent(policy, credit.full, importance="turn").learn(unknown)
-    with pytest.raises(ValueError, match=r"max_log_prob_gap > 0 and max_staleness >= 0, got 0.01 and -1"):
-        PPGAgent(policy, credit.full, max_staleness=-1)
+        Learner(policy, credit.full, importance="turn").learn(unknown)
+    with pytest.raises(ValueError, match=r"max_log_prob_gap > 0 and max_staleness >= 0, got None and -1"):
+        Learner(policy, credit.full, max_staleness=-1)
 
 
 def test_the_limit_goes_by_precision() -> None:

@@ -213,8 +213,8 @@ def _shared_policy() -> Policy:
     return _POLICIES[0]
 
 
-def test_decode_drops_control_tokens_only(policy: Policy) -> None:
-    assert policy.decode(policy.encode_reply("I do , really 🙂")) == "I do , really 🙂"
+def test_what_is_spoken_drops_control_tokens_only(policy: Policy) -> None:
+    assert policy.spoken(policy.encode_reply("I do , really 🙂")) == "I do , really 🙂"
 
 
 def test_load_and_save_round_trip(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from ppg_agents.batch import batch
 from ppg_agents.generation import Sample, draw_seeds
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import Policy
@@ -24,7 +25,7 @@ from ppg_agents.rollout import collect
 from ppg_agents.rollout.metrics import partner_faults
 from ppg_agents.rollout.threads import Envs as Singles
 from ppg_agents.rollout.threads import collect_each
-from ppg_agents.trajectory import Trajectory, batch, from_json, to_json
+from ppg_agents.trajectory import Trajectory, from_json, to_json
 
 Envs = Callable[..., SyncVectorEnv]
 MIXED = ({"turns": 3}, {"turns": 1}, {"turns": 4, "unjudged": 2}, {"turns": 2, "truncate": True})
@@ -53,7 +54,7 @@ def test_every_conversation_goes_to_its_own_end(policy: Policy, toy_envs: Envs, 
             score = None if unjudged else turn.reward
             status = "timeout" if unjudged else "scored"
             assert turn.verdict == {"status": status, "score": score, "rationale": "vowels"}
-            assert turn.reply == policy.decode(turn.token_ids)
+            assert turn.reply == policy.spoken(turn.token_ids)
     to_json(got[2])
 
 
@@ -145,7 +146,7 @@ class Echo:
     max_new_tokens, temperature, own_model = 6, 1.0, False
 
     def __init__(self, policy: Policy) -> None:
-        self.policy = policy
+        self.policy, self.context_length = policy, policy.context_length
         self.cancelled = threading.Event()
 
     def start(self, n: int) -> None:

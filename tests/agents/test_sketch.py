@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from ppg_agents import baselines, credit
-from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.learner import Learner
+from ppg_agents.batch import batch
 from ppg_agents.credit import PolicyClass
 from ppg_agents.horizon.choice import choose
 from ppg_agents.horizon.sketch import CountSketch, sketch, turn_gradients
 from ppg_agents.policy import Policy
-from ppg_agents.trajectory import Trajectory, Turn, batch
+from ppg_agents.trajectory import Trajectory, Turn
 
 Make = Callable[..., Policy]
 
@@ -55,7 +56,7 @@ def test_each_turn_has_its_own_gradient(make_policy: Make) -> None:
 @pytest.mark.parametrize("mask", [credit.full, credit.greedy, lambda n: credit.k_step(n, 2)])
 def test_weighted_turns_add_up_to_the_learners_gradient(policy: Policy, mask: Any) -> None:
     conversations = ledger(policy, [3, 1, 2, 4])
-    agent = PPGAgent(policy, mask, baseline="leave-one-out", learning_rate=0.0, max_grad_norm=1e9)
+    agent = Learner(policy, mask, baseline="leave-one-out", learning_rate=0.0, max_grad_norm=1e9)
     agent.learn(conversations)
     learner = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     data = batch(conversations, policy.pad_id)

@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ppg_agents import config as configs
 from ppg_agents import train as training
-from ppg_agents.agents import agents, make_agent
+from ppg_agents.agents import Needs, agents, make_agent
+from ppg_agents.cli import main as cli
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.policy import Policy
+from ppg_agents.rollout.speaker import PolicySpeaker, speaker_of
+from ppg_agents.trajectory import read_jsonl
 
 PACKAGE = '''\
 """REINFORCE with the batch's mean return as its baseline."""
 import torch
-from ppg_agents.rollout import Speaker
-from ppg_agents.trajectory import batch
+from ppg_agents.agents import Agent
+from ppg_agents.batch import batch
 
-class Reinforce:
+class Reinforce(Agent):
     def __init__(self, policy, mask, *, learning_rate, sampler, **others):
         self.policy, self.sampler = policy, sampler
         self.optimizer = torch.optim.SGD(policy.parameters(), lr=learning_rate(0))
-
-    def start(self, n, seed=0):
-        self.speaker = Speaker(self.policy, self.sampler, n)
-        self.generator = torch.Generator(self.policy.device).manual_seed(seed)
-
-    def act(self, observations):
-        lines = observations["message"]
-        said = self.speaker.reply(observations["instruction"], lines, [True] * len(lines), self.generator)
-        return [self.policy.decode(reply[1].token_ids) if reply else "" for reply in said]
 
     def learn(self, trajectories):
         data = batch(trajectories, self.policy.pad_id)
@@ -57,7 +56,38 @@ class Reinforce:
         self.policy.load_weights(folder)
         self.policy.version = int((folder / "version").read_text())
 '''
-ENTRY_POINTS = "[ppg_agents.agents]\nreinforce-of-mine = my_agents:Reinforce\n"
+PACKAGE += '''
+
+class Parrot:
+    """Says a word of its own as often as it has learned, and the partner's line after it."""
+
+    needs = Needs()
+
+    def __init__(self, policy, mask, **settings):
+        self.policy, self.word, self.heard = policy, "a", []
+
+    def start(self, n, seed=0):
+        self.heard.append((n, seed))
+
+    def act(self, observations):
+        assert len(observations["instruction"]) == len(observations["message"])
+        return [f"{self.word} {message}" for message in observations["message"]]
+
+    def learn(self, trajectories):
+        self.word += "e"
+        self.policy.version += 1
+        return {"policy_version": self.policy.version}
+
+    def save(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "word").write_text(self.word)
+
+    def load(self, folder):
+        self.word = (folder / "word").read_text()
+        self.policy.version = len(self.word) - 1
+'''
+PACKAGE = PACKAGE.replace("import Agent\n", "import Agent, Needs\n")
+ENTRY_POINTS = "[ppg_agents.agents]\nreinforce-of-mine = my_agents:Reinforce\nparrot = my_agents:Parrot\n"
 
 
 class Vowels(gym.Env[dict[str, str], str]):
@@ -131,15 +161,53 @@ def test_an_installed_agent_is_found_and_trained(config: TrainConfig, tmp_path: 
 
 
 @pytest.mark.usefixtures("installed")
-def test_it_speaks(policy: Policy) -> None:
+def test_an_agent_that_speaks_for_itself_is_heard_everywhere(config: TrainConfig, tmp_path: Path, capsys: Any) -> None:
+    """In training, in evaluation before and after, by ``evaluate`` and ``rollout`` on the run, and when resumed."""
+    config = replace(config, agent="parrot", checkpoint_every=1)
+    run = training.train(config, tmp_path / "run")
+    played = read_jsonl(run.trajectories_file)
+    assert [[turn.reply for turn in talk.turns] for talk in played[:4]] == [["a 0?", "a 1?", "a 2?"]] * 4
+    assert [[turn.reply for turn in talk.turns] for talk in played[4:]] == [["ae 0?", "ae 1?", "ae 2?"]] * 4
+    assert {turn.sampler for talk in played for turn in talk.turns} == {"agent"}
+    assert {turn.policy_version for turn in played[4].turns} == {1}
+    assert all(math.isnan(p) for turn in played[0].turns for p in turn.log_probs)
+    evaluations = run.evaluations()
+    assert evaluations["before"]["persona_consistency"] == pytest.approx(1 / 4)
+    assert evaluations["after"]["persona_consistency"] == pytest.approx(3 / 6)
+    assert cli(["evaluate", str(run.folder), "--conversations", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["persona_consistency"] == pytest.approx(3 / 6)
+    assert cli(["rollout", str(run.folder), "--conversations", "2", "--out", str(tmp_path / "talks.jsonl")]) == 0
+    assert {turn.reply for talk in read_jsonl(tmp_path / "talks.jsonl") for turn in talk.turns} == {
+        "aee 0?",
+        "aee 1?",
+        "aee 2?",
+    }
+    again = training.train(replace(config, iterations=3), run.folder, resume=True)
+    assert read_jsonl(again.trajectories_file)[8].turns[0].reply == "aee 0?"
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_agent_that_speaks_for_itself_is_heard_at_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there.\n\n"))
+    assert cli(["chat", "tiny", "--seed", "1", "--set", "agent=parrot"]) == 0
+    assert "persona> a Hello there." in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_an_agent_answers_is_checked(policy: Policy) -> None:
     from ppg_agents.generation.hf import HFSampler
 
     sampler = HFSampler(policy, 4, 1.0)
-    agent = make_agent("reinforce-of-mine", policy, lambda n: None, learning_rate=lambda step: 0.1, sampler=sampler)
-    assert type(agent).__name__ == "Reinforce"
-    agent.start(2)
-    replies = agent.act({"instruction": ["Be kind."] * 2, "message": ["Hello."] * 2})
-    assert [type(reply) for reply in replies] == [str, str]
+    agent: Any = make_agent("parrot", policy, None)
+    agent.act = lambda observations: [None]
+    speaker = speaker_of(agent, policy, sampler)
+    speaker.start(1, torch.Generator().manual_seed(3))
+    assert agent.heard[0][0] == 1
+    with pytest.raises(ValueError, match=r"expected 1 texts from Parrot.act, got 1 of NoneType"):
+        speaker.reply(["i"], ["m"], [True], None)
+    reinforce = make_agent("reinforce-of-mine", policy, None, learning_rate=lambda step: 0.1, sampler=sampler)
+    assert isinstance(speaker_of(reinforce, policy, sampler), PolicySpeaker)
+    assert reinforce.needs == Needs()
 
 
 @pytest.mark.usefixtures("installed")

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from ppg_agents.batch import batch
 from ppg_agents.policy import Policy
 from ppg_agents.trajectory import (
     SCHEMA,
     Trajectory,
     Turn,
     append,
-    batch,
     from_json,
     from_logged,
     read_jsonl,

@@ -21,8 +21,9 @@ pytest.importorskip("trl", reason="needs the extra trl")
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from ppg_agents.batch import batch
 from ppg_agents.policy import Policy
-from ppg_agents.trajectory import Trajectory, batch
+from ppg_agents.trajectory import Trajectory
 from ppg_agents.trl import PersonaChat
 from ppg_gym.conversation import Conversation, Verdict
 from ppg_gym.judges.facts import FactsJudge

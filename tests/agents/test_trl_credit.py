@@ -20,10 +20,10 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from ppg_agents.baselines import leave_one_out
+from ppg_agents.batch import batch
 from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.losses import partial_policy_gradient
 from ppg_agents.policy import Policy
-from ppg_agents.trajectory import batch
 from ppg_agents.trl import PersonaChat
 from ppg_agents.trl import credit as trl_credit
 from ppg_agents.trl.credit import PartialCreditTrainer

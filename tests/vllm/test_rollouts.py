@@ -27,6 +27,7 @@ import pytest
 import torch
 
 import ppg_gym  # noqa: F401 (registers the environment)
+from ppg_agents.batch import batch
 from ppg_agents.generation import Sample
 from ppg_agents.generation.endpoints import ServerRefusedError
 from ppg_agents.generation.hf import HFSampler
@@ -35,7 +36,6 @@ from ppg_agents.generation.vllm import VLLMSampler
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
 from ppg_agents.rollout.threads import collect_each
-from ppg_agents.trajectory import batch
 
 START, STOP, SCRIPT = 300.0, 60.0, 600.0  # seconds; a loaded machine takes its time
 QUIET = {

@@ -15,7 +15,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit
 from ppg_agents.agents import agents, make_agent
-from ppg_agents.agents.ppg import PPGAgent
+from ppg_agents.agents.learner import Learner
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import LedgerError
 from ppg_agents.policy import Policy
@@ -47,7 +47,7 @@ def ledger(policy: Policy, turns: list[int], seed: int = 0) -> list[Trajectory]:
 
 def gradient(policy: Policy, trajectories: list[Trajectory], mask: Any = credit.full, **options: Any) -> Any:
     settings = {"baseline": "none", "learning_rate": 0.0, "max_grad_norm": 1e9, **options}
-    metrics = PPGAgent(policy, mask, **settings).learn(trajectories)
+    metrics = Learner(policy, mask, **settings).learn(trajectories)
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), metrics
 
 
@@ -139,7 +139,7 @@ def test_a_masked_turn_does_not_touch_the_gradient(policy: Policy) -> None:
 
 def test_no_judged_turn_no_step(policy: Policy) -> None:
     silent = [replace(t, turns=tuple(replace(x, reward=math.nan) for x in t.turns)) for t in ledger(policy, [2, 0])]
-    agent = PPGAgent(policy, credit.greedy, learning_rate=1.0)
+    agent = Learner(policy, credit.greedy, learning_rate=1.0)
     before = [p.clone() for p in policy.parameters()]
     metrics = agent.learn(silent)
     assert (metrics["loss"], metrics["grad_norm"], metrics["policy_version"], agent.steps) == (0, 0, 0, 0)
@@ -151,7 +151,7 @@ def test_same_seed_twice_gives_identical_metrics(make_policy: Make, toy_envs: En
     def train() -> list[dict[str, float]]:
         policy = make_policy()
         sampler = HFSampler(policy, max_new_tokens=6)
-        agent = PPGAgent(policy, credit.full, baseline=baseline, standardise=True, n_turns=3)
+        agent = Learner(policy, credit.full, baseline=baseline, standardise=True, n_turns=3)
         envs = toy_envs(*[{"turns": 3}] * 4)
         return [
             agent.learn(collect(envs, policy, sampler, [i, i, 7, 7], torch.Generator().manual_seed(i)))
@@ -169,8 +169,8 @@ def test_same_seed_twice_gives_identical_metrics(make_policy: Make, toy_envs: En
 
 
 def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(make_policy: Make, tmp_path: Path) -> None:
-    def fresh() -> PPGAgent:
-        return PPGAgent(
+    def fresh() -> Learner:
+        return Learner(
             make_policy(),
             credit.full,
             baseline="moving-average",
@@ -196,7 +196,7 @@ def test_it_learns_a_toy(make_policy: Make, toy_envs: Envs) -> None:
     """The reward is the share of vowels in a reply: a random model says few, a trained one many."""
     policy = make_policy()
     sampler = HFSampler(policy, max_new_tokens=8)
-    agent = PPGAgent(policy, credit.greedy, baseline="batch-mean", learning_rate=0.03)
+    agent = Learner(policy, credit.greedy, baseline="batch-mean", learning_rate=0.03)
     envs = toy_envs(*[{"turns": 2}] * 24)
     scores = []
     for i in range(20):
@@ -210,7 +210,7 @@ def test_it_learns_a_toy(make_policy: Make, toy_envs: Envs) -> None:
 def test_a_kl_term_brings_the_policy_back_to_its_reference(make_policy: Make, toy_envs: Envs) -> None:
     policy = make_policy()
     sampler = HFSampler(policy, max_new_tokens=8, temperature=0.8)
-    agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=0.01, kl_coefficient=1.0)
+    agent = Learner(policy, credit.greedy, baseline="none", learning_rate=0.01, kl_coefficient=1.0)
     envs = toy_envs(*[{"turns": 2}] * 32)
     found = []
     for i in range(10):
@@ -224,7 +224,7 @@ def test_a_kl_term_brings_the_policy_back_to_its_reference(make_policy: Make, to
 def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:
     policy = make_policy()
     logged = ledger(policy, [3, 3, 2, 4])
-    agent = PPGAgent(policy, credit.full, learning_rate=0.01, micro_batch_tokens=40)
+    agent = Learner(policy, credit.full, learning_rate=0.01, micro_batch_tokens=40)
     before = agent.evaluate_offline(logged)
     loss = agent.learn_offline(logged)["loss"]
     assert loss == pytest.approx(-before["objective"], rel=1e-5)
@@ -238,7 +238,7 @@ def test_offline_learning_raises_its_own_objective(make_policy: Make) -> None:
 
 
 def test_learning_rate_and_clipping(policy: Policy) -> None:
-    agent = PPGAgent(policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01)
+    agent = Learner(policy, credit.greedy, baseline="none", learning_rate=lambda i: 0.1 / (i + 1), max_grad_norm=0.01)
     first, second = (agent.learn(ledger(policy, [2, 2])) for _ in range(2))
     assert (first["learning_rate"], second["learning_rate"]) == (0.1, 0.05)
     assert second["grad_norm"] > 0.01  # before clipping
@@ -246,34 +246,23 @@ def test_learning_rate_and_clipping(policy: Policy) -> None:
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_it_acts(policy: Policy) -> None:
-    agent = PPGAgent(policy, credit.greedy, sampler=HFSampler(policy, max_new_tokens=5))
-    with pytest.raises(ValueError, match="start"):
-        agent.act({"instruction": ["i"], "message": ["m"]})
-
-    def talk() -> list[list[str]]:
-        agent.start(2, seed=4)
-        return [agent.act({"instruction": ["i", "j"], "message": [f"m{t}", "x"]}) for t in range(2)]
-
-    assert talk() == talk()
-    assert [len(replies) for replies in talk()] == [2, 2]
-
-
 def test_refusals_and_registry(policy: Policy) -> None:
     with pytest.raises(ValueError, match="got 'gae'"):
-        PPGAgent(policy, credit.full, baseline="gae")  # type: ignore[arg-type]
+        Learner(policy, credit.full, baseline="gae")
     with pytest.raises(ValueError, match="n_turns"):
-        PPGAgent(policy, credit.full, baseline="moving-average")
-    with pytest.raises(ValueError, match="sampler"):
-        PPGAgent(policy, credit.full).start(1)
+        Learner(policy, credit.full, baseline="moving-average")
     bad = ledger(policy, [1])
     next(iter(policy.parameters())).data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        PPGAgent(policy, credit.full, baseline="none").learn(bad)
+        Learner(policy, credit.full, baseline="none").learn(bad)
     assert "ppg" in agents()
-    assert isinstance(make_agent("ppg", policy, credit.full), PPGAgent)
-    assert isinstance(make_agent("ppg_agents.agents.ppg:PPGAgent", policy, credit.full), PPGAgent)
+    assert isinstance(make_agent("ppg", policy, credit.full), Learner)
+    assert isinstance(make_agent("ppg_agents.agents.learner:Learner", policy, credit.full), Learner)
     with pytest.raises(ValueError, match="did you mean 'ppg'"):
         make_agent("ppgg")
+    with pytest.raises(ValueError, match=r"got 'reinforce'; it is 'ppg' now"):
+        make_agent("reinforce")
+    with pytest.raises(ValueError, match=r"got str without needs, learn, save, load; derive it from"):
+        make_agent("builtins:str")
     with pytest.raises(ValueError, match=r"expected an agent at 'no.where:Agent', got ModuleNotFoundError"):
         make_agent("no.where:Agent")

@@ -1,0 +1,458 @@
+"""The learner, of whatever method: judged conversations in, one or several optimiser steps out.
+
+`Learner._learn` is the whole path of a reward to the gradient, top to bottom:
+
+    lay out -> check -> shape -> credit -> keep -> advantage -> loss -> descend
+
+What a method does differently at one of these stations stands in its row of `methods.METHODS`. Formulas are in
+`credit`, `baselines`, `losses`, `importance` and `alternatives`, micro-batches in `gradient`, files in `state`.
+Nothing here knows an environment. With LoRA's dropout, ratios to the sampling policy have its noise in them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ppg_agents import alternatives as alt
+from ppg_agents import baselines, ledger, losses
+from ppg_agents.agents.advantages import turns_of
+from ppg_agents.agents.gradient import Array, Descent, Loss, Objective, Whole, agree, score, trained_tokens
+from ppg_agents.agents.measure import Measurement, entropies, measure, references, states
+from ppg_agents.agents.methods import METHODS, Method, resolve
+from ppg_agents.agents.pairs import compared_turns, pair_loss
+from ppg_agents.agents.protocol import Needs, OfflineAgent
+from ppg_agents.agents.settings import LearnerSettings
+from ppg_agents.agents.shaping import less_divergence, less_overlong
+from ppg_agents.agents.state import load_state, save_state
+from ppg_agents.agents.surrogates import token_loss
+from ppg_agents.agents.trial import try_out
+from ppg_agents.agents.value_head import FILE, Critique, Estimation, ValueHead
+from ppg_agents.batch import Batch, batch
+from ppg_agents.credit import credit, full
+from ppg_agents.distributed import Alone, Workers
+from ppg_agents.generation import Sampler
+from ppg_agents.ledger import LedgerError
+from ppg_agents.policy.policy import Policy
+from ppg_agents.trajectory import Trajectory
+
+
+class Learner(OfflineAgent):
+    """Learns a policy by the partial policy gradient (arXiv 2603.06138), or by another method of the table.
+
+    Attributes:
+        name: The method's name.
+        method: Its row.
+        options: The method's options, all of them.
+        settings: What it was given besides.
+        policy: Who learns; its version counts optimiser steps.
+        optimizer: AdamW over the policy's trainable weights.
+        head: The value head; None for a method without one.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mask: Callable[[int], NDArray[Any]],
+        *,
+        method: str | Method = "ppg",
+        sampler: Sampler | None = None,
+        workers: Workers | None = None,
+        **given: Any,
+    ) -> None:
+        """Make a learner.
+
+        Args:
+            policy: Who learns.
+            mask: The policy class: n -> [n, n], boolean or weights (see `ppg_agents.credit`).
+            method: A name out of `methods.METHODS`, or a row of your own.
+            sampler: Asked for the longest reply by methods that divide by it.
+            workers: The processes that learn together, each from its own share of the conversations; None for one.
+            **given: Fields of `LearnerSettings`, and the method's own options; of these, ``aggregation_of_source``
+                (true or false) aggregates token losses as the method's source does.
+
+        Raises:
+            ValueError: A setting that the method would ignore, an option that it does not have, or a value out of
+                range.
+        """
+        names = {field.name for field in fields(LearnerSettings)}
+        self.name = method if isinstance(method, str) else "custom"
+        self.method = METHODS[method] if isinstance(method, str) else method
+        self.options = self.method.fill(self.name, {key: value for key, value in given.items() if key not in names})
+        settings = LearnerSettings(**{key: value for key, value in given.items() if key in names})
+        settings = replace(settings, baseline=settings.baseline or self.method.baseline)
+        self.method.check_settings(self.name, vars(settings))
+        if self.method.check:
+            resolve(self.method.check)(self.options, vars(settings))
+        self.policy, self.sampler, self.settings = policy, sampler, settings
+        if self.options.pop("aggregation_of_source", False):
+            self.settings = settings = self._aggregated_as_the_source(settings)
+        self._objective = Objective(
+            settings.aggregation,
+            settings.constant,
+            settings.importance,
+            settings.importance_cap,
+            settings.kl_coefficient if self.method.kl == "loss" else 0.0,
+            reference=self.method.reads_reference(self.options, settings.kl_coefficient),
+            together=2 if self.method.pair_loss else 1,
+        )
+        self._mask, self._workers = mask, workers or Alone()
+        self._average = baselines.MovingAverage(settings.n_turns or 1)
+        self._descent = Descent(policy, settings, self._workers)
+        self.optimizer = self._descent.optimizer
+        self.head: ValueHead | None = None
+        if self.method.critic and self.options.get("value") != "mean":
+            self.head = ValueHead(int(policy.config.hidden_size), self.options["value_learning_rate"], policy.device)
+        if settings.n_turns:
+            self._check_class(settings.n_turns)
+        self._try_out()
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the loop."""
+        return Needs(
+            group=self._group(),
+            together=2 if self.method.pair_loss else 1,
+            branch=self.method.branch,
+            full_only=self.method.full_only(self.options),
+            one_class=self.head is not None,
+            best_of=int(self.options.get("n", 1)),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken."""
+        return self._descent.steps
+
+    @property
+    def learns_offline(self) -> bool:
+        """Whether it learns from logged dialogues as well."""
+        return self.method.offline
+
+    @property
+    def loss_is_likelihood(self) -> bool:
+        """Whether the loss of `learn_offline` is minus the credit-weighted log-likelihood."""
+        plain = self.settings.aggregation == "sum" and not self.settings.standardise
+        return self.name == "ppg" and plain
+
+    def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Take ``steps_per_batch`` optimiser steps on conversations of the current policy.
+
+        Args:
+            trajectories: B conversations; with several workers, this one's share.
+
+        Returns:
+            ``loss``, ``grad_norm`` (before clipping), ``credit_mean`` and ``credit_std`` over judged turns,
+            ``learning_rate``, ``tokens`` (real tokens in the batch), ``padding`` (share of the tokens read that no
+            conversation needs), ``policy_version`` (after the step), ``staleness_max`` (of the oldest turn, in
+            steps); ``log_prob_gap_mean`` and ``log_prob_gap_max`` (learner against sampler before the first step,
+            nats) when sampling log-probs are known; ``kl`` (from the reference, nats per judged turn) with a KL term;
+            ``importance_ess`` (effective sample size as a share) and ``importance_truncated`` (share) with importance
+            weights; and where the method has them ``ratio_max`` and ``clip_fraction``, ``value_loss``,
+            ``conversations_kept``, ``pairs_dropped``. All of them over all workers; of several steps, the last one's.
+            Without a judged turn there is no step.
+
+        Raises:
+            LedgerError: The batch is not what was sampled, or not by this version of this policy.
+            ValueError: A persona with too few conversations, or another policy class than full planning where no
+                other is taken.
+            FloatingPointError: The gradient is not finite.
+        """
+        return self._learn(trajectories, sampled=True)
+
+    def learn_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Take one step on logged conversations, of any policy version.
+
+        For ``ppg`` it ascends the credit-weighted log-likelihood: no baseline, no importance weights, no KL term.
+        Returns and raises as `learn` does.
+
+        Raises:
+            ValueError: The method needs samples of the policy itself.
+        """
+        if not self.method.offline:
+            offline = ", ".join(name for name, method in METHODS.items() if method.offline)
+            raise ValueError(f"{self.name!r} learns from its own samples only; agents that learn offline: {offline}")
+        return self._learn(trajectories, sampled=False)
+
+    def _learn(self, trajectories: Sequence[Trajectory], *, sampled: bool) -> dict[str, float]:
+        """Learn from a batch: the path of a reward to the gradient."""
+        data = self._lay_out(trajectories)
+        temperature, staleness = self._check(trajectories, data, sampled=sampled)
+        data, shaping = self._shape(data, temperature)
+        whole = self._credit(trajectories, data)
+        described = {**_described(whole), **shaping}
+        if not self.method.learns:
+            return {**self._without_a_step(data), **described, **staleness}
+        data, whole, kept = self._keep(trajectories, data, whole)
+        critique = self._advantage(trajectories, data, whole, temperature, sampled=sampled)
+        loss = self._loss(data, whole, critique)
+        metrics = self._descend(trajectories, data, whole, loss, critique, temperature, sampled=sampled)
+        return {**metrics, **described, **kept, **staleness}
+
+    def _lay_out(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Return the conversations as arrays, with as many turns on every worker."""
+        longest = max((len(t.turns) for t in trajectories), default=1)
+        turns = self.settings.n_turns or max(self._workers.gather([longest, 1]))
+        self._check_class(turns)
+        return batch(trajectories, self.policy.pad_id, turns)
+
+    def _check(
+        self, trajectories: Sequence[Trajectory], data: Batch, *, sampled: bool
+    ) -> tuple[float, dict[str, float]]:
+        """Return the temperature, and the largest staleness, of conversations that the ledger vouches for."""
+        temperature, stale, fault = 1.0, 0, None
+        try:
+            ledger.check_batch(trajectories, data, trained_tokens(data))
+            temperature = ledger.temperature(trajectories)
+            if sampled:
+                stale = ledger.staleness(trajectories, self.policy.version, self.settings.max_staleness)
+            if sampled and (self.method.ratio or self._objective.importance != "none"):
+                ledger.check_known(trajectories)
+        except LedgerError as error:
+            fault = str(error)
+        reports = self._workers.gather([(fault, stale)])
+        agree([fault for fault, _ in reports])
+        return temperature, {"staleness_max": max(stale for _, stale in reports)} if sampled else {}
+
+    def _shape(self, data: Batch, temperature: float) -> tuple[Batch, dict[str, float]]:
+        """Take off the rewards what the method takes off them before credit is formed."""
+        metrics: dict[str, float] = {}
+        beta, buffer = self.settings.kl_coefficient, int(self.options.get("overlong_buffer", 0))
+        if self.method.kl == "reward" and beta:
+            measured = self._measure(data, references(self.policy, temperature), trained_tokens(data))
+            data, metrics = less_divergence(data, measured, beta, self._workers)
+        if buffer:
+            data = less_overlong(data, self._longest_reply(), buffer)
+        return data, metrics
+
+    def _credit(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
+        """Return the credit of all workers' conversations: statistics are of the whole batch, never of a share."""
+        units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
+        labels = [t.instruction for t in trajectories]
+        parts = self._workers.gather([(self._class_credit(data), data.rewards, data.valid, labels, units)])
+        credits, rewards, valid, personas, counts = zip(*parts, strict=True)
+        before = sum(len(part) for part in personas[: self._workers.rank])
+        return Whole(
+            credit=np.concatenate(credits),
+            rewards=np.concatenate(rewards),
+            valid=np.concatenate(valid),
+            groups=[label for part in personas for label in part],
+            own=slice(before, before + len(labels)),
+            units=sum(counts),
+        )
+
+    def _keep(
+        self, trajectories: Sequence[Trajectory], data: Batch, whole: Whole
+    ) -> tuple[Batch, Whole, dict[str, float]]:
+        """Leave out the conversations, or turns, that the method does not learn from."""
+        self._check_groups(whole)
+        if self.method.pair_loss:
+            compared = compared_turns(self.name, trajectories, data.valid, branch=self.method.branch)
+            kept = np.concatenate(self._workers.gather([compared]))
+            metrics: dict[str, float] = {"pairs_dropped": int((~kept.any(1)).sum()) // 2}
+        elif self.method.keep:
+            conversations = resolve(self.method.keep)(whole, self.options)
+            kept, metrics = conversations[:, None], {"conversations_kept": int(conversations.sum())}
+        else:
+            return data, whole, {}
+        data = replace(data, valid=data.valid & kept[whole.own])
+        units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
+        return data, replace(whole, valid=whole.valid & kept, units=sum(self._workers.gather([units]))), metrics
+
+    def _advantage(
+        self, trajectories: Sequence[Trajectory], data: Batch, whole: Whole, temperature: float, *, sampled: bool
+    ) -> Critique:
+        """Return the advantage of this worker's turns or tokens."""
+        if self.method.critic:
+            cut = [trajectory.truncated for trajectory in trajectories]
+
+            def hidden(mask: Tensor) -> Tensor:
+                return self._measure(data, states(self.policy), mask)
+
+            given = Estimation(data, whole, self.head, hidden, self.settings.discount, cut, self._workers)
+            critique: Critique = resolve(self.method.critic)(given, self.options)
+            return critique
+        advantage = whole.credit
+        if "baseline" in self.method.takes:
+            # Logged replies are imitated in proportion to their credit: a baseline would make the likelihood unbounded.
+            subtracted = self._subtract(whole) if sampled else baselines.none(whole.credit, whole.valid)
+            advantage = baselines.advantage(whole.credit, subtracted, whole.valid)
+            advantage = baselines.standardise(advantage, whole.valid) if self.settings.standardise else advantage
+        if self.method.advantage:
+            entropy = None
+            if self.method.entropy:
+                entropy = self._measure(data, entropies(self.policy, temperature), trained_tokens(data))
+            turns = turns_of(data, whole, advantage, entropy, self._workers)
+            advantage = resolve(self.method.advantage)(turns, self.options).numpy()
+        return Critique(torch.from_numpy(advantage[whole.own]), per_token=False)
+
+    def _loss(self, data: Batch, whole: Whole, critique: Critique) -> Loss:
+        """Return the batch's loss, a function of a micro-batch."""
+        if self.method.pair_loss:
+            return pair_loss(self.method, self.options, whole.credit[whole.own], data.valid)
+        advantage = critique.advantage
+        if not critique.per_token:
+            advantage = losses.broadcast_credit(advantage, trained_tokens(data), data.turn_index)
+        return token_loss(self.method, self.options, advantage, self.settings.kl_coefficient)
+
+    def _descend(
+        self,
+        trajectories: Sequence[Trajectory],
+        data: Batch,
+        whole: Whole,
+        loss: Loss,
+        critique: Critique,
+        temperature: float,
+        *,
+        sampled: bool,
+    ) -> dict[str, float]:
+        """Take the batch's steps, and the value head's; the sampler is compared with the learner before the first."""
+        objective = self._objective
+        if not sampled:  # nobody knows what sampled logged words
+            objective = replace(objective, importance="none", kl_coefficient=0.0)
+        fresh = ledger.of_version(trajectories, self.policy.version, data.valid.shape[1]) if sampled else None
+        step = partial(self._descent.step, trajectories, data, whole, loss, objective, temperature)
+        metrics = step(fresh)
+        for _ in range(1, self.settings.steps_per_batch):
+            metrics |= step()
+        if self.head is not None and critique.regression is not None and whole.valid.any():
+            for _ in range(self.settings.steps_per_batch):
+                clipped = float(self.options["value_clip"]) or None
+                metrics["value_loss"] = self.head.fit(critique.regression, clipped, self._workers)
+        return metrics
+
+    @torch.no_grad()
+    def evaluate_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Return the credit-weighted log-likelihood of conversations, without learning; on this worker alone.
+
+        Returns:
+            ``objective``: Σ_t credit_t · log π(y_t | …), mean per conversation; ``objective_per_turn``: the
+            same per judged turn; ``log_likelihood``: log π(y_t | …), mean per judged turn, unweighted;
+            ``turns``: judged turns.
+        """
+        data = batch(trajectories, self.policy.pad_id, self.settings.n_turns)
+        value = self._class_credit(data)
+        weighted = likelihood = 0.0
+        for part in score(self.policy, data, self.settings.micro_batch_tokens, ledger.temperature(trajectories)):
+            per_token = losses.broadcast_credit(torch.from_numpy(value[part.rows]), part.token_mask, part.turn_index)
+            weighted += float((per_token * part.log_probs).sum())
+            likelihood += float(part.log_probs.sum())
+        turns = max(1, int(data.valid.sum()))
+        return {
+            "objective": weighted / len(trajectories),
+            "objective_per_turn": weighted / turns,
+            "log_likelihood": likelihood / turns,
+            "turns": int(data.valid.sum()),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter, tokenizer, optimiser, value head and state, as safetensors and JSON; the main worker writes.
+
+        All workers call it when the model's layers are split over them.
+        """
+        state = {
+            "steps": self.steps,
+            "policy_version": self.policy.version,
+            "moving_average": self._average.state_dict(),
+        }
+        save_state(Path(folder), self.policy, self.optimizer, state, self._workers)
+        if self.head is not None and self._workers.main:
+            self.head.save(Path(folder) / FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Read back what `save` wrote, into a learner made with the same settings.
+
+        Raises:
+            ValueError: Another schema, another model, or an optimiser state that does not fit.
+        """
+        state = load_state(Path(folder), self.policy, self.optimizer)
+        self._average.load_state_dict(state["moving_average"])
+        self._descent.steps = int(state["steps"])
+        self.policy.version = int(state["policy_version"])
+        if self.head is not None:
+            self.head.load(Path(folder) / FILE)
+
+    def _class_credit(self, data: Batch) -> Array:
+        """Return the credit [B, n] of every turn, by the policy class."""
+        return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self.settings.discount)
+
+    def _subtract(self, whole: Whole) -> Array:
+        """Return the baseline [B, n]; asking takes the batch into a moving average."""
+        if self.settings.baseline == "leave-one-out":
+            return baselines.leave_one_out(whole.credit, whole.valid, whole.groups)
+        if self.settings.baseline == "batch-mean":
+            return baselines.batch_mean(whole.credit, whole.valid)
+        if self.settings.baseline == "moving-average":
+            return self._average(whole.credit, whole.valid)
+        return baselines.none(whole.credit, whole.valid)
+
+    def _measure(self, data: Batch, of: Measurement, mask: Tensor) -> Tensor:
+        return measure(data, mask, of, budget=self.settings.micro_batch_tokens, workers=self._workers)
+
+    def _without_a_step(self, data: Batch) -> dict[str, float]:
+        """Return the metrics of a method that learns nothing."""
+        tokens = int(self._workers.sum_number(float(data.attention.sum())))
+        still = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0, "padding": 0.0}
+        return {**still, "policy_version": self.policy.version, "tokens": tokens}
+
+    def _check_class(self, n: int) -> None:
+        if self.method.full_only(self.options) and not np.array_equal(self._mask(n), full(n)):
+            todo = "leave out --policy-class: it weighs by no credit"
+            if self.method.credit:
+                todo = "set agent_options.credit=class, which takes any policy class"
+            raise ValueError(f"{self.name!r}: expected the policy class 'full', got another; {todo}")
+
+    def _group(self) -> int:
+        """Return the least number of conversations with one persona."""
+        return 2 if self.options.get("group_mean") else self.method.group
+
+    def _check_groups(self, whole: Whole) -> None:
+        alone = [label for label, size in Counter(whole.groups).items() if size < self._group()]
+        if alone:
+            raise ValueError(
+                f"{self.name!r} compares conversations with one persona: expected at least {self._group()} with each, "
+                f"got 1 with {str(alone[0])[:60]!r}; add --set group=4"
+            )
+
+    def _aggregated_as_the_source(self, settings: LearnerSettings) -> LearnerSettings:
+        """Return the settings with the aggregation of the method's source."""
+        source, constant = self.method.source_aggregation, settings.constant
+        if settings.aggregation != "sum" or source is None:
+            raise ValueError(f"expected one of aggregation and aggregation_of_source, got both for {self.name!r}")
+        if source == "constant" and constant is None:
+            constant = float(self._longest_reply())
+        return replace(settings, aggregation=source, constant=constant)
+
+    def _longest_reply(self) -> int:
+        """Return the most tokens of a reply."""
+        if self.sampler is None:
+            raise ValueError(f"{self.name!r}: expected a sampler, whose longest reply is asked for, got none")
+        return self.sampler.max_new_tokens
+
+    def _try_out(self) -> None:
+        """Find what cannot work before anything is sampled."""
+        try_out(self.method, self.options)
+        if self.options.get("overlong_buffer"):
+            longest = torch.tensor([float(self._longest_reply())])
+            alt.overlong_penalty(longest, max_length=int(longest), buffer=self.options["overlong_buffer"])
+        if self._objective.reference or (self.settings.kl_coefficient and self.method.kl != "none"):
+            every = torch.ones((1, 2), dtype=torch.bool)
+            self.policy.reference_log_probs(every.long(), every)  # refuses a policy without a reference
+
+
+def _described(whole: Whole) -> dict[str, float]:
+    """Return the mean and the spread of the credit over all judged turns; 0 without any."""
+    judged = whole.credit[whole.valid]
+    if not judged.size:
+        return {"credit_mean": 0.0, "credit_std": 0.0}
+    return {"credit_mean": float(judged.mean()), "credit_std": float(judged.std())}
+

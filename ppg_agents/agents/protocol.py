@@ -1,0 +1,89 @@
+"""What the training loop asks of an agent. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from ppg_agents.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an agent needs of the batches it is given, and of the settings; the defaults ask for nothing.
+
+    Attributes:
+        group: Least number of conversations with one persona.
+        together: Conversations in a row that one process has to have.
+        branch: Whether a batch is made of pairs that share a history (see `ppg_agents.rollout.pairs`).
+        full_only: Whether it takes no other policy class than full planning.
+        one_class: Whether it learns the values of one policy class, so that the class may not change on the way.
+        best_of: Times that every conversation is played in an evaluation; the best one counts.
+    """
+
+    group: int = 1
+    together: int = 1
+    branch: bool = False
+    full_only: bool = False
+    one_class: bool = False
+    best_of: int = 1
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Learns from judged conversations, and can be saved.
+
+    The policy and its sampler speak; an agent that has the methods of `SpeakingAgent` too speaks for itself. It is made
+    as ``Class(policy, mask, **settings)`` and must take settings that it does not know. It counts its optimiser steps
+    in ``policy.version``.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the loop; subclasses that ask for nothing inherit this."""
+        return Needs()
+
+    def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Learn from a batch of conversations; return metrics, ``policy_version`` among them."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write all that is needed to go on."""
+
+    def load(self, folder: str | Path) -> None:
+        """Read back what `save` wrote."""
+
+
+@runtime_checkable
+class OfflineAgent(Agent, Protocol):
+    """An agent that can learn from logged dialogues."""
+
+    @property
+    def learns_offline(self) -> bool:
+        """Whether it does, with its options."""
+
+    @property
+    def loss_is_likelihood(self) -> bool:
+        """Whether the loss that `learn_offline` returns is minus the credit-weighted log-likelihood, summed."""
+
+    def learn_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Learn from a batch of logged conversations; return metrics."""
+
+    def evaluate_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Return ``objective``, the credit-weighted log-likelihood per conversation, and judged ``turns``."""
+
+
+@runtime_checkable
+class SpeakingAgent(Protocol):
+    """Speaks for itself: its replies are what the environment hears."""
+
+    def start(self, n: int, seed: int = 0) -> None:
+        """Begin n new conversations, with randomness from the seed."""
+
+    def act(self, observations: Mapping[str, Sequence[str]]) -> list[str]:
+        """Answer a batch of observations ``{"instruction": [n], "message": [n]}``.
+
+        A conversation that has ended has an empty message; what is answered there is not heard.
+        """

@@ -1,0 +1,81 @@
+"""The settings of a learner, whatever its method, and their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ppg_agents.importance import Importance
+from ppg_agents.losses import Aggregation
+
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What every method is given; a method refuses those that it would ignore.
+
+    Attributes:
+        n_turns: n; None for the longest conversation of each batch.
+        discount: Per turn.
+        baseline: Subtracted from the credit when learning online; None for the method's own default.
+            ``leave-one-out`` compares conversations with the same instruction.
+        standardise: Divide advantages by their standard deviation.
+        aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
+        constant: For the aggregation ``constant``.
+        learning_rate: Of AdamW: a number, or a function of the steps taken.
+        max_grad_norm: The gradient is scaled down to this 2-norm.
+        weight_decay: Of AdamW.
+        micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
+        importance: Level of the weights for replies that another version or engine sampled, see `importance`.
+        importance_cap: Largest weight.
+        kl_coefficient: Weight of the divergence from the model without its adapter, per reply in nats.
+        max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
+            nats; None for a limit by the learner's precision (`ledger.default_gap_limit`). Not asked of stale turns.
+        max_staleness: Most optimiser steps that a turn's policy version may be behind; 0 is on-policy.
+        steps_per_batch: Optimiser steps on every batch that is learned from online. From the second on, the replies
+            are those of an older policy, so that more than 1 needs importance weights, or a method whose loss has
+            ratios of its own.
+    """
+
+    n_turns: int | None = None
+    discount: float = 1.0
+    baseline: Baseline | None = None
+    standardise: bool = False
+    aggregation: Aggregation = "sum"
+    constant: float | None = None
+    learning_rate: float | Callable[[int], float] = 1e-3
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    micro_batch_tokens: int = 8192
+    importance: Importance = "none"
+    importance_cap: float = 2.0
+    kl_coefficient: float = 0.0
+    max_log_prob_gap: float | None = None
+    max_staleness: int = 0
+    steps_per_batch: int = 1
+
+    def __post_init__(self) -> None:
+        """Check what one type cannot say.
+
+        Raises:
+            ValueError: A value out of range, or settings that contradict one another.
+        """
+        if self.baseline is not None and self.baseline not in get_args(Baseline):
+            raise ValueError(f"expected a baseline out of {get_args(Baseline)}, got {self.baseline!r}")
+        if self.baseline == "moving-average" and self.n_turns is None:
+            raise ValueError("expected n_turns with baseline 'moving-average', got None; pass n_turns=")
+        gap = self.max_log_prob_gap
+        if (gap is not None and not gap > 0) or self.max_staleness < 0:
+            raise ValueError(
+                f"expected max_log_prob_gap > 0 and max_staleness >= 0, got {gap} and {self.max_staleness}"
+            )
+        if self.steps_per_batch < 1:
+            raise ValueError(f"expected steps_per_batch >= 1, got {self.steps_per_batch}")
+        if not 0 <= self.kl_coefficient < float("inf"):
+            raise ValueError(f"expected kl_coefficient >= 0, got {self.kl_coefficient}")
+
+    def rate(self, steps: int) -> float:
+        """Return the learning rate after so many steps."""
+        return self.learning_rate(steps) if callable(self.learning_rate) else self.learning_rate

@@ -1,0 +1,26 @@
+"""A method tried out on made-up numbers, so that an option out of range is found before anything is sampled."""
+
+from __future__ import annotations
+
+import torch
+
+from ppg_agents.agents.advantages import Turns
+from ppg_agents.agents.gradient import Scored
+from ppg_agents.agents.methods import Method, Options, resolve
+
+
+def try_out(method: Method, options: Options) -> None:
+    """Compute the method's loss of two tokens and its advantage of two turns.
+
+    Raises:
+        ValueError: What the formulas raise for an option out of range.
+    """
+    zeros, mask = torch.zeros((1, 2)), torch.ones((1, 2), dtype=torch.bool)
+    if method.pair_loss:
+        resolve(method.pair_loss)(*[zeros] * 4, ~mask, options)
+    elif method.learns:
+        part = Scored([0], zeros.long(), mask, zeros, zeros, mask, zeros.long())
+        resolve(method.loss)(part, zeros + 1, options)
+    if method.advantage:
+        ones, valid = torch.ones((2, 1), dtype=torch.float64), torch.ones((2, 1), dtype=torch.bool)
+        resolve(method.advantage)(Turns(ones, ones, valid, [0, 0], ones, ones), options)

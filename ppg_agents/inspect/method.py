@@ -1,0 +1,36 @@
+"""What a run's agent makes of the policy class's credit, in words, by its settings alone."""
+
+from __future__ import annotations
+
+from ppg_agents.agents.methods import METHODS
+from ppg_agents.config.settings import TrainConfig
+
+
+def reads_credit(config: TrainConfig) -> bool:
+    """Return whether the run's policy class says anything about what it learns from."""
+    method = METHODS.get(config.agent)
+    return method is None or (method.learns and method.credit)
+
+
+def baseline(config: TrainConfig) -> str | None:
+    """Return the baseline that is subtracted from the credit; None where the agent does not take the run's."""
+    method = METHODS.get(config.agent)
+    if method is None or "baseline" not in method.takes:
+        return None
+    return "none" if config.offline.files else config.baseline
+
+
+def note(config: TrainConfig) -> str:
+    """Return what is to be said of an agent that does otherwise than subtract a baseline from the credit."""
+    name, method = config.agent, METHODS.get(config.agent)
+    if method is None:
+        return f"The agent {name} forms its own advantage from this credit, or instead of it (docs/agents.md)."
+    if not reads_credit(config):
+        return f"The agent {name} reads no credit (docs/agents.md): what is shown is not what this run learned from."
+    if method.full_only(method.fill(name, config.agent_options)):
+        return f"The agent {name} forms its own advantage from the rewards, instead of this credit (docs/agents.md)."
+    if "baseline" not in method.takes:
+        return f"The agent {name} forms its own advantage from this credit (docs/agents.md)."
+    if method.advantage:
+        return f"The agent {name} forms its own advantage from this credit less the baseline (docs/agents.md)."
+    return ""

@@ -1,0 +1,23 @@
+"""What to say of a name that is unknown: which names there are, and which of them was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like this one, None when none is much like it."""
+    return next(iter(get_close_matches(str(name), list(known), n=1)), None)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the end of an error message: ``; did you mean 'ppo'?``, or "" when no known name is near."""
+    meant = nearest(name, known)
+    return "" if meant is None else f"; did you mean {meant!r}?"
+
+
+def not_one_of(what: str, name: object, known: Iterable[str]) -> str:
+    """Return the whole message: ``expected WHAT to be one of a, b, c, got 'd'; did you mean 'c'?``."""
+    names = list(known)
+    return f"expected {what} to be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}"

@@ -1,0 +1,88 @@
+"""One conversation as it is written down, whichever loop plays it, and what the loops read of an environment."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ppg_agents.rollout.speaker import Spoken
+from ppg_agents.trajectory import Trajectory, Turn
+
+log = logging.getLogger(__name__)
+
+
+class Record:
+    """A conversation under way.
+
+    Attributes:
+        instruction: The role-play instruction.
+        message: The partner's newest line.
+        over: Whether it has ended, in whatever way.
+    """
+
+    def __init__(self, observation: tuple[str, str], info: Mapping[str, Any], seed: int | None, domain: str) -> None:
+        """Begin with what the environment's reset returned, as instruction and message."""
+        self.instruction, self.message = observation
+        self.over = False
+        self._persona, self._domain = str(info.get("persona", "")), domain
+        self._seed = None if seed is None else int(seed)
+        self._turns: list[Turn] = []
+        self._terminated = self._truncated = False
+        self._partner = "ok"
+
+    def cut(self, number: int) -> None:
+        """End conversation ``number``: another reply might not fit into the context."""
+        log.warning("conversation %d truncated: no room for another reply in the context", number)
+        self._truncated = self.over = True
+
+    def add(
+        self, spoken: Spoken, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]
+    ) -> None:
+        """Write down a reply and what the environment said to it; a reward that is no finite number is unjudged."""
+        self._turns.append(
+            Turn(
+                message=self.message,
+                reply=spoken.text,
+                prompt_ids=tuple(spoken.prompt),
+                token_ids=spoken.sample.token_ids,
+                log_probs=spoken.sample.log_probs,
+                reward=reward if math.isfinite(reward) else math.nan,
+                verdict=dict(info.get("verdict") or {}),
+                policy_version=spoken.sample.policy_version,
+                sampler=spoken.sample.sampler,
+                temperature=spoken.sample.temperature,
+            )
+        )
+        self._partner = str((info.get("partner") or {}).get("status", "ok"))
+        self._terminated, self._truncated = bool(terminated), bool(truncated)
+        self.over = self._terminated or self._truncated
+
+    def trajectory(self) -> Trajectory:
+        """Return the conversation so far."""
+        return Trajectory(
+            instruction=self.instruction,
+            persona=self._persona,
+            domain=self._domain,
+            seed=self._seed,
+            turns=tuple(self._turns),
+            terminated=self._terminated,
+            truncated=self._truncated,
+            partner_status=self._partner,
+        )
+
+
+def texts(observation: Any) -> tuple[Any, Any]:
+    """Return instruction and message of an observation, or of a batch of them.
+
+    Raises:
+        ValueError: An observation of another form.
+    """
+    try:
+        return observation["instruction"], observation["message"]
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            "expected observations with 'instruction' and 'message' (a Dict space of texts), got "
+            f"{type(observation).__name__}; wrap the environment"
+        ) from error
