@@ -118,7 +118,7 @@ def play(
                 for attempt in range(best_of):
                     draws = seed * 1_000_003 + start + attempt * _APART
                     generator = torch.Generator(policy.device).manual_seed(draws)
-                    tries.append(collect(envs, policy, sampler, padded, generator, config.domain, speaker=speaker))
+                    tries.append(collect(envs, policy, sampler, padded, generator, config.world, speaker=speaker))
                 played = [max(same, key=_score) for same in zip(*tries, strict=True)]
                 trajectories += played[: len(some)]
                 reachable += envs.reachable()[: len(some)].tolist()

@@ -225,7 +225,7 @@ class Online:
     def describe(self, run: Run) -> None:
         """Say what is learned, and where it is kept."""
         config, length = self.config, f"{self.turns} turns" if self.turns else "open length"
-        say(f"{config.domain}, {config.label}: {config.batch} conversations of {length} per iteration")
+        say(f"{config.subject}, {config.label}: {config.batch} conversations of {length} per iteration")
         say(f"run folder: {run.folder}")
 
     def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
@@ -258,12 +258,12 @@ class Online:
     def _play(self, sampler: Sampler, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
         """Hold one conversation per seed."""
         if self.each is not None and isinstance(sampler, SingleSampler):
-            return collect_each(self.each, self.policy, sampler, seeds, generator, self.config.domain)
+            return collect_each(self.each, self.policy, sampler, seeds, generator, self.config.world)
         if self.envs.num_envs != len(seeds):  # an agent that learns from pairs plays one half after the other
             self.envs.close()
             self.envs = make_envs(self.config, len(seeds), self.config.personas)
         speaker = self.speaker if sampler is self.sampler else PolicySpeaker(self.policy, sampler)
-        return collect(self.envs, self.policy, sampler, seeds, generator, self.config.domain, speaker=speaker)
+        return collect(self.envs, self.policy, sampler, seeds, generator, self.config.world, speaker=speaker)
 
     def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Play held-out personas; the agent speaks for itself where it can, else through the policy it learns."""

@@ -138,7 +138,7 @@ def horizon(
         baseline="none" if (baseline or ("none" if files else "")) == "none" else "leave-one-out",
         rng=np.random.default_rng([config.seed, 1]),
     )
-    what = "logged dialogues" if files else config.domain
+    what = "logged dialogues" if files else config.world
     record = {"target": target, "what": what, "centred": centre, "seed": config.seed, **report.to_dict()}
     if out is not None:
         folder = Path(out)

@@ -268,7 +268,7 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
             policy, sampler, config, personas=personas, best_of=best_of, done=progress.advance, speaker=speaker
         )
     if as_json:
-        where = {"target": target, "domain": config.domain, "personas": personas}
+        where = {"target": target, "domain": config.world, "personas": personas}
         click.echo(json.dumps({**result.to_dict(), **where, "seed": config.evaluation.seed}, allow_nan=False))
         return
     low, high = result.ci95

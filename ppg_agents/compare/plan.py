@@ -36,7 +36,7 @@ class Plan:
     """The comparison's settings; its TOML form has the same names.
 
     Attributes:
-        domains: Names of domains.
+        domains: Names of domains; left out where ``settings.env.id`` is another environment than PersonaChat-v0.
         agents: Names of agents, ``sb3-ppo``, ``sb3-a2c`` and ``sb3-dqn`` among them.
         classes: Policy classes, as `PolicyClass.parse` reads them, ``auto``, or ``segment/2`` for so many segments of
             equal length.
@@ -74,7 +74,7 @@ class Plan:
                     raise ConfigError(f"{where}.{key}: the comparison sets it itself; leave it out")
         for name, table in self.agent_settings.items():
             for key in configs.flatten(table):
-                if key.startswith("evaluation.") or key in ("env.max_turns", "env.kwargs.max_turns"):
+                if key.startswith("evaluation.") or key in ("env.id", "env.max_turns", "env.kwargs.max_turns"):
                     raise ConfigError(f"agent_settings.{name}.{key}: it has to be the same for all; use settings")
         if configs.flatten(self.settings).get("evaluation.conversations") == 0:
             raise ConfigError("settings.evaluation.conversations: expected at least 1, got 0, which compares nothing")
@@ -90,7 +90,7 @@ class Job:
     Attributes:
         agent: Who learns.
         planning: The policy class in words; empty where the agent has none.
-        domain: Where.
+        domain: Where: a domain, or the id of another environment than PersonaChat-v0.
         seed: Of the run.
         sizes: Training conversations of its cells.
         config: Its settings, as plain tables.
@@ -150,29 +150,49 @@ def read(path: Path) -> Plan:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def worlds(plan: Plan) -> dict[str, TrainConfig]:
+    """Return where the plan's runs take place, each with the settings of all runs there, but for class and agent.
+
+    The keys are the domains, or the id of the plan's own environment.
+
+    Raises:
+        ConfigError: A wrong setting; or domains beside another environment than PersonaChat-v0.
+    """
+    given = configs.flatten(plan.settings)
+    shared = [configs.load(None, {**given, "domain": domain}) for domain in plan.domains]
+    return {config.world: config for config in shared}
+
+
 def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
     """Return the runs that fill the plan's cells: seed by seed, so that an unfinished comparison has whole rounds.
 
     Args:
         plan: What is compared.
-        turns: Of a conversation, by domain.
+        turns: Of a conversation, by the keys of `worlds`.
 
     Raises:
-        ConfigError: An agent that nobody knows, a class that does not fit a domain's turns, a size that is no multiple
-            of the batch, or a wrong setting.
+        ConfigError: An agent that nobody knows or that cannot act there, a class that does not fit a domain's turns, a
+            size that is no multiple of the batch, or a wrong setting.
     """
+    places = worlds(plan)
     for agent in plan.agents:
         try:
             check_agent(agent)
         except ValueError as error:
             raise ConfigError(f"agents: {error}") from error
+        for config in places.values():
+            if agent.startswith(SB3) and not config.env.is_persona_chat:
+                raise ConfigError(
+                    f"agents: {agent!r} chooses among replies of PersonaChat-v0, got env.id = {config.env.id!r}; "
+                    "leave it out"
+                )
     return [
         job
         for seed in plan.seeds
-        for domain in plan.domains
+        for world, config in places.items()
         for agent in plan.agents
-        for planning in _classes(plan, agent, turns[domain])
-        for job in _runs(plan, agent, planning, domain, seed)
+        for planning in _classes(plan, agent, turns[world])
+        for job in _runs(plan, agent, planning, config.domain, seed)
     ]
 
 
@@ -230,16 +250,17 @@ def _runs(plan: Plan, agent: str, planning: PolicyClass | str, domain: str, seed
     given.setdefault("schedule", "constant")
     for key, value in given.items():
         put(tables, key, value)
-    batch = configs.from_dict(tables).batch
+    config = configs.from_dict(tables)
+    world, batch = config.world, config.batch
     wrong = [size for size in plan.sizes if size % batch]
     if wrong:
         raise ConfigError(f"sizes: expected multiples of batch = {batch} of agent {agent}, got {wrong}")
     nested = not agent.startswith(SB3) and tables["schedule"] == "constant"
     if agent in UNTRAINED:
-        yield Job(agent, str(planning), domain, seed, plan.sizes, _sized(tables, (batch,), batch))
+        yield Job(agent, str(planning), world, seed, plan.sizes, _sized(tables, (batch,), batch))
     else:
         for sizes in [tuple(sorted(plan.sizes))] if nested else [(size,) for size in plan.sizes]:
-            yield Job(agent, str(planning), domain, seed, sizes, _sized(tables, sizes, batch))
+            yield Job(agent, str(planning), world, seed, sizes, _sized(tables, sizes, batch))
 
 
 def _sized(tables: Mapping[str, Any], sizes: Sequence[int], batch: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def check(config: TrainConfig) -> None:
     _check_shares(config)
     _check_batch(config)
     _check_policy_class(config)
+    _check_environment(config)
 
 
 def _check_numbers(config: TrainConfig) -> None:
@@ -113,4 +114,19 @@ def _check_policy_class(config: TrainConfig) -> None:
         raise ConfigError(
             "policy class 'auto' is chosen on conversations of the policy itself; choose one for logged dialogues "
             "with: ppg-agent horizon MODEL --offline FILES"
+        )
+
+
+def _check_environment(config: TrainConfig) -> None:
+    """Refuse settings that only PersonaChat-v0 reads with another environment, which gets ``env.kwargs`` alone."""
+    if config.env.is_persona_chat:
+        return
+    defaults = type(config.env)()
+    unread = ["domain"] if config.domain != type(config).domain else []
+    for name in ("partner", "partner_options", "judge", "judge_options", "on_judge_failure"):
+        unread += [f"env.{name}"] if getattr(config.env, name) != getattr(defaults, name) else []
+    if unread:
+        raise ConfigError(
+            f"{', '.join(unread)}: expected only with PersonaChat-v0, got env.id = {config.env.id!r}, which does not "
+            "read it; leave it out, or pass the environment its own arguments with env.kwargs"
         )

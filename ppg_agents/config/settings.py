@@ -125,7 +125,8 @@ class EnvSettings:
     """The Gymnasium environment.
 
     ``kwargs`` goes to ``gym.make_vec`` on top of what the other settings say. For an ``id`` other than
-    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation.
+    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation. ``instruction``
+    is what the policy is told where observations are plain text.
     """
 
     id: str = PERSONA_CHAT
@@ -138,6 +139,17 @@ class EnvSettings:
     max_failure_rate: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
+    instruction: str = ""
+
+    @property
+    def name(self) -> str:
+        """The id without its module."""
+        return self.id.rpartition(":")[2]
+
+    @property
+    def is_persona_chat(self) -> bool:
+        """Whether it is PersonaChat-v0, which takes domain, personas, partner and judge from the settings."""
+        return self.name == PERSONA_CHAT.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -247,6 +259,22 @@ class TrainConfig:
     def label(self) -> str:
         """The policy class in words, for titles and run names: ``3-step``, ``segment 3,3,2``, ``auto``."""
         return str(self.policy_class)
+
+    @property
+    def world(self) -> str:
+        """Where the policy speaks, as trajectories and tables say it: PersonaChat's domain, or the environment's id."""
+        return self.domain if self.env.is_persona_chat else self.env.name
+
+    @property
+    def learner(self) -> str:
+        """The agent's name in titles: of ``module:Class`` the class alone; empty for the default, ``ppg``."""
+        return "" if self.agent == "ppg" else self.agent.rpartition(":")[2]
+
+    @property
+    def subject(self) -> str:
+        """What titles and run names begin with: ``chatting``, ``therapy, grpo``, ``MyEnv-v0``, ``offline, sft``."""
+        where = "offline" if self.offline.files else self.world
+        return f"{where}, {self.learner}" if self.learner else where
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:

@@ -131,7 +131,7 @@ function drawConversation() {
       el("span", { class: c.truncated || c.partner !== "ok" ? "bad" : "" }, said(ending)),
       ` · mean reward ${score(meanOf(c))}`,
     ),
-    el("p", { class: "instruction" }, el("span", { class: "who" }, "Instruction"), said(c.instruction)),
+    c.instruction && el("p", { class: "instruction" }, el("span", { class: "who" }, "Instruction"), said(c.instruction)),
     c.turns.length
       ? list
       : el("p", { class: "muted" }, "There is no turn: not even the first prompt fitted into the context."),

@@ -7,7 +7,7 @@ function overview() {
     el(
       "span",
       {},
-      data.facts.slice(0, 2).map(([, value]) => said(value)),
+      data.about.map((part) => said(part)),
     ),
   );
   document.title = `${data.name} · conversations`;

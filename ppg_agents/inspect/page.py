@@ -98,6 +98,7 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
     read_by_agent = config is not None and method.reads_credit(config)
     return {
         "name": source.name,
+        "about": about(config),
         "kind": "run" if config else "file",
         "offline": source.offline,
         "facts": facts(config),
@@ -234,11 +235,12 @@ def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
     """Return what a reader wants to know of the settings."""
     if config is None:
         return []
-    env = config.env
-    played = [("Partner", env.partner), ("Judge", env.judge), ("Temperature", f"{config.sampling.temperature:g}")]
-    files = ", ".join(Path(file).name for file in config.offline.files)
+    env, files = config.env, ", ".join(Path(file).name for file in config.offline.files)
+    played = [("Partner", env.partner), ("Judge", env.judge)] if env.is_persona_chat else []
+    played.append(("Temperature", f"{config.sampling.temperature:g}"))
+    where = ("Domain" if env.is_persona_chat else "Environment", config.world)
     return [
-        ("Dialogues", files) if files else ("Domain", config.domain),
+        ("Dialogues", files) if files else where,
         ("Policy class", config.label if method.reads_credit(config) else "no credit is read"),
         ("Model", config.model),
         ("Learner", config.agent),
@@ -248,6 +250,14 @@ def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
         ("Learning rate", f"{config.learning_rate:g}, {config.schedule}"),
         ("Seed", str(config.seed)),
     ]
+
+
+def about(config: TrainConfig | None) -> list[str]:
+    """Return what stands beside the page's title: where, by whom unless that is the default agent, with which class."""
+    if config is None:
+        return []
+    (_, where), (_, planning), *_ = facts(config)
+    return [where, *([config.learner] if config.learner else []), planning]
 
 
 def _settings(config: TrainConfig | None) -> dict[str, Any]:

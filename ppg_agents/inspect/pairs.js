@@ -80,7 +80,7 @@ function comparison() {
     comparison.draw = () => draw(at);
     comparison.credits = credits;
     extend();
-    fill(words, "Persona ", said(both[0].persona), ": ", said(both[0].instruction));
+    fill(words, "Persona ", said(both[0].persona), both[0].instruction && [": ", said(both[0].instruction)]);
   }
   function cell(c, k, t) {
     const turn = c.turns[t];

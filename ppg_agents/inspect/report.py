@@ -212,7 +212,7 @@ def _conversation(
     ending = "cut short" if trajectory.truncated else "whole"
     fault = "" if trajectory.partner_status == "ok" else f", partner: {markdown(trajectory.partner_status)}"
     yield f"Persona {markdown(trajectory.persona) or 'not named'}, {markdown(trajectory.domain)}; {ending}{fault}."
-    yield f"\n> {markdown_line(trajectory.instruction)}\n"
+    yield f"\n> {markdown_line(trajectory.instruction)}\n" if trajectory.instruction else ""
     labels = [f"{c.label} (own)" if own is not None and c.label == own.label else c.label for c in classes]
     columns = [_credits(conversation, c, discount) for c in classes]
     rows = []

@@ -47,6 +47,8 @@ class PromptFormat:
         opening: Text before the instruction, between it and the first message, and after that message, up
             to and including the prompt of the first reply.
         alone: Text before and after the instruction when the first message is empty.
+        bare: Text before and after the first message when the instruction is empty: there is no system message then,
+            or the one that the template puts in by itself.
         between: Text from just after a reply's end-of-turn token to the partner's message, and from there
             up to and including the prompt of the next reply.
         lead: What a reply without reasoning starts with: white space, an empty reasoning block, or nothing.
@@ -58,6 +60,7 @@ class PromptFormat:
 
     opening: tuple[str, str, str]
     alone: tuple[str, str]
+    bare: tuple[str, str]
     between: tuple[str, str]
     lead: str
     end_of_turn: str
@@ -68,6 +71,8 @@ class PromptFormat:
     def first(self, instruction: str, message: str) -> str:
         """Return the text from the start of the conversation to the first reply."""
         instruction, message = self.plain(instruction), self.plain(message)
+        if not instruction:
+            return message.join(self.bare)
         if not message:
             return instruction.join(self.alone)
         before, middle, after = self.opening
@@ -181,6 +186,7 @@ def prompt_format(tokenizer: Any, options: Mapping[str, Any] | None = None) -> P
     try:
         prompts, closed = _renderings(render, system, _replied)
         alone = render(_conversation(0, system, _replied, opening=""))
+        bare = render([{"role": "user", "content": _said(1)}])
     except Exception as error:
         raise ValueError(
             f"expected a chat template that renders user and assistant turns in alternation, got "
@@ -212,9 +218,11 @@ def prompt_format(tokenizer: Any, options: Mapping[str, Any] | None = None) -> P
     control = special + [token for token in added if token in skeleton] + list(reasoning or ())
     pattern = "|".join(re.escape(token) for token in sorted(set(control), key=len, reverse=True))
     first, last = _split(alone, _INSTRUCTION)
+    start, rest = _split(bare, _said(1))
     return PromptFormat(
         opening=(before, middle, after),
         alone=(first, last),
+        bare=(start, rest),
         between=(head, tail),
         lead=lead,
         end_of_turn=end_of_turn,

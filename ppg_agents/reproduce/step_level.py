@@ -112,7 +112,7 @@ def evaluate_steps(
                 some = seeds[start : start + chunk]
                 padded = some + some[:1] * (chunk - len(some))
                 generator = torch.Generator(policy.device).manual_seed(seed * 1_000_003 + start)
-                played = collect(until, policy, handover, padded, generator, config.domain)
+                played = collect(until, policy, handover, padded, generator, config.world)
                 heard += [_alone(trajectory, turn) for trajectory in played[: len(some)]]
                 rewards += [t.turns[-1].reward for t in heard[-len(some) :] if len(t.turns) == turn]
                 done(len(heard))

@@ -2,5 +2,6 @@
 
 from ppg_agents.rollout.lockstep import collect
 from ppg_agents.rollout.speaker import AgentSpeaker, PolicySpeaker, Speaker
+from ppg_agents.rollout.text_observation import TextObservation, TextObservations
 
-__all__ = ["AgentSpeaker", "PolicySpeaker", "Speaker", "collect"]
+__all__ = ["AgentSpeaker", "PolicySpeaker", "Speaker", "TextObservation", "TextObservations", "collect"]

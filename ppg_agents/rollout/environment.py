@@ -1,7 +1,7 @@
 """Make the environment of a run, through Gymnasium's API alone.
 
-Nothing here knows what the environment is about: PersonaChat-v0 gets the run's domain, personas, partner and
-judge as keyword arguments; any other registered text environment gets ``env.kwargs`` and no more.
+PersonaChat-v0 gets the run's domain, personas, partner and judge as keyword arguments; any other registered
+environment gets ``env.kwargs`` and nothing else. Plain text observations are wrapped (`text_observation`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from ppg_agents.config.settings import PERSONA_CHAT, ConfigError, TrainConfig
+from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.rollout.text_observation import TextObservation, TextObservations, is_text
 from ppg_agents.runs.run import RunError
 
 TRAIN, HELD_OUT = "train", "held-out"
@@ -28,10 +29,18 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
     Args:
         config: The run's settings.
         personas: ``train``, ``held-out`` or a path; held-out adds ``env.held_out_kwargs``.
+
+    Raises:
+        ConfigError: A path for an environment other than PersonaChat-v0, which would not read it.
     """
     env = config.env
     given: dict[str, Any] = {}
-    if env.id.rpartition(":")[2] == PERSONA_CHAT.rpartition(":")[2]:
+    if not env.is_persona_chat and personas not in (TRAIN, HELD_OUT):
+        raise ConfigError(
+            f"personas: expected {TRAIN} or {HELD_OUT} with env.id = {env.id!r}, got {personas!r}; "
+            "pass a file of its own with env.kwargs"
+        )
+    if env.is_persona_chat:
         given = {
             "domain": config.domain,
             "personas": personas,
@@ -48,12 +57,12 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
 
 
 class ConversationError(RunError):
-    """The environment can not go on: its judge fails too often, a server is gone, a budget is used up."""
+    """The environment cannot go on: its judge fails too often, a server is gone, or a budget is used up."""
 
 
 @contextmanager
-def _one_name() -> Iterator[None]:
-    """Give an environment's failures one name, whichever of its parts they come from."""
+def _conversation_errors() -> Iterator[None]:
+    """Turn an environment's RuntimeErrors into ConversationErrors, whichever of its parts they come from."""
     try:
         yield
     except RuntimeError as error:
@@ -69,7 +78,7 @@ class Metered(Protocol):
 
 
 class Conversations(gym.vector.VectorWrapper):
-    """The learner's view of the environment: its failures by one name, and what the last reset said is reachable."""
+    """The environment as the learner sees it: one kind of error, and the reachable reward that the last reset gave."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
@@ -82,7 +91,7 @@ class Conversations(gym.vector.VectorWrapper):
             ConversationError: The environment raised a RuntimeError.
         """
         partial = "reset_mask" in (options or {})
-        with _one_name():
+        with _conversation_errors():
             observations, info = self.env.reset(seed=seed, options=options)
         self.reset_info = self.reset_info if partial else info
         return observations, info
@@ -93,7 +102,7 @@ class Conversations(gym.vector.VectorWrapper):
         Raises:
             ConversationError: The environment raised a RuntimeError.
         """
-        with _one_name():
+        with _conversation_errors():
             return self.env.step(actions)
 
     def usage(self) -> dict[str, Any]:
@@ -110,33 +119,34 @@ class Conversations(gym.vector.VectorWrapper):
 
 
 class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
-    """A single environment whose failures have one name, as `Conversations` gives it."""
+    """A single environment that raises ConversationErrors, as `Conversations` does."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset; raises a ConversationError for a RuntimeError of the environment."""
-        with _one_name():
+        with _conversation_errors():
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Any:
         """Step; raises a ConversationError for a RuntimeError of the environment."""
-        with _one_name():
+        with _conversation_errors():
             return self.env.step(action)
 
 
 def make_env(config: TrainConfig, personas: str) -> OneConversation:
-    """Return one conversation, to be stepped at its own pace.
+    """Return one conversation, to be stepped at its own pace; see `make_envs` for its observations.
 
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it holds no conversations.
     """
-    name, given = _found(config, personas)
+    name, given = _registered(config, personas)
     with _making(config):
         env = gym.make(name, **{**given, "disable_env_checker": True})
-    _check_text(config, env.observation_space)
+    if _shows_plain_text(config, env.observation_space, env.action_space):
+        env = TextObservation(env, config.env.instruction)
     return OneConversation(env)
 
 
-def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
+def _registered(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
     """Import the environment's module; return the registered name and the keyword arguments."""
     module, _, name = config.env.id.rpartition(":")
     try:
@@ -150,10 +160,10 @@ def _found(config: TrainConfig, personas: str) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _making(config: TrainConfig) -> Iterator[None]:
-    """Name the setting that an environment could not be made by.
+    """Blame the setting when an environment cannot be made.
 
     Raises:
-        ConfigError: In place of Gymnasium's error for an id, and of Python's for an argument.
+        ConfigError: Gymnasium does not know the id, or the environment does not take an argument.
     """
     try:
         yield
@@ -170,23 +180,47 @@ def _making(config: TrainConfig) -> Iterator[None]:
         raise ConfigError(f"env.kwargs: expected arguments of {config.env.id}, got {named}: {error}") from error
 
 
-def _check_text(config: TrainConfig, space: gym.Space[Any]) -> None:
-    """Raise a ConfigError unless an environment shows what a policy reads."""
-    shown = list(space.spaces) if isinstance(space, gym.spaces.Dict) else []
-    if not {"instruction", "message"} <= set(shown):
+def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Space[Any]) -> bool:
+    """Return whether an environment shows plain text, which has to be wrapped for a policy to read it.
+
+    Args:
+        config: The run's settings.
+        shown: The space of an observation.
+        heard: The space of an action.
+
+    Raises:
+        ConfigError: It holds no conversations, or has an instruction of its own beside ``env.instruction``.
+    """
+    keys = list(shown.spaces) if isinstance(shown, gym.spaces.Dict) else []
+    plain = is_text(shown)
+    if not plain and not {"instruction", "message"} <= set(keys):
         raise ConfigError(
-            f"env.id: expected an environment of conversations, whose observations are a dict with 'instruction' and "
-            f"'message', got {config.env.id!r} with {f'the keys {shown}' if shown else space}; put a wrapper around it"
+            "env.id: expected an environment of conversations, whose observations are a text, or a dict with "
+            f"'instruction' and 'message', got {config.env.id!r} with {f'the keys {keys}' if keys else shown}; "
+            "put a wrapper around it"
         )
+    if heard.dtype is not None and not is_text(heard):  # a user's own text space may have no dtype
+        raise ConfigError(
+            f"env.id: expected an environment whose actions are strings, got {config.env.id!r} with {heard}; "
+            "put a wrapper around it"
+        )
+    if config.env.instruction and not plain:
+        raise ConfigError(
+            "env.instruction: expected only for observations of plain text, got one beside "
+            f"{config.env.id!r}, which gives its own instruction; leave it out"
+        )
+    return plain
 
 
 def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
     """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
 
+    Observations are ``{"instruction": [N], "message": [N]}``; plain text is the message below ``env.instruction``.
+
     Raises:
-        ConfigError: The environment cannot be made: its module, its id or its arguments; or it is no conversation.
+        ConfigError: The environment cannot be made: its module, its id or its arguments; or it holds no conversations.
     """
-    name, given = _found(config, personas)
+    name, given = _registered(config, personas)
     with _making(config):
         if gym.spec(name).vector_entry_point is not None:
             envs = gym.make_vec(name, num_envs=num_envs, **given)
@@ -194,7 +228,8 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversation
             vector = {"autoreset_mode": AutoresetMode.DISABLED}
             given["disable_env_checker"] = True
             envs = gym.make_vec(name, num_envs, "sync", vector, **given)
-    _check_text(config, envs.single_observation_space)
+    if _shows_plain_text(config, envs.single_observation_space, envs.single_action_space):
+        envs = TextObservations(envs, config.env.instruction)
     return Conversations(envs)
 
 
@@ -203,10 +238,12 @@ def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | 
 
     Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
     """
+    inner = envs.unwrapped
+    single = inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner  # it does not pass it on
     limits = (
         config.env.max_turns,
         config.env.kwargs.get("max_turns"),
-        getattr(envs.unwrapped, "max_turns", None),
+        getattr(single, "max_turns", None),
         envs.spec.max_episode_steps if envs.spec else None,
     )
     return next((int(limit) for limit in limits if limit), None)

@@ -25,8 +25,8 @@ BEFORE, AFTER, LINE, LIMIT = "#E69F00", "#0072B2", "#0072B2", "#009E73"
 def curve(run: Run) -> Path:
     """Draw ``curve.png`` of a run from its metrics and evaluations; return the file."""
     figure, offline = _figure(), bool(run.config.offline.files)
-    what = "offline" if offline else run.config.domain
-    figure.suptitle(f"{what}, policy class: {run.config.label}, seed {run.config.seed}", fontweight="bold")
+    title = f"{run.config.subject}, policy class: {run.config.label}, seed {run.config.seed}"
+    figure.suptitle(title, fontweight="bold")
     draw_results(figure, run.metrics(), run.evaluations(), offline=offline)
     path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
     with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):

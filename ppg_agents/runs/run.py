@@ -320,8 +320,7 @@ def _near(folder: Path) -> str:
 
 def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
     """Return a folder under ``root`` that does not exist yet, named by what is trained."""
-    what = "offline" if config.offline.files else config.domain
-    name = re.sub(r"[^a-zA-Z0-9]+", "-", f"{what} {config.label} seed {config.seed}")
+    name = re.sub(r"[^a-zA-Z0-9+]+", "-", f"{config.subject} {config.label} seed {config.seed}")  # +: of reinforce++
     return checkpoints.free(root / name)
 
 

@@ -140,8 +140,10 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
         "env.max_turns=2",
     ]
     assert cli.main(["train", *toy, *flags, "--seed", "3"]) == 0
-    folder = Path("runs/chatting-segment-1-1-seed-3")
-    assert capfd.readouterr().out == f"{folder}/curve.png\n"
+    folder = Path("runs/CliToy-v0-segment-1-1-seed-3")
+    captured = capfd.readouterr()
+    assert captured.out == f"{folder}/curve.png\n"
+    assert "CliToy-v0, segment 1,1: 4 conversations of 2 turns per iteration" in captured.err
 
     assert cli.main(["train", *toy, *flags, "--seed", "3", "--out", str(folder)]) == 1
     assert f"go on with --resume {folder}" in capfd.readouterr().err
@@ -164,12 +166,14 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
     assert results[0]["ci95"] == [0.5, 0.5]
     assert results[0]["reachable"] is None
     assert results[0]["conversations"] == 6
+    assert [result["domain"] for result in results] == ["CliToy-v0", "CliToy-v0"]
 
     assert cli.main(["evaluate", str(folder)]) == 0
     assert "persona consistency  0.500  [0.500, 0.500]" in capfd.readouterr().out
     assert cli.main(["rollout", str(folder), "--conversations", "3"]) == 0
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [len(line["turns"]) for line in lines] == [2, 2, 2]
+    assert {line["domain"] for line in lines} == {"CliToy-v0"}
 
 
 OWN_CLASSES = """

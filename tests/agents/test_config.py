@@ -149,7 +149,8 @@ def test_settings_survive_toml(
 
 def test_differences_name_the_field_and_forgive_what_may_change() -> None:
     before = TrainConfig()
-    after = configs.from_dict({"iterations": 7, "out": "x", "lora": {"rank": 3}, "seed": 9})
+    raised = {"judge_options": {"max_calls": 9}, "max_failure_rate": 0.5}
+    after = configs.from_dict({"iterations": 7, "out": "x", "lora": {"rank": 3}, "seed": 9, "env": raised})
     assert configs.differences(before, after) == ["lora.rank: was 16, got 3", "seed: was 0, got 9"]
 
 

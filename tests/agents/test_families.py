@@ -112,6 +112,20 @@ def test_instruction_without_a_system_role_and_without_a_first_message(policy_of
         assert policy.first_prompt("You are Ann.", " ") == whole
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_an_instruction_the_conversation_is_the_templates_without_a_system_message(
+    family: str, tokenizer_of: Callable[[str], Any]
+) -> None:
+    tokenizer = tokenizer_of(family)
+    form = trainable_format(tokenizer)
+    said = form.first(" ", "Hi") + form.lead + "Hello." + form.end_of_turn + form.next("Well?")
+    lines = [("user", "Hi"), ("assistant", "Hello."), ("user", "Well?")]
+    messages = [{"role": role, "content": content} for role, content in lines]
+    options = {"enable_thinking": False, "date_string": "26 Jul 2024", "add_generation_prompt": True}
+    assert said == tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    assert form.first("", "") == form.first("", "Hi").replace("Hi", "")
+
+
 def test_a_template_without_a_date_of_its_own_is_given_one(policy_of: Callable[..., Policy]) -> None:
     assert "Today Date: 26 Jul 2024\n" in text_of(policy_of("llama"))
     dated = policy_of("llama", date_string="1 May 2026")

@@ -40,7 +40,7 @@ class Asking(gym.Env[dict[str, str], str]):
         text = gym.spaces.Text(500)
         self.observation_space = gym.spaces.Dict({"instruction": text, "message": text})
         self.action_space = text
-        self.unjudged, self.max_turns = unjudged, max_turns
+        self.unjudged, self.turns = unjudged, max_turns
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -53,7 +53,7 @@ class Asking(gym.Env[dict[str, str], str]):
         self.turn += 1
         score = sum(letter in "aeiou" for letter in action.lower()) / max(len(action), 1)
         reward = math.nan if self.turn == self.unjudged else score
-        return self.seen(action[:5]), reward, self.turn >= self.max_turns, False, {"persona": self.persona}
+        return self.seen(action[:5]), reward, self.turn >= self.turns, False, {"persona": self.persona}
 
     def seen(self, message: str) -> dict[str, str]:
         return {"instruction": f"Be {self.persona}.", "message": message}

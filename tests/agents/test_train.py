@@ -197,9 +197,6 @@ def test_an_environment_that_fails_leaves_a_run_that_goes_on(
 ) -> None:
     original, calls = Toy.step, iter(range(10_000))
 
-    def budget(calls: int) -> TrainConfig:
-        return replace(config, env=replace(config.env, judge_options={"max_calls": calls}))
-
     def failing(self: Toy, action: str) -> Any:
         if next(calls) == 24 + 2 * 12 + 5:  # held-out before: 2 x 4 x 3 turns; an iteration: 4 x 3
             raise RuntimeError("the budget of 7 calls is used up")
@@ -208,8 +205,8 @@ def test_an_environment_that_fails_leaves_a_run_that_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Toy, "step", failing)
         with pytest.raises(ConversationError, match=r"of 7 calls is used up; saved after iteration 2; .*--resume"):
-            training.train(budget(7), tmp_path / "failed")
-    raised = replace(budget(9), env=replace(budget(9).env, max_failure_rate=0.5))
+            training.train(config, tmp_path / "failed")
+    raised = replace(config, env=replace(config.env, max_failure_rate=0.5))
     assert_same(training.train(raised, tmp_path / "failed", resume=True), whole)
 
 
