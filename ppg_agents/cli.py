@@ -20,8 +20,6 @@ EXTRAS = {
     "llm": ("openai", "tenacity", "diskcache", "aiohttp"),
     "quantised": ("bitsandbytes",),
     "kernels": ("liger_kernel",),
-    "learned": ("sklearn", "joblib"),
-    "embeddings": ("sentence_transformers",),
     "sb3": ("stable_baselines3",),
     "trl": ("datasets", "trl"),
     "ray": ("ray",),

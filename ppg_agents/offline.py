@@ -19,7 +19,7 @@ from ppg_agents.trajectory import Trajectory, from_logged
 if TYPE_CHECKING:
     from ppg_agents.agents.protocol import OfflineAgent
     from ppg_agents.policy.policy import Policy
-    from ppg_gym.data.dialogues import FileReport, LoggedDialogue
+    from ppg_gym.data import LoggedDialogue, Report
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Logged:
 
     train: list[Trajectory]
     held_out: dict[str, list[Trajectory]]
-    reports: list[FileReport]
+    reports: list[Report]
     cut: int
     dropped: int
     personas: tuple[int, int]
 
 
-def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[FileReport]]:
+def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Report]]:
     """Read all files.
 
     Raises:
         DataError: A file that is refused; the message says where and why.
     """
-    from ppg_gym.data.dialogues import read_dialogues
+    from ppg_gym.data import read_dialogues
 
     dialogues, reports = [], []
     for path in settings.files:
@@ -61,7 +61,7 @@ def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Fi
 
 def encode(
     dialogues: Sequence[LoggedDialogue],
-    reports: Sequence[FileReport],
+    reports: Sequence[Report],
     settings: OfflineSettings,
     policy: Policy,
     seed: int,
@@ -71,7 +71,7 @@ def encode(
     Raises:
         ValueError: Too few personas to hold some out, or nothing fits into the longest sequence.
     """
-    from ppg_gym.data.dialogues import split_by_persona
+    from ppg_gym.data import split_by_persona
 
     parts = split_by_persona(dialogues, settings.held_out, seed)
     encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]

@@ -88,7 +88,7 @@ def shared(*names: str) -> Callable[[F], F]:
         "set": click.option(
             "--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. lora.rank=8."
         ),
-        "judge": click.option("--judge", help="facts (embedded), llm, nli, learned, or package.module:Class."),
+        "judge": click.option("--judge", help="facts (embedded), llm, nli, or package.module:Class."),
         "judge_url": click.option("--judge-url", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
         "judge_model": click.option("--judge-model", metavar="NAME", help="The model that the endpoint serves."),
         "partner": click.option("--partner", help="scripted (embedded), llm, or package.module:Class."),

@@ -269,7 +269,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
     """Return a sample of the logged dialogues that a run learned from; without tokens, which a run does not keep."""
     from ppg_agents.offline import read_files
     from ppg_agents.trajectory import Trajectory, Turn
-    from ppg_gym.data.dialogues import split_by_persona
+    from ppg_gym.data import split_by_persona
 
     try:
         dialogues, _ = read_files(config.offline)

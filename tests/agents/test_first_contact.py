@@ -19,7 +19,7 @@ from ppg_agents import building, cli
 from ppg_agents.commands import main as commands
 from ppg_agents.runs.curve import _figure, draw_consistency, draw_turns
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no endpoint": (("evaluate", "tiny", "--judge", "llm"), "give --judge-url URL and --judge-model NAME"),
     "no partner's model": (("train", "--partner-url", "http://h/v1"), "give --partner-model NAME"),
     "no judge's folder": (("train", "--judge", "nli"), "give --set env.judge_options.model=FOLDER"),
-    "judge, no folder": (("judge", "attack", "--judge", "learned"), "give --judge-option path=FOLDER"),
+    "judge, no folder": (("judge", "attack", "--judge", "nli"), "give --judge-option model=FOLDER"),
     "judge, no endpoint": (("judge", "attack", "--judge-model", "m"), "give --judge-url too"),
     "judge, no model": (("judge", "attack", "--judge-url", "http://h/v1"), "give --judge-model NAME"),
     "doctor, no endpoint": (("doctor", "--partner-model", "m"), "give --partner-url too"),
