@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ppg_agents.config.settings import TrainConfig
+    from ppg_agents.credit import PolicyClass
     from ppg_agents.horizon.advice import Horizon, Value
     from ppg_agents.policy.policy import Policy
     from ppg_agents.trajectory import Trajectory
@@ -39,6 +40,18 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
     return sizes
 
 
+def parse_classes(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[PolicyClass, ...]:
+    """Return the policy classes that are named."""
+    if not texts:  # --help imports no numpy
+        return ()
+    from ppg_agents.credit import PolicyClass
+
+    try:
+        return tuple(map(PolicyClass.parse, texts))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=parameter) from error
+
+
 @click.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
 @click.option("--domain", help="chatting, education, therapy, or your own FILE.toml.")
@@ -48,8 +61,9 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
     "--conversations", type=click.IntRange(2), default=CONVERSATIONS, show_default=True, help="How many to read."
 )
 @click.option(
-    "--classes", multiple=True, metavar="CLASS", help="greedy, 3, full, segment:5,5, …; repeat. Default: every K."
-)
+    "--classes", multiple=True, callback=parse_classes, metavar="CLASS",
+    help="As --policy-class of train; repeat. Default: every K.",
+)  # fmt: skip
 @click.option(
     "--batch", "batches", callback=parse_batches, metavar="B,B,…",
     help="Conversations per gradient step, the first for the table. Default: the settings', and 1/4, 4, 16 times it.",
@@ -70,7 +84,7 @@ def horizon(
     personas: str,
     offline: tuple[str, ...],
     conversations: int,
-    classes: tuple[str, ...],
+    classes: tuple[PolicyClass, ...],
     batches: tuple[int, ...] | None,
     baseline: str | None,
     centre: bool,
@@ -90,9 +104,7 @@ def horizon(
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
     from ppg_agents.commands.options import target_config
-    from ppg_agents.horizon.choice import parse
 
-    wanted = [parse(text) for text in classes]
     config = target_config(target, assignments, domain=domain, seed=seed)
     files = (*offline, *more)
 
@@ -121,7 +133,7 @@ def horizon(
     first, *others = batches or (size, max(size // 4, 1), 4 * size, 16 * size)
     report = advise(
         sketches,
-        masks(distinct(wanted or default_candidates(n), n), n),
+        masks(distinct(classes or default_candidates(n), n), n),
         batch=first,
         other_batches=others,
         discount=config.discount,

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import click
 
-from ppg_agents.config.settings import parse_assignments
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 UNCACHED = ("facts", "nli")
@@ -67,6 +65,8 @@ def chosen(
     Raises:
         click.UsageError: An option is neither KEY=VALUE nor a JSON object, or ``--no-cache`` with nothing to cache.
     """
+    from ppg_agents.config.settings import parse_assignments
+
     given: dict[str, Any] = {}
     for text in options:
         if text.lstrip().startswith("{"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -22,8 +22,6 @@ from ppg_agents.commands.judge import judge
 from ppg_agents.commands.options import SERVERS, parse_segments, settings, shared
 from ppg_agents.commands.reproduce import reproduce
 from ppg_agents.commands.trained import chat, evaluate, merge, rollout
-from ppg_agents.config.settings import PolicyClass
-from ppg_agents.runs import run as runs
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -71,9 +69,9 @@ for command, words in (  # as the list of all commands shows them, uncut on a te
 
 @cli.command(short_help="Train a policy; evaluate it before and after.")
 @shared("domain")
-@click.option("--policy-class", type=click.Choice(get_args(PolicyClass)), help="How far ahead a reply plans.")
-@click.option("--lookahead", type=int, metavar="K", help="Rewards that a reply is credited with (k-step).")
-@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="Turns per segment (segment).")
+@click.option("--policy-class", metavar="CLASS", help="greedy, 3, full, segment:3,3,2, auto, matrix, module:function.")
+@click.option("--lookahead", type=int, metavar="K", help="The class k-step: a reply is credited with K rewards.")
+@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="The class segment: turns in each.")
 @click.option("--agent", metavar="NAME", help="Who learns: ppg (default), ppo, grpo, …, or an installed one.")
 @click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
@@ -90,7 +88,6 @@ for command, words in (  # as the list of all commands shows them, uncut on a te
 @click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest.")
 @click.argument("more", nargs=-1, metavar="")
 def train(
-    policy_class: str | None,
     offline: tuple[str, ...],
     out: str | None,
     file: str | None,
@@ -109,7 +106,8 @@ def train(
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
-    flags["policy_class"] = policy_class
+    from ppg_agents.runs import run as runs
+
     endpoints = list(flags.pop("rollout_endpoints"))
     flags |= {"sampling.endpoints": endpoints, "sampling.backend": "vllm"} if endpoints else {}
     flags["offline.files"] = [*offline, *more] or None

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ppg_agents.commands.judge import LOCAL_JUDGES
-from ppg_agents.config import settings as configs
-from ppg_agents.config.settings import TrainConfig
-from ppg_agents.runs.run import is_run
+
+if TYPE_CHECKING:
+    from ppg_agents.config.settings import TrainConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 SERVERS = ("judge", "judge_url", "judge_model", "partner", "partner_url", "partner_model", "no_cache")
@@ -69,6 +69,8 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
         assignments: ``a.b=c`` as given.
         flags: Flags by name; those that were not given are None, empty or False.
     """
+    from ppg_agents.config import settings as configs
+
     flags = dict(flags)
     no_cache = flags.pop("no_cache", False)
     fresh: dict[str, Any] = {}
@@ -95,6 +97,8 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
 
 def target_config(target: str, assignments: tuple[str, ...], **flags: Any) -> TrainConfig:
     """Return the settings of a run folder, or the defaults for a model, with flags on top."""
+    from ppg_agents.runs.run import is_run
+
     if is_run(Path(target)):
         return settings(Path(target) / "config.toml", assignments, flags)
     return settings(None, assignments, {"model": target, **flags})
@@ -106,7 +110,9 @@ def check_servers(config: TrainConfig) -> None:
     Raises:
         click.UsageError: An option is missing; the message names the flag.
     """
-    if config.env.id != configs.PERSONA_CHAT:
+    from ppg_agents.config.settings import PERSONA_CHAT
+
+    if config.env.id != PERSONA_CHAT:
         return
     for part in ("judge", "partner"):
         name, options = getattr(config.env, part), getattr(config.env, f"{part}_options")

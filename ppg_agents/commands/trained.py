@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from ppg_agents.commands.options import SERVERS, shared, target_config
-from ppg_agents.runs.run import check_file
 
 
 @click.command()
@@ -68,6 +67,8 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
     Example: ppg-agent rollout runs/NAME --conversations 64 --out talks.jsonl
     """
     personas = flags.pop("personas") or "train"
+    from ppg_agents.runs.run import check_file
+
     if out != "-":
         check_file(Path(out))
     config = target_config(target, **flags)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.credit import Mask, credit
-from ppg_agents.horizon.choice import Candidate
+from ppg_agents.credit import Mask, PolicyClass, credit
 from ppg_agents.inspect import method
 from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
@@ -89,16 +88,16 @@ def chosen(source: Source) -> list[tuple[str, Conversation]]:
     return [("With a failed verdict", others[0]), *picked] if others else picked
 
 
-def compared(source: Source) -> list[Candidate]:
+def compared(source: Source) -> list[PolicyClass]:
     """Return the policy classes whose credit is printed: greedy, 3-step, the run's own, full planning."""
     own = own_classes(source.config, source.metrics, [])[-1]
-    n = max(source.turns, sum(own.segments or ()))
-    kept = {counted(c, n): c for c in (Candidate("greedy"), Candidate("k-step", lookahead=3), Candidate("full"), own)}
-    return [kept[ends] for ends in sorted(kept, key=sum)]
+    n = max(source.turns, own.turns or 0)
+    kept = {counted(c, n): c for c in (*map(PolicyClass.parse, ("greedy", "3-step", "full")), own)}
+    return [kept[rows] for rows in sorted(kept, key=lambda rows: sum(rows.ends))]
 
 
 def lines(
-    source: Source, printed: Sequence[tuple[str, Conversation]], classes: Sequence[Candidate], pictures: set[str]
+    source: Source, printed: Sequence[tuple[str, Conversation]], classes: Sequence[PolicyClass], pictures: set[str]
 ) -> Iterator[str]:
     """Yield the Markdown file line by line."""
     yield f"# {'Run' if source.config else 'File'} {markdown(source.name)}"
@@ -202,7 +201,7 @@ def _credit_words(source: Source) -> str:
 
 
 def _conversation(
-    what: str, conversation: Conversation, classes: Sequence[Candidate], own: Candidate | None, discount: float
+    what: str, conversation: Conversation, classes: Sequence[PolicyClass], own: PolicyClass | None, discount: float
 ) -> Iterator[str]:
     trajectory = conversation.trajectory
     at = "" if conversation.iteration is None else f", iteration {conversation.iteration}"
@@ -235,18 +234,18 @@ def _conversation(
         yield "There is no turn: not even the first prompt fitted into the context."
 
 
-def _credits(conversation: Conversation, candidate: Candidate, discount: float) -> list[float]:
+def _credits(conversation: Conversation, planning: PolicyClass, discount: float) -> list[float]:
     rewards = np.array([[turn.reward for turn in conversation.trajectory.turns]], dtype=np.float64)
     n = rewards.shape[1]
     if not n:
         return []
-    return [float(c) for c in credit(rewards, _mask(candidate, n), np.isfinite(rewards), discount)[0]]
+    return [float(c) for c in credit(rewards, _mask(planning, n), np.isfinite(rewards), discount)[0]]
 
 
-def _mask(candidate: Candidate, n: int) -> Mask:
-    """Return the first n turns of a class, whose segments may go on after them."""
-    whole = max(n, sum(candidate.segments or ()))
-    return candidate.mask(whole)[:n, :n]
+def _mask(planning: PolicyClass, n: int) -> Mask:
+    """Return the first n turns of a class that may be made for more."""
+    whole: Mask = planning.mask(max(n, planning.turns or 0))[:n, :n]
+    return whole
 
 
 def _discount(source: Source) -> float:
@@ -262,27 +261,30 @@ def curve_picture(source: Source) -> Figure:
     return figure
 
 
-def credit_picture(conversation: Conversation, classes: Sequence[Candidate], discount: float) -> Figure:
+def credit_picture(conversation: Conversation, classes: Sequence[PolicyClass], discount: float) -> Figure:
     """Draw every class's mask, and below it the credit that it gives the conversation's replies."""
     n = max(len(conversation.trajectory.turns), 1)
     figure = new_figure(2.6 * len(classes) + 0.6, 4.4)
     grid = figure.subplots(2, len(classes), squeeze=False, height_ratios=(3, 2))
-    most = 1.0
-    for k, candidate in enumerate(classes):
+    least, most = 0.0, 1.0
+    for k, planning in enumerate(classes):
         above, below = grid[0][k], grid[1][k]
-        above.imshow(np.where(_mask(candidate, n), 1.0, np.nan), cmap="Blues", vmin=0, vmax=1.6, aspect="equal")
-        above.set_title(candidate.label, fontsize=11)
+        mask = _mask(planning, n)
+        shown = np.where(mask, mask, np.nan)
+        scale = 1.6 * (np.abs(mask.astype(float)).max() or 1.0)  # in blue what counts, in red what counts against
+        above.imshow(shown, cmap="RdBu", vmin=-scale, vmax=scale, aspect="equal")
+        above.set_title(planning.label, fontsize=11)
         above.set(xlabel="reward of turn", ylabel="reply at turn" if k == 0 else "")
         ticks = range(0, n, max(1, math.ceil(n / 6)))
         names = [str(t + 1) for t in ticks]
         above.set_xticks(ticks, names)
         above.set_yticks(ticks, names)
-        values = _credits(conversation, candidate, discount)
+        values = _credits(conversation, planning, discount)
         below.bar(range(len(values)), values, color=BLUE)
         below.set(xlabel="turn", ylabel="credit" if k == 0 else "", xlim=(-0.6, n - 0.4))
         below.set_xticks(ticks, names)
         tidy(below, grid=None)
-        most = max(most, *values) if values else most
+        least, most = min(least, *values, least), max(most, *values, most)
     for ax in grid[1]:
-        ax.set_ylim(0, 1.05 * most)
+        ax.set_ylim(1.05 * least, 1.05 * most)
     return figure

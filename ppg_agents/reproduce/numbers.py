@@ -16,7 +16,7 @@ import numpy as np
 
 from ppg_agents.compare.cell import Result, results
 from ppg_agents.compare.engine import folder_of
-from ppg_agents.compare.plan import Job
+from ppg_agents.compare.plan import Job, config_of
 from ppg_agents.compare.report import Row, rows, scores
 from ppg_agents.compare.statistics import Array, interval, mean_interval, resampled, weights
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, measurements
@@ -122,8 +122,8 @@ def lengths(wanted: Iterable[Job], out: Path) -> list[tuple[int, Result]]:
 
 def lookahead(job: Job, turns: int) -> int:
     """Return a class's K: full planning is as many steps as the conversation has turns; 0 for other classes."""
-    turns = job.config["env"].get("max_turns") or turns
-    return {"greedy": 1, "full": turns}.get(job.config["policy_class"], job.config.get("lookahead") or 0)
+    planning = config_of(job).policy_class
+    return 0 if planning == "auto" else planning.steps(job.config["env"].get("max_turns") or turns) or 0
 
 
 def residuals(levels: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -> tuple[list[Point], float]:

@@ -120,7 +120,7 @@ def plan(request: Request, turns: int | None = None) -> Plan:
     length = {} if turns is None else {"env.max_turns": turns, "env.kwargs.max_turns": turns}
     for key, value in {**SETTINGS, **request.settings, **length}.items():
         put(settings, key, value)
-    lookaheads = tuple("greedy" if k == 1 else str(k) for k in request.lookaheads)
+    lookaheads = tuple(map(str, request.lookaheads))
     classes = lookaheads if request.figure == "fig2" else (*lookaheads, FULL)
     table = request.figure == "table"
     if table:  # an agent that is run with one class gets the first
