@@ -54,7 +54,7 @@ $(VENV)/.agents: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e '.[agents,llm,learned,sb3,bench,trl,ray,tensorboard,dev]'
+	$(PIP) -e '.[agents,llm,sb3,bench,trl,ray,tensorboard,dev]'
 	@touch $(VENV)/.agents $@
 
 $(VENV)/.bench: pyproject.toml constraints.txt | $(BIN)/python

@@ -29,7 +29,7 @@ parser.add_argument("--out", default="runs/trl")
 parser.add_argument("--lookahead", type=int, help="rewards that a reply is credited with; default: the conversation's")
 options = parser.parse_args()
 
-by_turn = partial(PartialCreditTrainer, policy_class="k-step", lookahead=options.lookahead)
+by_turn = partial(PartialCreditTrainer, policy_class=f"k-step {options.lookahead}")
 Trainer = GRPOTrainer if options.lookahead is None else by_turn
 
 gpu = torch.cuda.is_available()

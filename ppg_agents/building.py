@@ -88,7 +88,7 @@ def build_agent(
     Raises:
         ConfigError: No agent of that name, or one that lacks what the settings ask of it.
     """
-    turns = turns or (sum(config.segments) if config.segments else None)
+    turns = turns or (None if config.policy_class == "auto" else config.policy_class.turns)
     if config.baseline == "moving-average" and turns is None:
         raise ConfigError("baseline 'moving-average' needs the number of turns; set env.max_turns")
     named = {field.name for field in fields(LearnerSettings)} & {field.name for field in fields(config)}

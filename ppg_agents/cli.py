@@ -20,8 +20,6 @@ EXTRAS = {
     "llm": ("openai", "tenacity", "diskcache", "aiohttp"),
     "quantised": ("bitsandbytes",),
     "kernels": ("liger_kernel",),
-    "learned": ("sklearn", "joblib"),
-    "embeddings": ("sentence_transformers",),
     "sb3": ("stable_baselines3",),
     "trl": ("datasets", "trl"),
     "ray": ("ray",),
@@ -57,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 an error, 2 a wrong command line, 130 stopped by the user.
     """
     if sys.version_info < OLDEST:
-        found, needed = (".".join(map(str, version)) for version in (sys.version_info[:3], OLDEST))
-        return fail(f"expected Python {needed} or newer, got {found}; install one, and ppg-gym with its pip")
+        running, needed = (".".join(map(str, version)) for version in (sys.version_info[:3], OLDEST))
+        return fail(f"expected Python {needed} or newer, got {running}; install one, and ppg-gym with its pip")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -87,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         return fail(str(stop) or "stopped", 130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        own = type(error).__module__.partition(".")[0] in ("ppg_gym", "ppg_agents")
-        memory = not own and is_memory(error)
-        if os.environ.get("PPG_TRACEBACK") or (isinstance(error, RuntimeError) and not own and not memory):
+        ours = type(error).__module__.partition(".")[0] in ("ppg_gym", "ppg_agents")
+        memory = not ours and is_memory(error)
+        if os.environ.get("PPG_TRACEBACK") or (isinstance(error, RuntimeError) and not ours and not memory):
             raise
         return fail(_MEMORY.format(error=one_line(error)[:200]) if memory else one_line(error))
 
@@ -105,8 +103,8 @@ def one_line(error: BaseException) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Return whether memory has run out: Python's, or torch's on a device or the CPU, which say so in words."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    message = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

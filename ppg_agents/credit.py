@@ -1,9 +1,11 @@
-"""Policy classes as mask matrices, and the credit of every action as one matrix product.
+"""Policy classes as matrices, and the credit of every action as one matrix product.
 
 The partial policy gradient (arXiv 2603.06138) chooses for every action t a set of reward indices
 R_t ⊆ {t, …, n}. A policy class therefore *is* a boolean matrix M[t, ℓ] = (ℓ ∈ R_t), and
 
     credit[b, t] = Σ_ℓ M[t, ℓ] · discount^(ℓ−t) · r[b, ℓ].
+
+Nothing in the product needs M to be boolean: any finite upper triangular matrix weighs the rewards.
 
 [P] marks what the paper states, "own" what this project defines. Numpy only: nothing here may know a
 token, a model or a config.
@@ -11,80 +13,49 @@ token, a model or a config.
 
 from __future__ import annotations
 
-import difflib
+import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from ppg_agents.nearest import nearest
 
-POLICY_CLASSES = ("full", "greedy", "k-step", "segment")
+Mask = NDArray[np.bool_] | NDArray[np.float64]
+"""A policy class [n, n]: M[t, ℓ] says whether, or with which weight, reward ℓ counts for action t."""
+
+_EXAMPLES = {"full": "full", "greedy": "greedy", "k-step": "k-step 3", "segment": "segment 3,3,2", "auto": "auto"}
+_EXPECTED = "full, greedy, k-step 3, segment 3,3,2, a matrix or module:function (for a run also auto)"
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 
 
-def full(n: int) -> Mask:
-    """Full planning [P]: R_t = {t, …, n}, the reward-to-go of REINFORCE.
+# The paper's classes, for conversations of n turns: boolean [n, n], or a ValueError that names the wrong argument.
 
-    Args:
-        n: Turns in a conversation.
 
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` is not a positive integer.
-    """
+def full(n: int) -> NDArray[np.bool_]:
+    """Full planning [P]: R_t = {t, …, n}, the reward-to-go of REINFORCE."""
     return k_step(n, n)
 
 
-def greedy(n: int) -> Mask:
-    """Greedy [P]: R_t = {t}, one bandit problem per turn.
-
-    Args:
-        n: Turns in a conversation.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` is not a positive integer.
-    """
+def greedy(n: int) -> NDArray[np.bool_]:
+    """Greedy [P]: R_t = {t}, one bandit problem per turn."""
     return k_step(n, 1)
 
 
-def k_step(n: int, k: int) -> Mask:
-    """K-step lookahead [P]: R_t = {t, …, min(t+K−1, n)}; K = 1 is greedy, K ≥ n is full planning.
-
-    Args:
-        n: Turns in a conversation.
-        k: Rewards that count for an action, its own included.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: ``n`` or ``k`` is not a positive integer.
-    """
+def k_step(n: int, k: int) -> NDArray[np.bool_]:
+    """K-step lookahead [P]: R_t = {t, …, min(t+K−1, n)}; K = 1 is greedy, K ≥ n is full planning."""
     _positive("n", n)
     _positive("k", k)
     steps = _steps(n)
     return (steps >= 0) & (steps < k)
 
 
-def segment(n: int, lengths: Sequence[int]) -> Mask:
-    """Segments (class [P], definition own): R_t = {ℓ ≥ t : ℓ in the same segment as t}.
-
-    Args:
-        n: Turns in a conversation.
-        lengths: Turns in each segment, in order.
-
-    Returns:
-        Mask [n, n].
-
-    Raises:
-        ValueError: A length is not a positive integer, or the lengths do not sum to ``n``.
-    """
+def segment(n: int, lengths: Sequence[int]) -> NDArray[np.bool_]:
+    """Segments (class [P], definition own): R_t = {ℓ ≥ t : ℓ in the same segment as t}; lengths in turns, in order."""
     _positive("n", n)
     for i, length in enumerate(lengths):
         _positive(f"lengths[{i}]", length)
@@ -94,93 +65,167 @@ def segment(n: int, lengths: Sequence[int]) -> Mask:
             "change the segments or the number of turns"
         )
     member = np.repeat(np.arange(len(lengths)), lengths)
-    same: Mask = member[:, None] == member[None, :]
+    same: NDArray[np.bool_] = member[:, None] == member[None, :]
     return (_steps(n) >= 0) & same
 
 
-def custom(matrix: ArrayLike, n: int | None = None) -> Mask:
-    """Return any policy class (own), validated: boolean, square, upper triangular, of the right size.
+@dataclass(frozen=True)
+class PolicyClass:
+    """Which rewards count for an action, for conversations of any length: what settings, flags and reports mean by it.
 
-    Args:
-        matrix: M [n, n], M[t, ℓ] true when reward ℓ counts for action t.
-        n: Turns expected; None takes the matrix's own size.
-
-    Returns:
-        A copy of the mask, [n, n].
-
-    Raises:
-        ValueError: The matrix is no policy class; the message says at which row and column.
-    """
-    if not isinstance(matrix, np.ndarray):
-        _locate(matrix)
-    mask = np.array(matrix)
-    if mask.ndim != 2:
-        raise ValueError(
-            f"expected a mask of shape [n, n], got shape {list(mask.shape)}; pass one row per turn"
-        )
-    if mask.dtype != np.bool_:
-        raise ValueError(
-            f"expected a boolean mask, got dtype {mask.dtype} at row 0, column 0; use matrix.astype(bool)"
-        )
-    rows, columns = mask.shape
-    if rows != columns or rows == 0:
-        raise ValueError(
-            f"expected a square mask, got {rows} rows of {columns} columns; pass one of each per turn"
-        )
-    if n is not None and rows != n:
-        raise ValueError(
-            f"expected a mask for n = {n} turns, got {rows} rows and columns; pass shape [{n}, {n}]"
-        )
-    below = np.argwhere(np.tril(mask, -1))
-    if len(below):
-        t, ell = below[0]
-        raise ValueError(
-            f"expected an upper triangular mask, got True at row {t}, column {ell} ({len(below)} below the "
-            "diagonal): an action cannot be credited with an earlier reward; use numpy.triu(matrix)"
-        )
-    return mask
-
-
-def policy_class(
-    name: str, n: int, lookahead: int | None = None, segments: Sequence[int] | None = None
-) -> Mask:
-    """Return the policy class with this name.
-
-    Args:
-        name: One of ``POLICY_CLASSES``.
-        n: Turns in a conversation.
-        lookahead: K of ``k-step``; None for every other class.
-        segments: Lengths of ``segment``; None for every other class.
-
-    Returns:
-        Mask [n, n].
+    Attributes:
+        name: ``full``, ``greedy``, ``k-step``, ``segment``, ``custom`` (a matrix), or ``module:function``, a function
+            n -> M [n, n] that is imported when the first mask is asked for.
+        lookahead: K of ``k-step``.
+        segments: Lengths of ``segment``.
+        matrix: M of ``custom``, row by row.
 
     Raises:
-        ValueError: An unknown name, or an argument that is missing, invalid or not taken by the class.
+        ValueError: An unknown name, an argument that is missing or not the name's, or a matrix that is no policy class.
     """
-    if name not in POLICY_CLASSES:
-        nearest = difflib.get_close_matches(name, POLICY_CLASSES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"expected a policy class out of {', '.join(POLICY_CLASSES)}, got {name!r}; "
-            f"did you mean {nearest!r}?"
-        )
-    for argument, value, taker in (("lookahead", lookahead, "k-step"), ("segments", segments, "segment")):
-        if value is None and name == taker:
-            raise ValueError(f"expected {argument} for policy class {taker!r}, got none; give {argument}")
-        if value is not None and name != taker:
-            raise ValueError(
-                f"expected no {argument} for policy class {name!r}, got {value!r}; "
-                f"leave it out or use {taker!r}"
-            )
-    if lookahead is not None:
-        return k_step(n, lookahead)
-    if segments is not None:
-        return segment(n, segments)
-    return full(n) if name == "full" else greedy(n)
+
+    name: str = "full"
+    lookahead: int | None = None
+    segments: tuple[int, ...] | None = None
+    matrix: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("full", "greedy", "k-step", "segment", "custom") and not _FUNCTION.fullmatch(self.name):
+            raise ValueError(f"expected {_EXPECTED}, got {self.name!r}{_near(self.name)}")
+        for argument, owner in (("lookahead", "k-step"), ("segments", "segment"), ("matrix", "custom")):
+            value = getattr(self, argument)
+            if value is None and self.name == owner:
+                raise ValueError(f"{owner} needs {argument}; write {_EXAMPLES.get(owner, '[[1, 0.5], [0, 1]]')!r}")
+            if value is not None and self.name != owner:
+                raise ValueError(f"{argument} belongs to {owner}, got {self.name!r} and {argument} {value!r}; drop one")
+        if self.lookahead is not None:
+            _positive("lookahead", self.lookahead)
+        if self.segments is not None:
+            _positive("the number of segments", len(self.segments))
+            for i, length in enumerate(self.segments):
+                _positive(f"segments[{i}]", length)
+        if self.matrix is not None:
+            checked = tuple(map(tuple, _checked(self.matrix).tolist()))
+            object.__setattr__(self, "matrix", checked)
+
+    @classmethod
+    def parse(cls, value: object) -> PolicyClass:
+        """Read a policy class as settings, flags and Python write it.
+
+        Args:
+            value: ``full``, ``greedy``, ``k-step 3`` (also ``3-step``, ``3``), ``segment 3,3,2`` (also
+                ``segment:3,3,2``), ``module:function``, a matrix [n, n] (rows of numbers, an array, or such a list as
+                text), or a policy class.
+
+        Raises:
+            ValueError: Anything else; the message says what is wrong, in a matrix at which row and column.
+        """
+        if isinstance(value, PolicyClass):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, list | tuple | np.ndarray):
+            return cls("custom", matrix=value)  # type: ignore[arg-type]  # it is checked, and made tuples of
+        if not isinstance(value, str):
+            raise ValueError(f"expected {_EXPECTED}, got {value!r}")
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                return cls("custom", matrix=json.loads(text))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"expected a matrix such as [[1, 0.5], [0, 1]], got {text!r}: {error}") from error
+        if match := re.fullmatch(r"(?:k-step[ :]\s*)(-?\d+)|(-?\d+)(?:-step)?", text):
+            k = int(match[1] or match[2])
+            return cls("greedy") if match[2] and k == 1 else cls("k-step", lookahead=k)
+        if match := re.fullmatch(r"segment[ :]\s*(-?\d+(?:\s*,\s*-?\d+)*)", text):
+            return cls("segment", segments=tuple(map(int, match[1].split(","))))
+        if ":" in text and text.partition(":")[0] in _EXAMPLES:  # segment:x is no function x of a module segment
+            raise ValueError(f"expected {_EXPECTED}, got {value!r}{_near(text)}")
+        return cls(text)
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def label(self) -> str:
+        """The class in words, for titles and names: ``full``, ``3-step``, ``segment 3,3,2``, ``custom 8x8``."""
+        if self.lookahead is not None:
+            return f"{self.lookahead}-step"
+        if self.matrix is not None:
+            return f"custom {len(self.matrix)}x{len(self.matrix)}"
+        return str(self.spec)
+
+    @property
+    def spec(self) -> str | list[list[float]]:
+        """What `parse` reads back, as TOML and JSON can hold it: text, or the matrix as lists."""
+        if self.matrix is not None:
+            return [list(row) for row in self.matrix]
+        if self.segments is not None:
+            return "segment " + ",".join(map(str, self.segments))
+        return self.name if self.lookahead is None else f"k-step {self.lookahead}"
+
+    @property
+    def turns(self) -> int | None:
+        """The number of turns it is made for, None where it serves any."""
+        if self.segments is not None:
+            return sum(self.segments)
+        return None if self.matrix is None else len(self.matrix)
+
+    def steps(self, n: int) -> int | None:
+        """Return its K in conversations of n turns: 1 for greedy, n for full; None for what is no K-step class."""
+        return {"full": n, "greedy": 1}.get(self.name, self.lookahead)
+
+    def mask(self, n: int) -> Mask:
+        """Return M for conversations of n turns.
+
+        Returns:
+            [n, n], boolean where every entry is 0 or 1.
+
+        Raises:
+            ValueError: It is made for another number of turns, its function cannot be had or fails, or what the
+                function returns is no policy class; the message says at which row and column.
+        """
+        k = self.steps(n)
+        if k is not None:
+            return k_step(n, k)
+        if self.segments is not None:
+            return segment(n, self.segments)
+        if self.matrix is not None:
+            return _checked(self.matrix, n)
+        function = self._function()
+        try:
+            matrix = function(n)
+        except Exception as error:  # it is the user's code: whatever is wrong in it, say whose it is
+            raise ValueError(f"{self.name}: expected a matrix for n = {n} turns, got {_words(error)}") from error
+        try:
+            return _checked(matrix, n)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def check(self, n: int | None) -> None:
+        """Raise unless it can serve conversations of n turns; None where their length is open.
+
+        Raises:
+            ValueError: As `mask`.
+        """
+        if n is None and ":" in self.name:
+            self._function()
+        elif n is not None and (self.turns or ":" in self.name):
+            self.mask(n)
+
+    def _function(self) -> Any:
+        try:
+            function = EntryPoint(self.name, self.name, "").load()
+        except (ImportError, AttributeError) as error:
+            todo = "mend the name, or put its folder on PYTHONPATH"
+            raise ValueError(f"expected a function at {self.name!r}, got {_words(error)}; {todo}") from error
+        if not callable(function):
+            raise ValueError(f"expected a function n -> matrix at {self.name!r}, got {function!r}")
+        return function
 
 
 def credit(
-    rewards: NDArray[np.floating[Any]], mask: Mask, valid: Mask, discount: float = 1.0
+    rewards: NDArray[np.floating[Any]], mask: Mask, valid: NDArray[np.bool_], discount: float = 1.0
 ) -> NDArray[np.float64]:
     """Return the credit of every action, Σ_{ℓ ∈ R_t} r_ℓ [P]; discount and validity are own.
 
@@ -190,7 +235,7 @@ def credit(
     Args:
         rewards: r [B, n], the judge's score of every turn. Whatever stands at an invalid turn, NaN
             included, contributes nothing.
-        mask: A policy class [n, n].
+        mask: A policy class [n, n]: boolean, or finite weights; 0 below the diagonal.
         valid: [B, n], true where the turn was played and judged. A conversation that is shorter than n
             is false after its end.
         discount: γ in [0, 1], per turn.
@@ -219,8 +264,57 @@ def credit(
             f"turn; {len(broken)} in all); set valid to False where the judge gave no score"
         )
     n = rewards.shape[1]
-    weights = custom(mask, n) * discount ** np.maximum(_steps(n), 0)
+    weights = _checked(mask, n) * discount ** np.maximum(_steps(n), 0)
     return np.asarray(np.where(valid, rewards, 0.0) @ weights.T * valid, dtype=np.float64)
+
+
+def decompose(
+    f: NDArray[np.floating[Any]], monotone: Literal["raise", "running_max"] = "raise"
+) -> NDArray[np.float64]:
+    """Split a terminal reward into rewards per turn [P, Lemma 1].
+
+        r_t = f(x, τ_t) − f(x, τ_{t−1}),   for any f with 0 = f(x, τ_0) ≤ … ≤ f(x, τ_n) = r(x, τ_n)
+
+    so that r_t ≥ 0 and Σ_t r_t = r(x, τ_n).
+
+    An f that decreases somewhere violates the lemma. ``running_max`` puts max_{s ≤ t} f(x, τ_s) in its place
+    (own choice). Then r_t ≥ 0 again, but **the terminal value is another one**: Σ_t r_t = max_t f(x, τ_t) ≥
+    r(x, τ_n), so a conversation that ends badly after a good middle is rewarded for its middle. It is
+    therefore never the default.
+
+    Args:
+        f: [B, n+1], the score of every prefix τ_0 … τ_n, finite, f[:, 0] = 0.
+        monotone: What to do with an f that decreases.
+
+    Returns:
+        Rewards [B, n], ≥ 0, in the unit of f; ``rewards[b, t]`` is that of turn t+1 in the formula.
+
+    Raises:
+        ValueError: A shape without turns, an f that is not finite or does not start at 0, an unknown
+            ``monotone``, or a decrease under ``"raise"``; the message names [b, t].
+    """
+    f = np.asarray(f, dtype=np.float64)
+    if f.ndim != 2 or f.shape[1] < 2:
+        raise ValueError(f"expected f of shape [B, n+1] with n >= 1 turns, got {list(f.shape)}")
+    if monotone not in ("raise", "running_max"):
+        raise ValueError(f"expected monotone to be 'raise' or 'running_max', got {monotone!r}")
+    broken = np.argwhere(~np.isfinite(f))
+    if len(broken):
+        b, t = broken[0]
+        raise ValueError(f"expected finite f, got {f[b, t]} at [{b}, {t}] (conversation, prefix)")
+    if f[:, 0].any():
+        b = np.flatnonzero(f[:, 0])[0]
+        raise ValueError(f"expected f = 0 before the first turn, got {f[b, 0]} at [{b}, 0]; subtract it")
+    if monotone == "running_max":
+        f = np.maximum.accumulate(f, axis=1)
+    rewards = np.diff(f, axis=1)
+    if (rewards < 0).any():
+        b, t = np.argwhere(rewards < 0)[0]
+        raise ValueError(
+            f"expected f that never decreases, got {f[b, t]} then {f[b, t + 1]} at [{b}, {t + 1}] "
+            "(conversation, prefix); use another f, or monotone='running_max', which changes the final value"
+        )
+    return rewards
 
 
 def _steps(n: int) -> NDArray[np.int64]:
@@ -234,12 +328,58 @@ def _positive(name: str, value: object) -> None:
         raise ValueError(f"expected {name} to be an integer >= 1, got {value!r}")
 
 
+def _checked(matrix: Any, n: int | None = None) -> Mask:
+    """Return a copy of a policy class: boolean where every entry is 0 or 1, else float64.
+
+    Args:
+        matrix: M [n, n], an array or rows of numbers.
+        n: Turns expected; None takes the matrix's own size.
+
+    Raises:
+        ValueError: It is no policy class; the message says at which row and column, counted from 0.
+    """
+    if not isinstance(matrix, np.ndarray):
+        _locate(matrix)
+    weights = np.asarray(matrix)
+    if weights.ndim != 2:
+        raise ValueError(f"expected a matrix [n, n], got shape {list(weights.shape)}; pass one row per turn")
+    rows, columns = weights.shape
+    if rows != columns or rows == 0:
+        raise ValueError(f"expected a square matrix, got {rows} rows of {columns} columns; pass one of each per turn")
+    if weights.dtype.kind not in "biuf":
+        raise ValueError(f"expected a matrix of booleans or real numbers, got dtype {weights.dtype}")
+    if n is not None and rows != n:
+        raise ValueError(f"expected a matrix for n = {n} turns, got {rows} rows and columns; pass shape [{n}, {n}]")
+    broken = np.argwhere(~np.isfinite(weights))
+    if len(broken):
+        t, ell = broken[0]
+        raise ValueError(f"expected finite weights, got {weights[t, ell]} at row {t}, column {ell}")
+    below = np.argwhere(np.tril(weights, -1))
+    if len(below):
+        t, ell = below[0]
+        raise ValueError(
+            f"expected an upper triangular matrix, got {weights[t, ell]} at row {t}, column {ell} ({len(below)} below "
+            "the diagonal): an action cannot be credited with an earlier reward; use numpy.triu(matrix)"
+        )
+    boolean = ((weights == 0) | (weights == 1)).all()
+    return weights.astype(np.bool_) if boolean else weights.astype(np.float64)
+
+
 def _locate(matrix: Any) -> None:
-    """Raise where nested sequences are ragged or hold something that is not a boolean."""
-    rows = [list(row) for row in matrix] if all(np.iterable(row) for row in matrix) else []
+    """Raise where rows are ragged or hold something that is no number, which an array of them would not tell."""
+    rows = [list(row) for row in matrix] if np.iterable(matrix) and all(np.iterable(row) for row in matrix) else []
     for t, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(f"expected rows of {len(rows[0])} columns, got {len(row)} columns in row {t}")
         for ell, entry in enumerate(row):
-            if not isinstance(entry, bool | np.bool_):
-                raise ValueError(f"expected a boolean mask, got {entry!r} at row {t}, column {ell}")
+            if not isinstance(entry, bool | np.bool_ | int | np.integer | float | np.floating):
+                raise ValueError(f"expected a number or a boolean, got {entry!r} at row {t}, column {ell}")
+
+
+def _near(text: str) -> str:
+    meant = _EXAMPLES.get(nearest(re.split("[ :]", text)[0].replace("_", "-"), _EXAMPLES) or "", text)
+    return "" if meant == text else f"; did you mean {meant!r}?"
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -14,12 +14,13 @@ import numpy as np
 
 from ppg_agents.config.settings import OfflineSettings
 from ppg_agents.credit import Mask, credit
+from ppg_agents.terminal.table import aligned
 from ppg_agents.trajectory import Trajectory, from_logged
 
 if TYPE_CHECKING:
     from ppg_agents.agents.protocol import OfflineAgent
     from ppg_agents.policy.policy import Policy
-    from ppg_gym.data.dialogues import FileReport, LoggedDialogue
+    from ppg_gym.data import LoggedDialogue, Report
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ class Logged:
 
     train: list[Trajectory]
     held_out: dict[str, list[Trajectory]]
-    reports: list[FileReport]
+    reports: list[Report]
     cut: int
     dropped: int
     personas: tuple[int, int]
 
 
-def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[FileReport]]:
+def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Report]]:
     """Read all files.
 
     Raises:
         DataError: A file that is refused; the message says where and why.
     """
-    from ppg_gym.data.dialogues import read_dialogues
+    from ppg_gym.data import read_dialogues
 
     dialogues, reports = [], []
     for path in settings.files:
@@ -61,7 +62,7 @@ def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Fi
 
 def encode(
     dialogues: Sequence[LoggedDialogue],
-    reports: Sequence[FileReport],
+    reports: Sequence[Report],
     settings: OfflineSettings,
     policy: Policy,
     seed: int,
@@ -71,7 +72,7 @@ def encode(
     Raises:
         ValueError: Too few personas to hold some out, or nothing fits into the longest sequence.
     """
-    from ppg_gym.data.dialogues import split_by_persona
+    from ppg_gym.data import split_by_persona
 
     parts = split_by_persona(dialogues, settings.held_out, seed)
     encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]
@@ -151,9 +152,6 @@ def report_table(logged: Logged) -> str:
         share = f"{report.unparsed / max(report.judged_lines, 1):.1%}"
         counts = (report.dialogues, report.judged_lines, report.scored)
         rows.append((_name(report.path), *map(str, counts), share, report.polarity or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = (str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
-    lines = ["  ".join(side(cell, width) for side, cell, width in zip(align, row, widths, strict=True)) for row in rows]
     notes = [f"{_name(report.path)}: {note}" for report in logged.reports for note in report.skipped]
     held_out = sum(map(len, logged.held_out.values()))
     split = (
@@ -161,7 +159,7 @@ def report_table(logged: Logged) -> str:
         f"held out {held_out} of {logged.personas[1]} others; {logged.cut} cut at a whole turn to fit, "
         f"{logged.dropped} without a judged turn left out"
     )
-    return "\n".join([*(line.rstrip() for line in lines), *notes, split])
+    return "\n".join([*aligned(rows, right=range(1, 5)), *notes, split])
 
 
 def to_json(logged: Logged) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from ppg_agents.agents.protocol import Agent, OfflineAgent
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config.settings import ConfigError, TrainConfig, differences
-from ppg_agents.credit import Mask, policy_class
+from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.evaluate import play, summarise
 from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
@@ -38,7 +38,6 @@ from ppg_agents.policy.policy import Policy
 from ppg_agents.rollout.environment import (
     HELD_OUT,
     ConversationError,
-    check_segments,
     make_env,
     make_envs,
     planned_turns,
@@ -205,7 +204,6 @@ class Online:
         self.envs = make_envs(config, self.own.stop - self.own.start, config.personas)
         self.turns = planned_turns(self.envs, config)
         self.each: Envs | None = None
-        check_segments(config, self.turns)
         self.planner = Planner(config, self.turns, team)
         self.mask = self.planner.mask
 
@@ -299,12 +297,8 @@ class Offline:
         self.config, self.interrupt, self.team = config, interrupt, team
         self.dialogues, self.reports = read_files(config.offline)
         turns = max((len(dialogue.turns) for dialogue in self.dialogues), default=1)
-        check_segments(config, turns)
         self.turns: int | None = turns
-
-    def mask(self, n: int) -> Mask:
-        """Return the settings' policy class, for dialogues of n turns."""
-        return policy_class(self.config.policy_class, n, self.config.lookahead, self.config.segments)
+        self.mask = Planner(config, turns, team).mask
 
     def remember(self, run: Run) -> None:
         """Nothing is remembered: every iteration follows from its number."""

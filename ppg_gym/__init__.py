@@ -6,9 +6,9 @@ replies. It needs gymnasium and numpy and never imports torch.
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 (who runs this from a source tree has passed no installer)
-    found = sys.version.split()[0]
-    raise ImportError(f"expected Python 3.11 or newer, got {found}; install one, and ppg-gym with its pip")
+if sys.version_info < (3, 11):  # noqa: UP036 (a source tree on the path was never checked by an installer)
+    version = sys.version.split()[0]
+    raise ImportError(f"expected Python 3.11 or newer, got {version}; install one, and ppg-gym with its pip")
 
 from gymnasium.envs.registration import register
 

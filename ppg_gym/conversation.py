@@ -1,7 +1,7 @@
 """What a conversation is made of: frozen data, no behaviour beyond validation.
 
-Everything here is plain Python, so that a judge, a partner, an importer and a learner can share it
-without importing one another. Nothing in this module may talk to a model or draw a random number.
+Everything here is plain Python, so that a judge, a partner, an importer and a learner can share it without importing
+one another. Nothing here may talk to a model or draw a random number.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Persona:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's word on one reply: a score, or the reason why there is none.
+    """What a judge says about one reply: a score, or the reason why there is none.
 
     Attributes:
         status: ``scored``, or how judging failed.
         score: In [0, 1] when scored, else None. A failed verdict is never a number.
         rationale: One sentence.
         kind: The reply kind in the domain's rule table; empty when the judge has none.
-        raw: What the judge said before it was parsed; empty when nothing was parsed.
+        raw: What a judging model wrote, before parsing; empty when no model was asked.
 
     Raises:
         ValueError: A scored verdict without a score in [0, 1], or a failed verdict with a score.
@@ -85,7 +85,7 @@ class Conversation:
         persona: Who the policy plays.
         lines: Alternating utterances; the partner opens.
         verdicts: One per line of the policy, in order.
-        memo: What readers have already understood of it; derived, never compared.
+        memo: What readers have already worked out about it, so that no line is read twice; never compared.
     """
 
     persona: Persona
@@ -94,7 +94,7 @@ class Conversation:
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def add(self, speaker: Speaker, text: str) -> Conversation:
-        """Return the conversation with one more line; a copy of the memo goes with it."""
+        """Return the conversation with one more line and a copy of the memo."""
         return Conversation(self.persona, (*self.lines, Line(speaker, text)), self.verdicts, self.memo.copy())
 
     def judged(self, verdict: Verdict) -> Conversation:
@@ -102,5 +102,5 @@ class Conversation:
         return Conversation(self.persona, self.lines, (*self.verdicts, verdict), self.memo.copy())
 
     def said(self) -> tuple[str, ...]:
-        """Return the policy's own lines, oldest first."""
+        """Return the policy's lines, oldest first."""
         return tuple(line.text for line in self.lines if line.speaker == "policy")

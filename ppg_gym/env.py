@@ -10,8 +10,9 @@ import gymnasium as gym
 from gymnasium.spaces import Dict
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.nearest import refuse_unknown
 from ppg_gym.partners import Said
-from ppg_gym.simulator import Game, Outcome, refuse_unknown
+from ppg_gym.simulator import Outcome, Simulator
 from ppg_gym.spaces import Utterance
 
 Observation = dict[str, Any]
@@ -22,29 +23,29 @@ class PersonaChatEnv(gym.Env[Observation, str]):
     """One conversation at a time.
 
     Observation: ``{"instruction": str, "message": str}``, the role-play instruction and the partner's newest
-    line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The end of
-    the planned conversation terminates; a lost judge or partner truncates. Where the partner gave no opening line
-    (``info["partner"]["status"]`` of ``reset``), the message is empty and the first step truncates, unjudged.
+    line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The conversation
+    terminates at its planned end and is truncated when judge or partner fail. Where the partner gave no opening line
+    (``info["partner"]["status"]`` of ``reset``), the message is empty and the first step truncates without a verdict.
 
-    ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict
-    of its fields; without it, one is drawn.
+    ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict of its
+    fields; without it, one is drawn.
 
     Args:
-        domain: ``chatting``, ``education`` or ``therapy``.
+        domain: ``chatting``, ``education``, ``therapy``, or the path of your own.
         personas: ``train``, ``held-out``, or a path to a persona file.
         partner: ``scripted``, ``llm``, ``console``, or your own as ``package.module:Class``.
         partner_options: Plain options of the partner.
-        judge: ``facts``, ``llm``, ``nli``, ``learned``, or your own as ``package.module:Class``.
+        judge: ``facts``, ``llm``, ``nli``, or your own as ``package.module:Class``.
         judge_options: Plain options of the judge.
         max_turns: Turns per conversation; None for the domain's own length.
         on_judge_failure: ``raise``, ``nan`` (the reward is NaN) or ``truncate`` (NaN, and the conversation ends).
         max_failure_rate: Largest share of replies, of the last 1,000, that the judge may leave without a score; 1 for
             no limit.
         render_mode: None or ``ansi``.
-        **unknown: Nothing; a name that is none of these is refused.
+        **unknown: Takes nothing; it is here so that the message for a mistyped argument can offer the right one.
 
     Raises:
-        ValueError: An argument is unknown (the nearest one is offered), or not what it should be.
+        ValueError: An argument is unknown (the message offers the nearest one), or not what it should be.
         ModuleNotFoundError: The partner or judge needs an extra that is not installed.
     """
 
@@ -72,7 +73,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
             refuse_unknown("keyword arguments", unknown, known)
         if render_mode not in (None, "ansi"):
             raise ValueError(f"expected render_mode None or 'ansi', got {render_mode!r}")
-        self.game = Game(
+        self.simulator = Simulator(
             domain,
             personas,
             partner,
@@ -83,8 +84,8 @@ class PersonaChatEnv(gym.Env[Observation, str]):
             on_judge_failure,
             max_failure_rate,
         )
-        self.max_turns = self.game.max_turns
-        self.usage = self.game.usage
+        self.max_turns = self.simulator.max_turns
+        self.usage = self.simulator.usage
         self.render_mode = render_mode
         self.observation_space = Dict({"instruction": Utterance(MAX_CHARS), "message": Utterance(MAX_CHARS)})
         self.action_space = Utterance(MAX_CHARS)
@@ -97,28 +98,29 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         """Begin a conversation; see the class for ``options``.
 
         Raises:
-            ValueError: An unknown option, or no such persona; the nearest name is offered.
+            ValueError: An unknown option, or no such persona; the message offers the nearest name.
         """
         super().reset(seed=seed)
         refuse_unknown("options", options or {}, ("persona",))
-        persona = self.game.persona((options or {}).get("persona"), self.np_random)
-        self._conversation, said = self.game.open([persona], [self.np_random])[0]
+        persona = self.simulator.persona((options or {}).get("persona"), self.np_random)
+        self._conversation, opening = self.simulator.open([persona], [self.np_random])[0]
         self._over = False
-        return observe(self._conversation, said.text), start_info(self._conversation, said, self.game.reachable)
+        info = start_info(self._conversation, opening, self.simulator.reachable)
+        return observe(self._conversation, opening.text), info
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Play one reply.
 
         Raises:
-            ValueError: The action is not a string of admitted length.
+            ValueError: The action is not a string, or too long.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
-            FailureRateError: The judge gave too many replies no score.
+            FailureRateError: The judge left too many replies without a score.
             RuntimeError: There is no conversation, or it is over.
         """
         check_reply(action)
         if self._conversation is None or self._over:
-            raise RuntimeError("expected a conversation that goes on; call reset() first")
-        (outcome,) = self.game.turn([self._conversation], [action], [self.np_random])
+            raise RuntimeError("expected a conversation that is not over; call reset() first")
+        (outcome,) = self.simulator.turn([self._conversation], [action], [self.np_random])
         self._conversation = outcome.conversation
         self._over = outcome.terminated or outcome.truncated
         return (
@@ -137,15 +139,15 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         return "" if self._conversation is None else transcript(self._conversation)
 
     def close(self) -> None:
-        """Let go of what judge and partner hold."""
-        self.game.close()
+        """Close the connections of judge and partner."""
+        self.simulator.close()
 
 
 def check_reply(action: object) -> None:
-    """Raise a ValueError unless an action is a string of admitted length."""
+    """Raise a ValueError unless an action is a string of at most ``MAX_CHARS`` characters."""
     if not isinstance(action, str) or len(action) > MAX_CHARS:
-        what = f"{len(action)} characters" if isinstance(action, str) else type(action).__name__
-        raise ValueError(f"expected the action to be a str of at most {MAX_CHARS} characters, got {what}")
+        got = f"{len(action)} characters" if isinstance(action, str) else type(action).__name__
+        raise ValueError(f"expected the action to be a str of at most {MAX_CHARS} characters, got {got}")
 
 
 def observe(conversation: Conversation, message: str) -> Observation:
@@ -153,10 +155,10 @@ def observe(conversation: Conversation, message: str) -> Observation:
     return {"instruction": conversation.persona.instruction, "message": message}
 
 
-def start_info(conversation: Conversation, said: Said, reachable: float) -> dict[str, Any]:
+def start_info(conversation: Conversation, opening: Said, reachable: float) -> dict[str, Any]:
     """Return ``reset``'s info; ``reachable`` is the twin's best mean reward per turn, NaN where unknown."""
-    opening = {"status": said.status}
-    return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable, "partner": opening}
+    partner = {"status": opening.status}
+    return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable, "partner": partner}
 
 
 def turn_info(outcome: Outcome) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, and named with their install command when they are missing."""
+"""Optional packages: imported when they are needed; where one is missing, the error has its install command."""
 
 from __future__ import annotations
 

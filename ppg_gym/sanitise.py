@@ -1,7 +1,7 @@
-"""Make what a model said harmless: control tokens, invisible characters and reasoning blocks are taken out.
+"""Make a model's text harmless: take out control tokens, invisible characters and reasoning blocks.
 
-Pure functions over text. A sanitised text is still untrusted: it can no longer end a chat turn or hide what
-it says, but it can say anything. Nothing here may judge, score or rewrite what is left.
+Pure functions over text. A sanitised text is still untrusted: it can no longer end a chat turn or hide what it says,
+but it can say anything. Nothing here may judge, score or rewrite what is left.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 import unicodedata
 
 CUT = " […]"  # ends a text that was longer than its limit
-_MOST_PASSES = 20  # tokens nested deeper than this are an attack: the text loses its brackets
-_SLACK = 8  # a text is read up to so many times its limit; a longer one counts as cut
+_MOST_PASSES = 20  # tokens nested deeper than this are an attack: the text loses all its brackets
+_SLACK = 8  # read at most this many times the limit, so that a huge text costs no more than a long one
 
-# Spelled in the skeleton's letters (see `_skeleton`). No pattern may match a backslash or a comma, so that no
-# JSON text holds a token that none of its strings holds.
+# Spelled in the skeleton's letters (see `_skeleton`). No pattern may match a backslash or a comma: a match could then
+# reach across two strings of a JSON text, and find a token that neither string holds.
 _NAMES = r"""
     s | unk | pad | bos | eos | eot | eod | cls | sep | mask | end | escape | endoftext | nl
   | (?:bos|eos|pad|unk|cls|sep|mask|eop|start_of_turn|end_of_turn|chatbot|user|system)_token
@@ -50,11 +50,11 @@ _THINKING = re.compile(
 _BRACKETS = frozenset("<>[]|")
 _NEW_LINE = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 _ASCII_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
-# Unicode's Default_Ignorable_Code_Point outside Cf, and the blank that looks like nothing (braille).
+# Unicode's Default_Ignorable_Code_Point outside the category Cf, and the blank braille pattern.
 _IGNORABLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0") | frozenset(
     map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000)))
 )
-# Beyond NFKC's full-width letters. Quotation marks and title brackets of living languages are not among them.
+# Look-alikes that NFKC does not fold. Quotation marks and title brackets that languages really use are left out.
 _LOOKS_LIKE = {
     **dict.fromkeys("⟨❮❬ᐸ˂≺", "<"),
     **dict.fromkeys("⟩❯❭ᐳ˃≻", ">"),
@@ -68,17 +68,17 @@ def plain(text: str, limit: int) -> str:
     """Return a model's text without anything that a chat format, a terminal or a reader could trip over.
 
     Removed: control tokens of the usual chat formats (``<|…|>``, ``<s>``, ``[INST]``, ``<<SYS>>``,
-    ``<start_of_turn>``, ``<tool_call>``, ``<think>``, …), also in full-width or look-alike letters; control
-    characters but the line break and the tab; lone surrogates; every invisible character, zero-width and
-    bidirectional ones among them. What is left is NFC-normalised and stripped. Removing is repeated until
-    there is nothing to remove, so that no removal makes a new token; calling it again changes nothing.
+    ``<start_of_turn>``, ``<tool_call>``, ``<think>``, …), also in full-width or look-alike letters; control characters
+    except line break and tab; lone surrogates; every invisible character, such as zero-width and bidirectional ones.
+    What is left is NFC-normalised and stripped. Removing can join two halves into a new token, so it is repeated until
+    nothing is left to remove; calling this again changes nothing.
 
     Args:
-        text: What was said.
+        text: What the model wrote.
         limit: Most characters to return. A longer text ends with :data:`CUT`, inside the limit.
 
     Raises:
-        ValueError: A limit that leaves no room for one character and the mark.
+        ValueError: The limit leaves no room for one character and the mark.
     """
     if limit <= len(CUT):
         raise ValueError(f"expected a limit of more than {len(CUT)} characters, got {limit}")
@@ -89,7 +89,7 @@ def plain(text: str, limit: int) -> str:
 
 
 def holds_control(text: str) -> bool:
-    """Return whether a text holds a control token of a chat format, in whatever spelling."""
+    """Return whether a text holds a control token of a chat format, in any spelling."""
     return _TOKEN.search(_skeleton(_visible(text))[0]) is not None
 
 
@@ -118,6 +118,7 @@ def without_reasoning(text: str) -> str:
 
 
 def _outside(text: str) -> str:
+    """Return what stands outside the reasoning blocks, nested ones included."""
     skeleton, places = _skeleton(text)
     kept: list[str] = []
     depth, start = 0, 0
@@ -129,7 +130,7 @@ def _outside(text: str) -> str:
             depth += 1
         elif depth:
             depth -= 1
-        else:
+        else:  # closed but never opened: the block began before the text did
             kept = []
         start = places[tag.end()]
     return "".join(kept) if depth else "".join(kept) + text[start:]
@@ -143,7 +144,7 @@ def _clean(text: str) -> str:
         for token in _TOKEN.finditer(skeleton):
             kept.append(text[start : places[token.start()]])
             start = places[token.end()]
-        if not start:
+        if not start:  # no token was left
             return text.strip()
         text = _visible("".join(kept) + text[start:])
     return _visible("".join(c for c in text if not _BRACKETS & set(_fold(c)))).strip()
@@ -155,7 +156,7 @@ def _visible(text: str) -> str:
         return text if text.isprintable() else _ASCII_CONTROL.sub("", _NEW_LINE.sub("\n", text))
     text = _NEW_LINE.sub("\n", text)
     kept = "".join(c for c in text if _shows(c))
-    # Normalising can decompose, never hide; dropping first keeps an invisible sign from parting a pair.
+    # Drop first: an invisible character between a letter and its accent would keep the two from being composed.
     return unicodedata.normalize("NFC", kept)
 
 
@@ -167,7 +168,10 @@ def _shows(char: str) -> bool:
 
 
 def _skeleton(text: str) -> tuple[str, range | list[int]]:
-    """Return the text as a careless eye reads it, and for each of its letters the place in the text."""
+    """Return the text as it looks at a glance, and for each of its letters the place in the text.
+
+    Folding may turn one character into several letters, so a match in the skeleton has to be mapped back.
+    """
     if text.isascii():
         return text.lower(), range(len(text) + 1)
     letters: list[str] = []

@@ -1,16 +1,14 @@
 """One turn of many conversations: the rules that the single and the vector environment share.
 
-Reply in, verdict and the partner's next line out. No spaces, no seeds, no episodes: those are the
-environments'.
+Reply in, verdict and the partner's next line out. Spaces, seeds and episodes are left to the environments.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +17,11 @@ import numpy as np
 from ppg_gym import judges, partners
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.domain import loading as domains
+from ppg_gym.domain.cast import personas as personas_of
+from ppg_gym.domain.personas import read_personas
 from ppg_gym.domain.twin import Twin
 from ppg_gym.judges.failure_limit import FailureLimit
+from ppg_gym.nearest import did_you_mean, refuse_unknown
 
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
 UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
@@ -33,9 +34,9 @@ class Outcome(NamedTuple):
         conversation: With the reply, its verdict and the partner's next line.
         reward: The judge's score, NaN when there is none.
         terminated: The planned conversation is over.
-        truncated: A lost judge or partner ended it.
+        truncated: A judge or partner that failed ended it.
         message: The partner's next line; empty when the conversation is over.
-        partner_status: ``ok``, or what is wrong with the partner.
+        partner_status: ``ok``, or how the partner failed.
     """
 
     conversation: Conversation
@@ -51,7 +52,7 @@ class Outcome(NamedTuple):
         return self.conversation.verdicts[-1]
 
 
-class Game:
+class Simulator:
     """A domain with its personas, partner and judge, made from plain options.
 
     Args:
@@ -105,18 +106,18 @@ class Game:
             rng: The conversation's generator.
 
         Raises:
-            ValueError: No persona has that id, a dict lacks an instruction or has an unknown field (the nearest name is
-                offered), or the judge can not take it.
+            ValueError: No persona has that id, a dict lacks an instruction or has an unknown field (the message offers
+                the nearest name), or the judge cannot judge its replies.
         """
         if wanted is None:
             chosen = self.personas[int(rng.integers(len(self.personas)))]
         elif isinstance(wanted, Persona):
             chosen = wanted
         elif isinstance(wanted, str):
-            found = [persona for persona in self.personas if persona.id == wanted]
-            if not found:
+            named = next((persona for persona in self.personas if persona.id == wanted), None)
+            if named is None:
                 raise ValueError(_no_such_persona(self.domain.source, self.personas, wanted))
-            chosen = found[0]
+            chosen = named
         elif isinstance(wanted, Mapping) and isinstance(wanted.get("instruction"), str):
             refuse_unknown('fields of options["persona"]', wanted, [field.name for field in fields(Persona)])
             chosen = Persona(**{"id": "custom", "domain": self.domain.name, **wanted})
@@ -130,18 +131,19 @@ class Game:
     def open(
         self, chosen: Sequence[Persona], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[Conversation, partners.Said]]:
-        """Return new conversations that hold the partner's first line, none where the partner failed."""
+        """Return new conversations that hold the partner's first line, and no line where the partner failed."""
         fresh = [Conversation(persona) for persona in chosen]
-        said = self.partner.speak(fresh, rngs)
-        return [(c.add("partner", s.text) if s.status == "ok" else c, s) for c, s in zip(fresh, said, strict=True)]
+        lines = self.partner.speak(fresh, rngs)
+        pairs = zip(fresh, lines, strict=True)
+        return [(c.add("partner", line.text) if line.status == "ok" else c, line) for c, line in pairs]
 
     def turn(
         self, conversations: Sequence[Conversation], replies: Sequence[str], rngs: Sequence[np.random.Generator]
     ) -> list[Outcome]:
         """Judge one reply per conversation and let the partner speak where the conversation goes on.
 
-        A judge or partner that waits for a server works while the other does: the partner hears replies, not
-        verdicts. A conversation that the partner never opened is truncated, unjudged.
+        Where either of them waits for a server, they work at the same time, as the partner hears replies and not
+        verdicts. A conversation that the partner never opened is truncated without a verdict.
 
         Raises:
             JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
@@ -157,21 +159,22 @@ class Game:
 
     def _turn(self, spoken: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Outcome]:
         last = self.max_turns - 1
-        said: dict[int, partners.Said] = {}
+        next_lines: dict[int, partners.Said] = {}  # position of a conversation -> the partner's next line
         if self._overlap():
             with ThreadPoolExecutor(1) as aside:
                 going = [i for i, c in enumerate(spoken) if len(c.verdicts) < last]
                 speaking = aside.submit(self.partner.speak, [spoken[i] for i in going], [rngs[i] for i in going])
                 try:
                     verdicts = self.judge.judge(spoken)
-                    said = dict(zip(going, speaking.result(), strict=True))
-                except BaseException:  # the partner's thread is waited for: what it waits for must end
+                    next_lines = dict(zip(going, speaking.result(), strict=True))
+                except BaseException:
+                    # Leaving the block joins the partner's thread, which may wait long for a server: stop it first.
                     getattr(self.partner, "abandon", lambda: None)()
                     raise
         else:
             verdicts = self.judge.judge(spoken)
         judged: list[Conversation] = []
-        ends: list[tuple[bool, bool]] = []  # terminated, truncated
+        ends: list[tuple[bool, bool]] = []  # (terminated, truncated)
         for conversation, verdict in zip(spoken, verdicts, strict=True):
             lost = verdict.score is None
             if lost and self.on_judge_failure == "raise":
@@ -181,11 +184,11 @@ class Game:
             over = len(conversation.verdicts) >= last
             ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
         going = [i for i, end in enumerate(ends) if end == (False, False)]
-        if not said:
+        if not next_lines:
             lines = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
-            said = dict(zip(going, lines, strict=True))
-        silent = partners.Said("")
-        heard = [silent if any(end) else said[i] for i, end in enumerate(ends)]
+            next_lines = dict(zip(going, lines, strict=True))
+        silence = partners.Said("")
+        heard = [silence if any(end) else next_lines[i] for i, end in enumerate(ends)]
         return [
             Outcome(
                 conversation=c.add("partner", line.text) if line.text else c,
@@ -199,23 +202,23 @@ class Game:
         ]
 
     def _overlap(self) -> bool:
-        """Return whether judge and partner work at the same time."""
+        """Return whether judge and partner may work at the same time, and one of them spends its time waiting."""
         waits = getattr(self.judge, "waits", False) or getattr(self.partner, "waits", False)
         return waits and not getattr(self.partner, "hears_verdicts", False)
 
     def usage(self) -> dict[str, dict[str, int]]:
-        """Return what judge and partner have asked for so far in this process, where they ask a server.
+        """Return what judge and partner have asked their servers for so far in this process.
 
         Returns:
             ``{"judge": {"calls": …, "prompt_tokens": …, …}, "partner": {…}}``; environments of equal options share
-            their counts. Empty without servers.
+            their counts. Empty where no server is asked.
         """
         parts = {"judge": self.judge, "partner": self.partner}
         counted = {name: getattr(getattr(part, "chat", None), "counts", None) for name, part in parts.items()}
         return {name: asdict(counts) for name, counts in counted.items() if counts is not None}
 
     def close(self) -> None:
-        """Let go of what judge and partner hold."""
+        """Close the connections of judge and partner."""
         for part in (self.judge, self.partner):
             if callable(close := getattr(part, "close", None)):
                 close()
@@ -223,35 +226,22 @@ class Game:
 
 def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:
     if source in domains.SPLITS:
-        return domains.personas(domain.source, source)
-    if not isinstance(source, str) or not Path(source).exists() or Path(source).is_dir():
-        what = "a folder" if isinstance(source, str) and Path(source).is_dir() else "no such file"
+        return personas_of(domain.source, source)
+    path = Path(source) if isinstance(source, str) else None
+    if path is None or not path.exists() or path.is_dir():
+        why = "a folder" if path is not None and path.is_dir() else "no such file"
         raise ValueError(
             f"expected personas to be {' or '.join(map(repr, domains.SPLITS))} or a path to a persona file,"
-            f" got {source!r}: {what}{_hint(source, domains.SPLITS)}"
+            f" got {source!r}: {why}{did_you_mean(source, domains.SPLITS)}"
         )
-    from ppg_gym.domain.personas import read_personas
-
-    return tuple(read_personas(Path(source), domain.name))
+    return tuple(read_personas(path, domain.name))
 
 
 def _no_such_persona(domain: str, personas: Sequence[Persona], wanted: str) -> str:
-    """Return what is wrong with an id: which is nearest, or which embedded split has it."""
+    """Return the message for an unknown id: which one is nearest, or which split has it."""
     for split in domains.SPLITS:
-        if any(persona.id == wanted for persona in domains.personas(domain, split)):
+        if any(persona.id == wanted for persona in personas_of(domain, split)):
             return f"expected the id of one of {len(personas)} personas, got {wanted!r}, which is in personas={split!r}"
     ids = [persona.id for persona in personas]
-    hint = _hint(wanted, ids) or f"; the first is {ids[0]!r}"
+    hint = did_you_mean(wanted, ids, f"the first is {ids[0]!r}")
     return f"expected the id of one of {len(personas)} personas, got {wanted!r}{hint}"
-
-
-def refuse_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise a ValueError for the first name that is not among the known ones; the nearest of these is offered."""
-    for name in given:
-        if name not in known:
-            raise ValueError(f"expected {what} out of {', '.join(known)}, got {name!r}{_hint(name, known)}")
-
-
-def _hint(given: object, known: Sequence[str]) -> str:
-    near = get_close_matches(str(given), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

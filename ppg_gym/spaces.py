@@ -14,10 +14,10 @@ _SAMPLED = "abcdefghijklmnopqrstuvwxyz ABC .,!?'éß日本語🙂\n"
 class Utterance(Space[str]):
     """Strings of at most ``max_length`` characters.
 
-    ``gymnasium.spaces.Text`` admits only a fixed set of characters; a partner's line may hold any.
+    ``gymnasium.spaces.Text`` takes a fixed set of characters only; a partner's line may hold any.
 
     Args:
-        max_length: Largest admitted number of characters.
+        max_length: Most characters of a string.
         seed: Seed for :meth:`sample`.
 
     Raises:
@@ -32,7 +32,7 @@ class Utterance(Space[str]):
 
     @property
     def is_np_flattenable(self) -> bool:
-        """Whether the space maps to an array: it does not."""
+        """Always False: strings do not flatten into an array."""
         return False
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
@@ -43,7 +43,7 @@ class Utterance(Space[str]):
         return "".join(_SAMPLED[int(i)] for i in self.np_random.integers(0, len(_SAMPLED), size=length))
 
     def contains(self, x: Any) -> bool:
-        """Return whether ``x`` is a string that is short enough."""
+        """Return whether ``x`` is a string of at most ``max_length`` characters."""
         return isinstance(x, str) and len(x) <= self.max_length
 
     def to_jsonable(self, sample_n: Iterable[str]) -> list[str]:

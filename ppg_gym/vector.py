@@ -1,7 +1,7 @@
 """``PersonaChat-v0`` as a vector environment: N conversations in lockstep, one partner, one judge.
 
-Conversations that ended stay ended until they are reset (autoreset ``disabled``), or begin anew in the same
-step (``same-step``). The same seeds give the same conversations as N single environments.
+A conversation that has ended stays so until it is reset (autoreset ``disabled``), or a new one begins in the same step
+(``same-step``). The same seeds give the same conversations as N single environments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from ppg_gym.conversation import Conversation
 from ppg_gym.env import Observation, PersonaChatEnv, check_reply, observe, start_info, transcript, turn_info
-from ppg_gym.simulator import refuse_unknown
+from ppg_gym.nearest import not_among, refuse_unknown
 
 AUTORESET = {"disabled": AutoresetMode.DISABLED, "same-step": AutoresetMode.SAME_STEP}
 Arrays = npt.NDArray[Any]
@@ -26,8 +26,8 @@ Arrays = npt.NDArray[Any]
 class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], Arrays]):
     """N conversations at once; see :class:`~ppg_gym.env.PersonaChatEnv` for the keyword arguments.
 
-    Observations are ``{"instruction": (str, …), "message": (str, …)}``, actions N strings. An ended
-    conversation that is stepped again ignores its action, with reward 0, an empty message and no info.
+    Observations are ``{"instruction": (str, …), "message": (str, …)}``, actions N strings. Stepping a conversation that
+    has ended ignores the action: reward 0, an empty message, no info.
 
     Args:
         num_envs: N.
@@ -35,7 +35,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
             the mask is true. ``same-step``: an ended conversation is replaced at once; its last observation and
             info are in ``infos["final_obs"]`` and ``infos["final_info"]``.
         max_episode_steps: Truncate after so many turns.
-        **kwargs: Of the single environment.
+        **kwargs: Those of the single environment.
 
     Raises:
         ValueError: An argument is not what it should be.
@@ -51,9 +51,9 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ValueError(f"expected num_envs to be a positive integer, got {num_envs!r}")
         if autoreset_mode not in AUTORESET:
-            raise ValueError(f"expected autoreset_mode out of {', '.join(AUTORESET)}, got {autoreset_mode!r}")
+            raise ValueError(not_among("autoreset_mode", autoreset_mode, AUTORESET))
         single = PersonaChatEnv(**kwargs)
-        self.game = single.game
+        self.simulator = single.simulator
         self.max_turns = single.max_turns
         self.usage = single.usage
         self.num_envs = num_envs
@@ -81,11 +81,11 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
 
         Args:
             seed: One integer (conversation i gets ``seed + i``), or one integer or None for each conversation.
-            options: ``reset_mask`` (bool [N]): only those conversations begin anew. ``persona``: one for all, or a
-                list with one for each; see the single environment.
+            options: ``reset_mask`` (bool [N]): begin only these conversations anew. ``persona``: one for all, or a list
+                with one for each; see the single environment.
 
         Raises:
-            ValueError: A list of seeds, personas or a mask is not of length N; or an unknown option.
+            ValueError: Seeds, personas or mask are not of length N, or an option is unknown.
         """
         options = dict(options or {})
         refuse_unknown("options", options, ("persona", "reset_mask"))
@@ -100,9 +100,9 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         seeds = [None] * self.num_envs if seeds is None else list(seeds)
         wanted = options.get("persona")
         wanted = list(wanted) if isinstance(wanted, list | tuple) else [wanted] * self.num_envs
-        for what, values in (("seeds", seeds), ("personas", wanted)):
+        for name, values in (("seeds", seeds), ("personas", wanted)):
             if len(values) != self.num_envs:
-                raise ValueError(f"expected {self.num_envs} {what}, got {len(values)}")
+                raise ValueError(f"expected {self.num_envs} {name}, got {len(values)}")
         which = [int(i) for i in np.flatnonzero(mask)]
         for i in which:
             if seeds[i] is not None:
@@ -112,21 +112,21 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
 
     def _begin(self, which: Sequence[int], wanted: Sequence[object]) -> dict[str, Any]:
         rngs = [self._rngs[i] for i in which]
-        personas = [self.game.persona(wanted[i], rng) for i, rng in zip(which, rngs, strict=True)]
+        personas = [self.simulator.persona(wanted[i], rng) for i, rng in zip(which, rngs, strict=True)]
         infos: dict[str, Any] = {}
-        for i, (conversation, said) in zip(which, self.game.open(personas, rngs), strict=True):
-            self._conversations[i], self._messages[i] = conversation, said.text
+        for i, (conversation, opening) in zip(which, self.simulator.open(personas, rngs), strict=True):
+            self._conversations[i], self._messages[i] = conversation, opening.text
             self._over[i] = False
-            infos = self._add_info(infos, start_info(conversation, said, self.game.reachable), i)
+            infos = self._add_info(infos, start_info(conversation, opening, self.simulator.reachable), i)
         return infos
 
     def step(self, actions: Sequence[str]) -> tuple[dict[str, tuple[str, ...]], Arrays, Arrays, Arrays, dict[str, Any]]:
-        """Play one reply in every conversation that goes on.
+        """Play one reply in every conversation that is not over.
 
         Raises:
             ValueError: Not N strings.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
-            FailureRateError: The judge gave too many replies no score.
+            FailureRateError: The judge left too many replies without a score.
             RuntimeError: ``reset`` was never called.
         """
         if isinstance(actions, str) or not hasattr(actions, "__len__"):
@@ -146,7 +146,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         terminated, truncated = np.zeros((2, self.num_envs), dtype=bool)
         infos: dict[str, Any] = {}
         self._messages = ["" if over else m for over, m in zip(self._over, self._messages, strict=True)]
-        outcomes = self.game.turn(conversations, [actions[i] for i in going], [self._rngs[i] for i in going])
+        outcomes = self.simulator.turn(conversations, [actions[i] for i in going], [self._rngs[i] for i in going])
         finals: dict[int, tuple[Observation, dict[str, Any]]] = {}
         for i, outcome in zip(going, outcomes, strict=True):
             info = turn_info(outcome)
@@ -166,7 +166,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         return self._observations(), rewards, terminated, truncated, infos
 
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
-        """Gather infos as Gymnasium does, a verdict's score always as an object: None where there is none."""
+        """Gather infos as Gymnasium does, but scores as objects: a float array could not hold None for "no score"."""
         if "score" in env_info:
             vector_infos.setdefault("score", np.full(self.num_envs, None, dtype=object))
         return super()._add_info(vector_infos, env_info, env_num)
@@ -183,8 +183,8 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
         return {"instruction": instructions, "message": tuple(self._messages)}
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Let go of what judge and partner hold."""
-        self.game.close()
+        """Close the connections of judge and partner."""
+        self.simulator.close()
 
     def render(self) -> tuple[str, ...] | None:
         """Return every conversation so far as text (``ansi``), else None."""
@@ -194,7 +194,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
 
 
 def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Join two vector infos that fill different rows; where both hold a key, the masks say whose row it is."""
+    """Join two vector infos that fill different rows; where both hold a key, the masks tell the rows apart."""
     merged = dict(second)
     for key, value in first.items():
         if key not in second:

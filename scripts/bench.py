@@ -209,7 +209,7 @@ def bench_environment(settings: argparse.Namespace) -> Result:
     from ppg_gym.domain.saying import say
 
     envs = [gym.make("PersonaChat-v0", disable_env_checker=True) for _ in range(100)]
-    personas = {persona.id: persona for persona in envs[0].unwrapped.game.personas}
+    personas = {persona.id: persona for persona in envs[0].unwrapped.simulator.personas}
     script: list[list[str]] = []
     for seed, env in enumerate(envs):
         observation, info = env.reset(seed=seed)

@@ -90,7 +90,7 @@ def play(envs: gym.vector.VectorEnv, turns: int) -> tuple[float, float]:
 
 def one_after_another(envs: gym.vector.VectorEnv, turns: int) -> float:
     """Play one conversation, each call after the last; return the seconds of its turns."""
-    envs.unwrapped.game._overlap = lambda: False  # type: ignore[attr-defined]
+    envs.unwrapped.simulator._overlap = lambda: False  # type: ignore[attr-defined]
     return play(envs, turns)[1]
 
 

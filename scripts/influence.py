@@ -29,7 +29,7 @@ from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.domain.twin import Twin, influence
-from ppg_gym.simulator import Game
+from ppg_gym.simulator import Simulator
 
 Array = npt.NDArray[np.float64]
 LINE, POINT, QUIET = "#7a7a7a", "#1f5fa8", "#444444"
@@ -87,11 +87,11 @@ def measure(name: str, turn: int, conversations: int, seed: int) -> Influence:
 
 def sample(name: str, turn: int, forced: Sequence[str], conversations: int, seed: int) -> Array:
     """Return rewards [conversations, n]: the mix but for ``turn``, where the state's forced kind is played."""
-    domain, read, game = load(name), reader(name), Game(name, personas="held-out")
+    domain, read, simulator = load(name), reader(name), Simulator(name, personas="held-out")
     mixes = {state: domain.mix_in(state) for state in domain.table.states}
     kinds, weights = list(domain.mix), {state: list(mix.values()) for state, mix in mixes.items()}
     rngs = [np.random.default_rng([seed, i]) for i in range(conversations)]
-    held = [conversation for conversation, _ in game.open([game.persona(None, rng) for rng in rngs], rngs)]
+    held = [conversation for conversation, _ in simulator.open([simulator.persona(None, rng) for rng in rngs], rngs)]
     rewards = np.zeros((conversations, domain.turns))
     for t in range(domain.turns):
         states = [read.track(c).state for c in held]
@@ -99,7 +99,7 @@ def sample(name: str, turn: int, forced: Sequence[str], conversations: int, seed
         if t == turn - 1:
             drawn = [forced[domain.table.states.index(state)] for state in states]
         replies = [say(read, kind, c, rng) for kind, c, rng in zip(drawn, held, rngs, strict=True)]
-        outcomes = game.turn(held, replies, rngs)
+        outcomes = simulator.turn(held, replies, rngs)
         held = [outcome.conversation for outcome in outcomes]
         rewards[:, t] = [outcome.reward for outcome in outcomes]
     return rewards

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppg_gym.data.persona_maker import own_personas, save_personas
+from ppg_gym.data.records import save_personas
+from ppg_gym.domain.cast import drawn_personas
 from ppg_gym.domain.loading import DOMAINS, load
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     """Write the persona files."""
     root = Path(__file__).resolve().parent.parent / "envs"
     for name in DOMAINS:
-        for split, personas in own_personas(load(name)).items():
+        for split, personas in drawn_personas(load(name)).items():
             save_personas(root / name / f"personas-{split}.jsonl", personas)
 
 

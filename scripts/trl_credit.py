@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from tempfile import TemporaryDirectory
-from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked as experimental
 
@@ -31,13 +30,7 @@ from ppg_agents.trl import PersonaChat
 from ppg_agents.trl.credit import PartialCreditTrainer
 
 EVALUATED, MEMBERS = 16, 8  # held-out conversations: so many seeds, each played so often
-WAYS: dict[str, dict[str, Any] | None] = {
-    "TRL's own": None,
-    "greedy": {"policy_class": "greedy"},
-    "2-step": {"policy_class": "k-step", "lookahead": 2},
-    "3-step": {"policy_class": "k-step", "lookahead": 3},
-    "full": {"policy_class": "full"},
-}
+WAYS = {"TRL's own": None, **{name: {"policy_class": name} for name in ("greedy", "2-step", "3-step", "full")}}
 
 
 def score(way: str, seed: int, domain: str, steps: int, turns: int) -> float:

@@ -186,8 +186,7 @@ def check_options(judge: str, options: Any) -> None:
 
     known = {
         "facts": set[str](),
-        "learned": {"path"},
-        "nli": set(nli._KNOWN),
+        "nli": set(nli._DEFAULTS),
         "llm": {f.name for cls in (llm.JudgeOptions, ClientSettings) for f in dataclasses.fields(cls)},
     }
     assert set(options) <= known.get(judge, set(options)), f"{judge}: {options}"
@@ -218,7 +217,7 @@ def parse_agent(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, folder: P
         patch.setattr(runs, "check_new", lambda place: None)
         patch.chdir(folder)
         command.invoke(context)
-    if seen[0].env.judge in ("llm", "nli", "learned"):
+    if seen[0].env.judge in ("llm", "nli"):
         check_options(seen[0].env.judge, seen[0].env.judge_options)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "peft", "accelerate", "scipy", "matplotlib")
 ENVIRONMENT = ("gymnasium", "numpy", "cloudpickle", "farama_notifications", "typing_extensions")
 # `import ppg_gym` registers the environment; the other two read files, for which no environment is needed.
-KNOWN_TO_THE_LEARNER = {"ppg_gym", "ppg_gym.data.dialogues", "ppg_gym.domain.personas"}
+KNOWN_TO_THE_LEARNER = {"ppg_gym", "ppg_gym.data", "ppg_gym.domain.personas"}
 # Command lines of the environment's own tools: they know them, and nothing of the learner's but its manners.
 FRONT_ENDS = {"ppg_agents.commands.data", "ppg_agents.commands.judge"}
 MANNERS = {"ppg_agents.config.settings", "ppg_agents.config.parsing", "ppg_agents.terminal.progress"}

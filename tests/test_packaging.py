@@ -110,7 +110,7 @@ def constraints() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "learned", "tensorboard"]
+    "extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "tensorboard"]
 )
 def test_every_direct_requirement_is_pinned_to_a_version_that_it_allows(extra: str | None) -> None:
     pins = constraints()
@@ -120,7 +120,7 @@ def test_every_direct_requirement_is_pinned_to_a_version_that_it_allows(extra: s
 
 
 def test_everything_that_make_installs_is_pinned() -> None:
-    extras = (EXTRAS[extra] for extra in ("agents", "llm", "learned", "sb3", "bench", "tensorboard", "dev"))
+    extras = (EXTRAS[extra] for extra in ("agents", "llm", "sb3", "bench", "tensorboard", "dev"))
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
     waiting = [Requirement(line) for line in lines]
     seen: set[tuple[str, frozenset[str]]] = set()

@@ -27,7 +27,6 @@ def launch_config(name: str) -> Path:
     Raises:
         ValueError: There is no config of that name.
     """
-    names = list(launch_configs())
-    if name not in names:
-        raise ValueError(not_one_of("the launch config", name, names))
+    if name not in launch_configs():
+        raise ValueError(not_one_of("the launch config", name, launch_configs()))
     return FOLDER / f"{name}.yaml"

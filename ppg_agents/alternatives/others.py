@@ -231,7 +231,7 @@ def a_lol(
         ValueError: Shapes or dtypes that do not fit, NaN in the mask, an unknown variant, or ε or β out of range.
     """
     if variant not in get_args(ALoLVariant):
-        raise ValueError(not_one_of("the variant", variant, get_args(ALoLVariant)))
+        raise ValueError(not_one_of("variant", variant, get_args(ALoLVariant)))
     if not 0 <= clip <= 1 or not beta >= 0:
         raise ValueError(f"expected clip in [0, 1] and beta >= 0, got {clip} and {beta}")
     credit = token_advantage(advantage, log_probs, token_mask)

@@ -6,7 +6,6 @@ Only click and the standard library are imported before the command runs; nothin
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -30,48 +29,35 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     """
     from ppg_agents.compare import engine as engines
     from ppg_agents.compare import report
-    from ppg_agents.compare.cell import check, results
-    from ppg_agents.compare.plan import check_models, read
+    from ppg_agents.compare.cell import check, results, turns_of
     from ppg_agents.compare.plan import jobs as planned
-    from ppg_agents.compare.turns import turns_of
-    from ppg_agents.runs.files import lock
-    from ppg_agents.terminal.progress import Progress
+    from ppg_agents.compare.plan import read
 
     plan = read(Path(file))
     folder = Path(out) if out else Path("runs") / Path(file).stem
-    todo = planned(plan, turns_of(plan))
-    for job in todo:
+    wanted = planned(plan, turns_of(plan))
+    for job in wanted:
         check(job, engines.folder_of(job, folder))
-    missing = [] if only_table else engines.missing(todo, folder)
+    missing = engines.missing(wanted, folder)
     if dry_run:
-        click.echo(f"{len(todo)} runs, {len(missing)} missing, in {folder}")
+        click.echo(f"{len(wanted)} runs, {len(missing)} missing, in {folder}")
         for job in missing:
             click.echo(f"{job.name}  {','.join(map(str, job.sizes))}")
         return 0
-    if engine == "processes":  # the machines of a cluster may have other folders
-        check_models(missing)
-    folder.mkdir(parents=True, exist_ok=True)
-    held = click.get_current_context().with_resource(ExitStack())
-    if missing:
-        held.enter_context(lock(folder))
-        run = engines.run_on_ray if engine == "ray" else engines.run_here
-        count = len(todo) - len(missing)
-        with Progress("comparing", len(todo), start=count) as progress:
-
-            def done(job: object, why: str | None) -> None:
-                nonlocal count
-                count += 1
-                progress.advance(count, f"{getattr(job, 'name', '')}{f' failed: {why}' if why else ''}")
-
-            try:
-                run(missing, folder, jobs or os.cpu_count() or 1, done)
-            except KeyboardInterrupt:
-                raise KeyboardInterrupt(f"stopped; go on with: ppg-agent compare {file} --out {folder}") from None
-    if only_table and (left := len(engines.missing(todo, folder))):
-        click.echo(f"{left} of {len(todo)} runs are not finished; leave out --table to go on with them", err=True)
-    found = [result for job in todo for result in results(job, engines.folder_of(job, folder))]
-    lost = {job.name: why for job in todo if (why := engines.failure(job, folder))}
-    report.write(found, lost, folder)
+    failed = False
+    if only_table:
+        folder.mkdir(parents=True, exist_ok=True)
+        if missing:
+            left = f"{len(missing)} of {len(wanted)} runs are not finished"
+            click.echo(f"{left}; leave out --table to go on with them", err=True)
+    else:
+        workers, again = jobs or os.cpu_count() or 1, f"ppg-agent compare {file} --out {folder}"
+        failed = engines.run_all(
+            "comparing", {folder: missing}, len(wanted), engine=engine, workers=workers, again=again
+        )
+    cells = [result for job in wanted for result in results(job, engines.folder_of(job, folder))]
+    lost = {job.name: why for job in wanted if (why := engines.failure(job, folder))}
+    report.write(cells, lost, folder)
     click.echo((folder / "results.md").read_text(encoding="utf-8"))
     click.echo(str(folder / "results.png"))
-    return 1 if lost or (missing and engines.missing(todo, folder)) else 0
+    return 1 if lost or failed else 0

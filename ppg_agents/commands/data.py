@@ -1,7 +1,7 @@
-"""``ppg-agent data``: personas and dialogues read, checked, counted, written and made.
+"""``ppg-agent data``: read, check, count, write and make personas and dialogues.
 
-Flags in, one call of ``ppg_gym.data``, results out: results to stdout, everything else to stderr. Only click and
-the standard library are imported before a command runs.
+Flags in, one call of ``ppg_gym.data``, results to stdout, everything else to stderr. Only click and the standard
+library are imported before a command runs.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ppg_gym.data.dialogues import LoggedDialogue
+    from ppg_gym.data import LoggedDialogue
 
 _FORMATS = """
-Formats, told by the content unless --format names one: consistent-llms, consistent-llms-personas,
+Formats (the content tells which one, unless --format does): consistent-llms, consistent-llms-personas,
 synthetic-persona-chat, persona-chat, personas, dialogues, trajectories.
 """
 
 FEW = 10_000
-"""Personas that are made in a second or two: no progress is shown."""
+"""Up to this many personas are made in a second or two, and no progress is shown."""
 
 files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILES…")
-format_option = click.option("--format", default="auto", help="Format of the files; default: told by the content.")
-domain_option = click.option("--domain", help="Domain of files that do not say it; refuse those that say another.")
+format_option = click.option("--format", default="auto", help="Format of the files; default: the content tells.")
+domain_option = click.option("--domain", help="Domain of files that name none; those that name another are refused.")
 
 
 @click.group(epilog=_FORMATS)
@@ -53,34 +53,34 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     from ppg_gym.data import collect, save_personas, table, write_dialogues
 
     _different(files, out=out, personas=personas)
-    found = collect(files, format, domain)
-    click.echo(table(found.reports), err=True)
-    if found.listed and found.dialogues and personas is None:
+    collected = collect(files, format, domain)
+    click.echo(table(collected.reports), err=True)
+    if collected.listed and collected.dialogues and personas is None:
         raise click.UsageError("some files hold personas; say where to write them with --personas")
-    if found.listed and not found.dialogues and personas is not None:
+    if collected.listed and not collected.dialogues and personas is not None:
         raise click.UsageError("all files hold personas: give --out alone, which takes them then")
-    if not found.listed and not found.dialogues:
+    if not collected.listed and not collected.dialogues:
         raise ValueError("expected at least one dialogue that can be used, got none; nothing is written")
-    notes = list(found.notes)
-    target = personas if found.dialogues else out
-    people, more = ([], []) if target is None else found.personas()
+    notes = list(collected.notes)
+    target = personas if collected.dialogues else out
+    people, more = ([], []) if target is None else collected.personas()
     notes += more
-    if found.dialogues:
-        write_dialogues(out, found.dialogues)
-        notes.append(f"wrote {len(found.dialogues)} dialogues (one per speaker) to {out}")
+    if collected.dialogues:
+        write_dialogues(out, collected.dialogues)
+        notes.append(f"wrote {len(collected.dialogues)} dialogues (one per speaker) to {out}")
     if target is not None:
         save_personas(target, people)
         notes.append(f"wrote {len(people)} personas to {target}")
     click.echo("\n".join(notes), err=True)
 
 
-@data.command(epilog=_FORMATS, short_help="Name what can not be used, as FILE:LINE.")
+@data.command(epilog=_FORMATS, short_help="List what cannot be used, as FILE:LINE.")
 @files_argument
 @domain_option
 @format_option
 @click.pass_context
 def validate(context: click.Context, files: tuple[str, ...], domain: str | None, format: str) -> None:
-    """Name everything in the files that can not be used, as FILE:LINE; exit code 1 when there is any.
+    """List everything in the files that cannot be used, as FILE:LINE; the exit code is 1 if there is any.
 
     Example: ppg-agent data validate dialogues/*.json
     """
@@ -105,7 +105,7 @@ def validate(context: click.Context, files: tuple[str, ...], domain: str | None,
 def stats(files: tuple[str, ...], domain: str | None, format: str, as_json: bool) -> None:
     """Count what is in the files: dialogues, judged lines, scores, personas.
 
-    "consistent" is the mean score. An unparsed verdict is no score: its judge gave no clear answer.
+    "consistent" is the mean score. An unparsed verdict has no score: the judge gave no clear answer.
 
     Example: ppg-agent data stats dialogues/*.json --json
     """
@@ -127,7 +127,7 @@ def stats(files: tuple[str, ...], domain: str | None, format: str, as_json: bool
     help="Hold out this share of the personas; their dialogues go to --out-test.",
 )  # fmt: skip
 @click.option("--out-test", type=click.Path(), metavar="TEST.jsonl", help="Where the held-out dialogues go.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the split.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the split.")
 @click.option("--opening", help='The user\'s message where the persona speaks first; default: "(You speak first.)".')
 @domain_option
 @format_option
@@ -149,19 +149,18 @@ def export(
 
     Example: ppg-agent data export dialogues/*.json --out sft.jsonl
     """
-    from ppg_gym.data import OPENING, collect, table, write_rows
+    from ppg_gym.data import OPENING, collect, split_by_persona, table, write_rows
     from ppg_gym.data import export as to_rows
-    from ppg_gym.data.dialogues import split_by_persona
 
     if (share is None) != (out_test is None):
         raise click.UsageError("--split-by-persona and --out-test go together")
     _different(files, out=out, out_test=out_test)
-    found = collect(files, format, domain, dialogues_only=True)
-    click.echo(table(found.reports), err=True)
-    notes = list(found.notes)
-    parts: list[tuple[str, Sequence[LoggedDialogue]]] = [(out, found.dialogues)]
+    collected = collect(files, format, domain, dialogues_only=True)
+    click.echo(table(collected.reports), err=True)
+    notes = list(collected.notes)
+    parts: list[tuple[str, Sequence[LoggedDialogue]]] = [(out, collected.dialogues)]
     if share is not None and out_test is not None:
-        train, test = split_by_persona(found.dialogues, share, seed)
+        train, test = split_by_persona(collected.dialogues, share, seed)
         parts = [(out, train), (out_test, test)]
     exported = [(path, to_rows(dialogues, min_score, opening or OPENING)) for path, dialogues in parts]
     for path, part in exported:
@@ -174,13 +173,13 @@ def export(
     click.echo("\n".join(notes), err=True)
 
 
-@data.command(short_help="Make more personas for an embedded domain.")
+@data.command(short_help="Make more personas for a domain.")
 @click.option("--domain", required=True, help="chatting, education, therapy, or your own FILE.toml.")
 @click.option("-n", "--count", required=True, type=click.IntRange(1), help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same personas.")
 @click.option("--out", required=True, type=click.Path(), metavar="FILE.jsonl", help="The persona file.")
-@click.option("--exclude", multiple=True, metavar="FILES…", help="No persona of these files, dialogues among them.")
-@click.option("--allow-embedded", is_flag=True, help="Allow the facts of the domain's own personas.")
+@click.option("--exclude", multiple=True, metavar="FILES…", help="No persona of these persona files or dialogues.")
+@click.option("--allow-embedded", is_flag=True, help="Allow the facts of the personas that come with the domain.")
 @click.argument("more", nargs=-1, metavar="")
 def personas(
     domain: str,
@@ -191,7 +190,7 @@ def personas(
     allow_embedded: bool,
     more: tuple[str, ...],
 ) -> None:
-    """Make more personas for an embedded domain; no set of facts occurs twice.
+    """Make more personas for a domain; no set of facts comes up twice.
 
     None has the facts of a persona that comes with the domain, for training or held out.
 
@@ -204,8 +203,8 @@ def personas(
     from ppg_gym.data import collect, make_personas, save_personas
 
     _different([*exclude, *more], out=out)
-    found = collect([*exclude, *more])
-    known = [*found.listed, *(dialogue.persona for dialogue in found.dialogues)]
+    collected = collect([*exclude, *more])
+    known = [*collected.listed, *(dialogue.persona for dialogue in collected.dialogues)]
     with Progress("making personas", count) as progress:
         done = progress.advance if count > FEW else None
         made = make_personas(domain, count, seed, known, allow_embedded, done)
@@ -214,7 +213,7 @@ def personas(
 
 
 def _different(files: Sequence[str], **targets: str | None) -> None:
-    """Refuse two options that name one file, and one that names a file that is read: it would be lost."""
+    """Refuse two options that name one file, and one that names a file that is read: writing would destroy it."""
     named = {f"--{name.replace('_', '-')}": Path(target) for name, target in targets.items() if target is not None}
     if len({path.resolve() for path in named.values()}) < len(named):
         raise click.UsageError(f"{' and '.join(named)} name the same file")

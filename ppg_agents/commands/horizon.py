@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ppg_agents.plotting import BLUE, GREEN, ORANGE, new_figure, save, tidy
+from ppg_agents.terminal.table import aligned
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from ppg_agents.config.settings import TrainConfig
+    from ppg_agents.credit import PolicyClass
     from ppg_agents.horizon.advice import Horizon, Value
     from ppg_agents.policy.policy import Policy
     from ppg_agents.trajectory import Trajectory
 
 CONVERSATIONS = 64
-# Okabe-Ito, as in the pictures of a run
-CLASS, BEST, VARIANCE, LAG = "#0072B2", "#009E73", "#E69F00", "#0072B2"
+CLASS, BEST, VARIANCE, LAG = BLUE, GREEN, ORANGE, BLUE
 
 
 def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
@@ -37,6 +40,18 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
     return sizes
 
 
+def parse_classes(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[PolicyClass, ...]:
+    """Return the policy classes that are named."""
+    if not texts:  # --help imports no numpy
+        return ()
+    from ppg_agents.credit import PolicyClass
+
+    try:
+        return tuple(map(PolicyClass.parse, texts))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=parameter) from error
+
+
 @click.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
 @click.option("--domain", help="chatting, education, therapy, or your own FILE.toml.")
@@ -46,8 +61,9 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
     "--conversations", type=click.IntRange(2), default=CONVERSATIONS, show_default=True, help="How many to read."
 )
 @click.option(
-    "--classes", multiple=True, metavar="CLASS", help="greedy, 3, full, segment:5,5, …; repeat. Default: every K."
-)
+    "--classes", multiple=True, callback=parse_classes, metavar="CLASS",
+    help="As --policy-class of train; repeat. Default: every K.",
+)  # fmt: skip
 @click.option(
     "--batch", "batches", callback=parse_batches, metavar="B,B,…",
     help="Conversations per gradient step, the first for the table. Default: the settings', and 1/4, 4, 16 times it.",
@@ -68,7 +84,7 @@ def horizon(
     personas: str,
     offline: tuple[str, ...],
     conversations: int,
-    classes: tuple[str, ...],
+    classes: tuple[PolicyClass, ...],
     batches: tuple[int, ...] | None,
     baseline: str | None,
     centre: bool,
@@ -87,10 +103,8 @@ def horizon(
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
-    from ppg_agents.commands.main import target_config
-    from ppg_agents.horizon.choice import parse
+    from ppg_agents.commands.options import target_config
 
-    wanted = [parse(text) for text in classes]
     config = target_config(target, assignments, domain=domain, seed=seed)
     files = (*offline, *more)
 
@@ -111,15 +125,15 @@ def horizon(
         policy, trajectories = played(target, config, personas, conversations)
     temperature = 1.0 if files else config.sampling.temperature
     with Progress("differentiating", len(trajectories)) as progress:
-        found = sketch(policy, trajectories, seed=config.seed, temperature=temperature, done=progress.advance)
+        sketches = sketch(policy, trajectories, seed=config.seed, temperature=temperature, done=progress.advance)
     if centre:
-        found = replace(found, rewards=own_mean_removed(found.rewards, found.valid))
-    n = found.valid.shape[1]
+        sketches = replace(sketches, rewards=own_mean_removed(sketches.rewards, sketches.valid))
+    n = sketches.valid.shape[1]
     size = config.batch
     first, *others = batches or (size, max(size // 4, 1), 4 * size, 16 * size)
     report = advise(
-        found,
-        masks(distinct(wanted or default_candidates(n), n), n),
+        sketches,
+        masks(distinct(classes or default_candidates(n), n), n),
         batch=first,
         other_batches=others,
         discount=config.discount,
@@ -132,7 +146,7 @@ def horizon(
         folder = Path(out)
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / "horizon.json").write_text(text + "\n", encoding="utf-8")
-        picture(report, f"{what}, {target}").savefig(folder / "horizon.png", dpi=150)
+        save(picture(report, f"{what}, {target}"), folder / "horizon.png", dpi=150)
         click.echo(f"wrote {folder / 'horizon.json'} and {folder / 'horizon.png'}", err=True)
     click.echo(json.dumps(record, allow_nan=False) if as_json else table(report))
 
@@ -203,9 +217,8 @@ def table(report: Horizon) -> str:
     for c in report.classes:
         values = (c.mean_square, c.variance, c.snr, c.cosine, c.progress, c.behind)
         rows.append((c.label + (" *" if c.label == report.verdict.recommended else ""), *map(_shown, values)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lags = "; ".join(f"{d}: {_shown(value)}" for d, value in enumerate(report.lags))
+    lags = "progress from rewards d turns later: "
+    lags += "; ".join(f"{d}: {_shown(value)}" for d, value in enumerate(report.lags))
     verdicts = [f"{v.batch} conversations per step: {v.words()}" for v in report.verdicts]
     head = (
         f"{report.conversations} conversations of {report.personas} personas, at most {report.turns} turns; "
@@ -217,7 +230,7 @@ def table(report: Horizon) -> str:
     same = "points where full planning points: no shorter class is shown to"
     if len(report.aligned) > 1:
         same = f"points where full planning points: {report.aligned[0]} is the shortest class that is shown to"
-    return "\n".join([head, "", *lines, "", f"progress from rewards d turns later: {lags}", reach, same, "", *verdicts])
+    return "\n".join([head, "", *aligned(rows), "", lags, reach, same, "", *verdicts])
 
 
 def _shown(v: Value) -> str:
@@ -227,18 +240,14 @@ def _shown(v: Value) -> str:
 
 def picture(report: Horizon, title: str) -> Figure:
     """Draw direction, variance and progress against the class, and where full planning's progress comes from."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from ppg_agents.horizon.advice import ALIGNED
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 8)
     verdict = report.verdict
     left_over = "" if verdict.decided else f", undecided among {len(verdict.undecided)} classes"
-    said = f"shortest class that points where full planning points: {report.aligned[0]}"
-    said += f"\nbest next step: {verdict.recommended}{left_over}"
-    figure.suptitle(f"{title}\n{said}", fontweight="bold", fontsize=11)
+    subtitle = f"shortest class that points where full planning points: {report.aligned[0]}"
+    subtitle += f"\nbest next step: {verdict.recommended}{left_over}"
+    figure.suptitle(f"{title}\n{subtitle}", fontweight="bold", fontsize=11)
     (cosine, middle), (left, right) = figure.subplots(2, 2)
     at = range(len(report.classes))
     for x, c in zip(at, report.classes, strict=True):
@@ -265,9 +274,7 @@ def picture(report: Horizon, title: str) -> Figure:
         ax.set_xlabel("policy class")
     for ax in (cosine, left, middle, right):
         ax.axhline(0, color="#888888", linewidth=0.8)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
+        tidy(ax)
     return figure
 
 

@@ -1,7 +1,7 @@
-"""``ppg-agent judge``: how good a judge is: against labels, against recorded verdicts, against tricks; and a new one.
+"""``ppg-agent judge``: how good a judge is, against labels, recorded verdicts and tricks.
 
-Flags in, one call of the library, results to stdout, progress to stderr. Only click is imported before a command runs;
-nothing but an attack's success rate is computed here.
+Flags in, one call of the library, results to stdout, progress to stderr. Only click is imported before a command
+runs, and an attack's success rate is all that is computed here.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ from typing import Any, TypeVar
 
 import click
 
-from ppg_agents.config.settings import parse_assignments
-
 F = TypeVar("F", bound=Callable[..., Any])
 
-UNCACHED = ("facts", "nli", "learned")
-"""Judges that keep no answers of a server."""
+UNCACHED = ("facts", "nli")
+"""Judges that ask no server, so that there are no answers to cache."""
 
-LOCAL_JUDGES = {"nli": "model", "learned": "path"}
-"""Judges with a model of their own, and the option that names its folder."""
+LOCAL_JUDGES = {"nli": "model"}
+"""Judges that run a model here, and the option that names its folder."""
 
 
 def example(line: str) -> str:
-    """Return a command's example, to stand at the end of its help as it is."""
+    """Return a command's example, to be printed unchanged at the end of its help."""
     return f"\b\nExample:\n  {line}"
 
 
 @click.group()
 def judge() -> None:
-    """Measure judges: against labels, recorded verdicts and tricks; fit one.
+    """Measure judges against labels, recorded verdicts and tricks.
 
     Example: ppg-agent judge attack --judge facts --domain therapy
     """
@@ -41,7 +39,7 @@ def judge() -> None:
 def judge_flags(command: F) -> F:
     """Add the flags that name a judge."""
     flags = (
-        click.option("--judge", "name", help="facts (embedded, default), llm, nli, learned, or package.module:Class."),
+        click.option("--judge", "name", help="facts (embedded, default), llm, nli, or package.module:Class."),
         click.option("--judge-url", "urls", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
         click.option("--judge-model", "model", metavar="NAME", help="The model that the endpoint serves."),
         click.option(
@@ -50,9 +48,9 @@ def judge_flags(command: F) -> F:
             "options",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Option of the judge, also all of them as a JSON object. Budgets count per domain.",
+            help="Option of the judge, or all of them as a JSON object. Budgets count per domain.",
         ),
-        click.option("--no-cache", is_flag=True, help="Neither read nor keep answers of an endpoint."),
+        click.option("--no-cache", is_flag=True, help="Do not cache an endpoint's answers."),
     )
     for flag in reversed(flags):
         command = flag(command)
@@ -67,32 +65,34 @@ def chosen(
     Raises:
         click.UsageError: An option is neither KEY=VALUE nor a JSON object, or ``--no-cache`` with nothing to cache.
     """
-    found: dict[str, Any] = {}
+    from ppg_agents.config.settings import parse_assignments
+
+    given: dict[str, Any] = {}
     for text in options:
         if text.lstrip().startswith("{"):
             try:
-                found |= json.loads(text)
+                given |= json.loads(text)
             except json.JSONDecodeError as error:
                 raise click.UsageError(f"--judge-options: expected a JSON object, got {text!r} ({error})") from error
         elif text.partition("=")[0].strip() and "=" in text:
-            found |= parse_assignments([text])
+            given |= parse_assignments([text])
         else:
             raise click.UsageError(f"--judge-option: expected KEY=VALUE such as samples=3, got {text!r}")
     if urls:
-        found["base_url"] = list(urls)
+        given["base_url"] = list(urls)
     if model:
-        found["model"] = model
+        given["model"] = model
     name = name or ("llm" if urls else "facts")
-    check_options(name, found)
+    check_options(name, given)
     if no_cache:
         if name in UNCACHED:
             raise click.UsageError(f"--no-cache: expected a judge that asks an endpoint, got {name!r}")
-        found["cache"] = False
-    return name, found
+        given["cache"] = False
+    return name, given
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse a judge without what it can not do without, in the words of the command line.
+    """Refuse a judge whose required options are missing, in the words of the command line.
 
     Raises:
         click.UsageError: An option is missing, or names a model where no endpoint is asked; the message names the flag.
@@ -107,28 +107,20 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise click.UsageError(f"the judge {name} is a model that runs here; give --judge-option {key}=FOLDER")
 
 
-labels_flags = (
-    click.option("--labels", multiple=True, required=True, metavar="FILES…", help="Judged dialogues, or a CSV."),
-    click.argument("more", nargs=-1, metavar=""),
-)
-
-
 @judge.command(
-    epilog=example("ppg-agent judge validate --labels dialogues/*.json --judge learned --judge-option path=fitted")
+    epilog=example("ppg-agent judge validate --labels dialogues/*.json --judge nli --judge-option model=FOLDER")
 )
-@labels_flags[0]
+@click.option("--labels", multiple=True, required=True, metavar="FILES…", help="Judged dialogues, or a CSV.")
 @judge_flags
 @click.option("--domain", help="Only this domain; the domain of a CSV without that column.")
-@click.option("--held-out", "only_held_out", is_flag=True, help="Only personas that a learned judge's fit held out.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge at most N labelled replies, drawn at random.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draw and the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of draw and bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@labels_flags[1]
+@click.argument("more", nargs=-1, metavar="")
 def validate(
     labels: tuple[str, ...],
     more: tuple[str, ...],
     domain: str | None,
-    only_held_out: bool,
     limit: int | None,
     seed: int,
     as_json: bool,
@@ -140,27 +132,24 @@ def validate(
     the judge gave no score are counted and left out.
 
     Labels are the verdicts recorded in dialogues (benchmark JSON, the project's JSONL, a run folder, an export of
-    rescore), or a CSV by people, one row per reply, with the columns persona (an id or a description), history (JSON
-    list of the lines before), reply, label (0 to 1, 1 is consistent), domain, and optionally dialogue.
+    rescore), or a CSV of people's labels, one row per reply, with the columns persona (an id or a description), history
+    (JSON list of the lines before), reply, label (0 to 1, 1 is consistent), domain, and optionally dialogue.
     """
     name, options = chosen(**flags)
 
     from ppg_agents.terminal.progress import Progress
     from ppg_gym.judges.lab.recorded import read_labels
-    from ppg_gym.judges.lab.validation import only_unfamiliar
     from ppg_gym.judges.lab.validation import validate as measure
 
     read = read_labels([*labels, *more], domain)
-    if only_held_out:
-        read = only_unfamiliar(read, name, options)
     total = sum(turn.verdict.score is not None for dialogue in read.dialogues for turn in dialogue.turns)
     with Progress("judging", min(total, limit or total)) as progress:
-        found = measure(read, name, options, limit=limit, seed=seed, done=progress.advance)
+        measured = measure(read, name, options, limit=limit, seed=seed, done=progress.advance)
     if as_json:
-        result = {**found.to_dict(), "files": [*labels, *more], "seed": seed}
+        result = {**measured.to_dict(), "files": [*labels, *more], "seed": seed}
         click.echo(json.dumps(result, allow_nan=False, ensure_ascii=False))
     else:
-        click.echo(found.table())
+        click.echo(measured.table())
 
 
 @judge.command(
@@ -171,7 +160,7 @@ def validate(
 @click.option("--domain", help="Judge in this domain; default: as recorded.")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSONL file; default: beside the trajectories.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N conversations.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def rescore(
     source: str, domain: str | None, out: str | None, limit: int | None, seed: int, as_json: bool, **flags: Any
@@ -179,7 +168,7 @@ def rescore(
     """Judge saved conversations again.
 
     Writes both verdicts, one row per turn, and compares them. RUN is a run folder, or a file of trajectories or judged
-    dialogues. With an endpoint's answers cached, a stopped command goes on where it was.
+    dialogues. An endpoint's answers are cached, so that a stopped command goes on where it was.
     """
     name, options = chosen(**flags)
 
@@ -190,12 +179,12 @@ def rescore(
 
     target = Path(out) if out else rescoring.default_file(source, name)
     rescoring.check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)  # before the work that goes into it
+    target.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
     dialogues = read_recorded(source, domain)[:limit]
     with Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
-        found = rescoring.rescore(dialogues, name, options, progress.advance)
-    write_lines(target, found.rows())
-    parts = found.parts(seed)
+        rescored = rescoring.rescore(dialogues, name, options, progress.advance)
+    write_lines(target, rescored.rows())
+    parts = rescored.parts(seed)
     if as_json:
         result = {"judge": name, "file": str(target), "seed": seed, "parts": [part.to_dict() for part in parts]}
         click.echo(json.dumps(result, allow_nan=False, ensure_ascii=False))
@@ -214,50 +203,50 @@ def rescore(
 def attack(domain: str, personas: int, max_success: float | None, seed: int, as_json: bool, **flags: Any) -> int:
     """Try to fool a judge with trick replies.
 
-    Prints how often it pays for them, per family of tricks, and the replies that it paid for. The success rate is of
-    the replies that got a score; with --max-success, no score at all is a failure too.
+    Prints how often it pays for them, per family of tricks, and the replies that it paid for. The success rate counts
+    replies with a score only; with --max-success, no score at all is a failure too.
     """
     name, options = chosen(**flags)
 
     from ppg_gym import judges
+    from ppg_gym.columns import align
     from ppg_gym.data.files import shorten
-    from ppg_gym.domain import loading as domains
-    from ppg_gym.judges.lab.agreement import align
+    from ppg_gym.domain.cast import personas as personas_of
     from ppg_gym.judges.lab.attacks import FOOLED_AT, run_attacks
 
-    there = len(domains.personas(domain, "held-out"))
+    there = len(personas_of(domain, "held-out"))
     if personas > there:
         raise click.UsageError(
             f"--personas: expected at most {there}, the held-out personas of {domain}, got {personas}; ask for fewer"
         )
     made = judges.make(name, domain, options)
     try:
-        found = run_attacks(made, domain, seed, per_attack=personas)
+        by_family = run_attacks(made, domain, seed, per_attack=personas)
     finally:
         if callable(close := getattr(made, "close", None)):
             close()
-    n, scored, paid = (sum(getattr(row, key) for row in found) for key in ("n", "scored", "successes"))
+    n, scored, paid = (sum(getattr(row, key) for row in by_family) for key in ("n", "scored", "successes"))
     rate = paid / scored if scored else None
     if as_json:
         families = [
             {**asdict(row), "rate": row.successes / row.scored, "highest": row.highest}
             if row.scored
             else {**asdict(row), "rate": None, "highest": None}
-            for row in found
+            for row in by_family
         ]
         total = {"n": n, "scored": scored, "successes": paid, "failures": n - scored, "rate": rate}
         result = {"judge": name, "domain": domain, "seed": seed, "families": families, "total": total}
         click.echo(json.dumps(result, allow_nan=False, ensure_ascii=False))
     else:
         rows = [("family", "n", "without a score", "successes", "rate", "")]
-        counted = [(row.family, row.n, row.scored, row.successes) for row in found]
+        counted = [(row.family, row.n, row.scored, row.successes) for row in by_family]
         for family, tried, got, won in [*counted, ("total", n, scored, paid)]:
             rows.append((family, str(tried), str(tried - got), str(won), f"{won / got:.3f}" if got else "-", ""))
         click.echo("\n".join(align(rows)))
         if scored < n:
             where = f"the rate is of the other {scored}, which rules may have scored" if scored else "there is no rate"
-            click.echo(f"{n - scored} of {n} replies got no score: {where}; see to the judge", err=True)
-        for row in found:
+            click.echo(f"{n - scored} of {n} replies got no score: {where}; check the judge", err=True)
+        for row in by_family:
             for reply in row.fooled_by:
                 click.echo(f"{row.family}: scored at least {FOOLED_AT}: {shorten(reply, 80)}")
     if max_success is None or (rate is not None and rate <= max_success):
@@ -265,57 +254,3 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
     got = "no score at all" if rate is None else f"{rate:.3f}"
     click.echo(f"ppg-agent: expected a success rate of at most {max_success}, got {got}", err=True)
     return 1
-
-
-@judge.command(epilog=example("ppg-agent judge fit --labels dialogues/*.json --out fitted"))
-@labels_flags[0]
-@click.option("--out", type=click.Path(file_okay=False), required=True, metavar="DIR", help="New or empty folder.")
-@click.option("--domain", help="Only this domain; the domain of a CSV without that column.")
-@click.option("--features", type=click.Choice(("text", "embeddings")), default="text", show_default=True)
-@click.option("--encoder", metavar="NAME", help="Sentence encoder for embeddings: a folder or a hub name.")
-@click.option(
-    "--held-out",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.2,
-    show_default=True,
-    metavar="SHARE",
-    help="Personas that no part of the fit sees.",
-)
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of split, folds and bootstrap.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@labels_flags[1]
-def fit(
-    labels: tuple[str, ...],
-    more: tuple[str, ...],
-    out: str,
-    domain: str | None,
-    features: str,
-    encoder: str | None,
-    held_out: float,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Fit the learned judge to labels.
-
-    Labels are what validate takes. Prints how the judge does on personas that were held out of the fit. Use it with
-    --judge learned --judge-option path=DIR.
-    """
-    folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise click.UsageError(f"--out: expected a new or empty folder, got {folder} with files")
-
-    from ppg_agents.terminal.progress import say
-    from ppg_gym.judges.fitting import ENCODER
-    from ppg_gym.judges.fitting import fit as learn
-    from ppg_gym.judges.lab.recorded import read_labels
-
-    dialogues = read_labels([*labels, *more], domain).dialogues
-    model, report = learn(
-        dialogues, seed=seed, held_out=held_out, features=features, encoder=encoder or ENCODER, progress=say
-    )
-    model.save(folder)
-    if as_json:
-        click.echo(json.dumps({"out": str(folder), **report.to_dict()}, allow_nan=False, ensure_ascii=False))
-    else:
-        click.echo(report.table())
-        click.echo(str(folder))

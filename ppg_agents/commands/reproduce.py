@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
-
-if TYPE_CHECKING:
-    from ppg_agents.compare.plan import Job
-    from ppg_agents.reproduce.plans import Request
 
 FIGURES = ("fig2", "fig3", "fig4", "fig5", "table")
 
@@ -74,6 +68,7 @@ def reproduce(
         raise click.UsageError(f"--turns and --train-turns belong to fig5, got {figure}; leave them out")
     if figure == "table" and lookaheads:
         raise click.UsageError("--lookaheads belongs to the figures, got table; leave it out")
+    from ppg_agents.compare import engine as engines
     from ppg_agents.config import settings as configs
     from ppg_agents.reproduce import plans, report
 
@@ -92,58 +87,21 @@ def reproduce(
     folder = Path(out) if out else Path("runs") / ("reproduce-quick" if quick else "reproduce")
     wanted = plans.planned(request, folder)
     lengths = plans.turns_by_domain(request)
+    total = sum(map(len, wanted.values()))
+    missing = {place: engines.missing(jobs_there, place) for place, jobs_there in wanted.items()}
+    if dry_run:
+        click.echo(f"{total} runs, {sum(map(len, missing.values()))} missing")
+        for place, left in missing.items():
+            for job in left:
+                click.echo(str(engines.folder_of(job, place)))
+        return 0
     failed = False
     if not only_draw:
-        again = f"ppg-agent reproduce with the same options and --out {folder}"
-        failed = run(request, wanted, jobs or os.cpu_count() or 1, engine, dry_run, again)
-        if dry_run:
-            return 0
+        workers, again = jobs or os.cpu_count() or 1, f"ppg-agent reproduce with the same options and --out {folder}"
+        failed = engines.run_all(figure, missing, total, engine=engine, workers=workers, again=again)
     files = report.write(request, wanted, lengths, folder)
     if figure == "table":
         click.echo(files[0].read_text(encoding="utf-8"))
     for path in files:
         click.echo(str(path))
     return 1 if failed else 0
-
-
-def run(
-    request: Request, wanted: Mapping[Path, Sequence[Job]], workers: int, engine: str, dry_run: bool, again: str
-) -> bool:
-    """Fill the cells that are missing; return whether a run failed.
-
-    Raises:
-        KeyboardInterrupt: The user stopped; ``again`` in its words says how to go on.
-    """
-    from ppg_agents.compare import engine as engines
-    from ppg_agents.compare.plan import check_models
-    from ppg_agents.terminal.progress import Progress, say
-
-    missing = {place: engines.missing(jobs, place) for place, jobs in wanted.items()}
-    total, left = (sum(map(len, each.values())) for each in (wanted, missing))
-    if dry_run:
-        click.echo(f"{total} runs, {left} missing")
-        for place, jobs in missing.items():
-            for job in jobs:
-                click.echo(str(engines.folder_of(job, place)))
-        return False
-    if engine == "processes":  # the machines of a cluster may have other folders
-        check_models(job for jobs in missing.values() for job in jobs)
-    start: Any = engines.run_on_ray if engine == "ray" else engines.run_here
-    count, failed = total - left, False
-    with Progress(request.figure, total, start=count) as progress:
-
-        def done(job: Job, why: str | None) -> None:
-            nonlocal count, failed
-            count += 1
-            failed = failed or why is not None
-            progress.advance(count, job.name)
-            if why is not None:
-                say(f"{job.name} failed: {why}")
-
-        try:
-            for place, jobs in missing.items():
-                if jobs:
-                    start(jobs, place, workers, done)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped; go on with: {again}") from None
-    return failed

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppg_agents.compare.plan import SB3, UNTRAINED, Job, config_of
-from ppg_agents.config.settings import ConfigError, differences
+from ppg_agents.compare.plan import SB3, UNTRAINED, Job, Plan, config_of, worlds
+from ppg_agents.config.settings import ConfigError, TrainConfig, differences
 from ppg_agents.runs.files import json_object
 from ppg_agents.runs.files import replace as replace_file
 from ppg_agents.runs.run import Run, is_run
@@ -49,8 +49,8 @@ def results(job: Job, folder: Path) -> list[Result]:
         path = folder / RESULT
         if not path.exists():
             return []
-        found = json_object(path)
-        return [Result(job, job.sizes[0], found["evaluation"], found["judged_turns"], found["seconds"])]
+        stored = json_object(path)
+        return [Result(job, job.sizes[0], stored["evaluation"], stored["judged_turns"], stored["seconds"])]
     if not is_run(folder):
         return []
     run = Run.open(folder)
@@ -58,15 +58,15 @@ def results(job: Job, folder: Path) -> list[Result]:
     if job.agent in UNTRAINED:
         before = evaluations.get("before")
         return [Result(job, size, before, 0, 0.0) for size in job.sizes] if before else []
-    lines, filled = run.metrics(), []
+    lines, cells = run.metrics(), []
     for size in job.sizes:
         done = size // batch
-        found = evaluations.get(f"iteration {done}") or evaluations.get("after", {})
-        if found.get("iteration") == done:
+        evaluation = evaluations.get(f"iteration {done}") or evaluations.get("after", {})
+        if evaluation.get("iteration") == done:
             past = [line for line in lines if line["iteration"] <= done]
             seconds = sum(line.get("seconds_sampling", 0.0) + line["seconds_learning"] for line in past)
-            filled.append(Result(job, size, found, sum(line["judged_turns"] for line in past), seconds))
-    return filled
+            cells.append(Result(job, size, evaluation, sum(line["judged_turns"] for line in past), seconds))
+    return cells
 
 
 def check(job: Job, folder: Path) -> None:
@@ -128,17 +128,13 @@ def fill(job: Job, folder: Path) -> None:
 
 def _fill_sb3(job: Job, folder: Path) -> None:
     from ppg_agents.agents.sb3 import MODEL, evaluate_sb3, train_sb3
-    from ppg_agents.rollout.environment import keyword_arguments, make_envs, planned_turns
+    from ppg_agents.rollout.environment import keyword_arguments
 
     config = config_of(job)
     given = keyword_arguments(config, config.personas)
     for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for what is not judged
         given.pop(key, None)
-    envs = make_envs(config, 1, config.personas)
-    turns = planned_turns(envs, config)
-    envs.close()
-    if turns is None:
-        raise ValueError(f"expected conversations of a known length for {job.agent}; set env.max_turns")
+    turns = _planned(job.domain, config)
     (folder / MODEL).unlink(missing_ok=True)
     trained = train_sb3(
         job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **config.agent_options
@@ -146,13 +142,35 @@ def _fill_sb3(job: Job, folder: Path) -> None:
     evaluation = evaluate_sb3(
         folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed
     )
-    found = {
+    record = {
         "evaluation": evaluation.to_dict(),
         "judged_turns": trained.judged_turns,
         "seconds": trained.seconds,
         "config": job.config,
     }
-    replace_file(folder / RESULT, json.dumps(found, allow_nan=False) + "\n")
+    replace_file(folder / RESULT, json.dumps(record, allow_nan=False) + "\n")
+
+
+def turns_of(plan: Plan) -> dict[str, int]:
+    """Return the turns of a conversation, by domain, or by the id of the plan's own environment; it is asked.
+
+    Raises:
+        ConfigError: A wrong setting, or an environment whose conversations have no planned end.
+    """
+    return {world: _planned(world, config) for world, config in worlds(plan).items()}
+
+
+def _planned(world: str, config: TrainConfig) -> int:
+    from ppg_agents.rollout.environment import make_envs, planned_turns
+
+    envs = make_envs(config, 1, config.personas)
+    try:
+        turns = planned_turns(envs, config)
+    finally:
+        envs.close()
+    if turns is None:
+        raise ConfigError(f"{world}: expected a planned number of turns, got none; set settings.env.max_turns")
+    return turns
 
 
 def to_json(job: Job) -> str:

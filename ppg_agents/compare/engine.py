@@ -13,16 +13,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from ppg_agents.compare import child as held
 from ppg_agents.compare.cell import FILES, STOPPED, finished, to_json
-from ppg_agents.compare.plan import Job
+from ppg_agents.compare.plan import Job, check_models
+from ppg_agents.runs.files import lock
 from ppg_agents.terminal.interrupt import terminable
-from ppg_agents.terminal.progress import say
+from ppg_agents.terminal.progress import Progress, say
 
 CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
 OWN = re.compile(r"^ppg_(?:agents|gym)[\w.]*: ")
@@ -47,6 +48,53 @@ def failure(job: Job, out: Path) -> str | None:
     if path.exists() and finished(job, folder):
         path.unlink()
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def run_all(
+    what: str, left: Mapping[Path, Sequence[Job]], total: int, *, engine: str, workers: int, again: str
+) -> bool:
+    """Run what is missing, and show how far it is.
+
+    Args:
+        what: The word before the progress bar.
+        left: The runs, by the folder that keeps them, which nobody else may be running in.
+        total: Runs in all, those that are there already included.
+        engine: ``processes`` or ``ray``.
+        workers: Runs at a time.
+        again: The command line that goes on, for a user who stops.
+
+    Returns:
+        Whether a run failed.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: A model that no run would find.
+        RunError: Somebody else is running in a folder.
+        KeyboardInterrupt: The user stopped; it says how to go on.
+    """
+    if not any(left.values()):
+        return False
+    if engine == "processes":  # the machines of a cluster may have other folders
+        check_models(job for jobs in left.values() for job in jobs)
+    start = run_on_ray if engine == "ray" else run_here
+    count, failed = total - sum(map(len, left.values())), False
+    with contextlib.ExitStack() as locks, Progress(what, total, start=count) as progress:
+
+        def done(job: Job, why: str | None) -> None:
+            nonlocal count, failed
+            count, failed = count + 1, failed or why is not None
+            progress.advance(count, job.name)
+            if why is not None:
+                say(f"{job.name} failed: {why}")
+
+        try:
+            for folder, jobs in left.items():
+                if jobs:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(lock(folder))
+                    start(jobs, folder, workers, done)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; go on with: {again}") from None
+    return failed
 
 
 def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
@@ -162,15 +210,15 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
 def _cluster(workers: int) -> Iterator[None]:
     import ray
 
-    own = not ray.is_initialized()
-    if own:
+    ours = not ray.is_initialized()
+    if ours:
         os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers, and so the runs, get what others leave
-        own_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
-        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else own_machine))
+        this_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else this_machine))
     try:
         yield
     finally:
-        if own:
+        if ours:
             ray.shutdown()
 
 
@@ -206,25 +254,25 @@ def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
                 os.close(theirs)
             running.add(process)
             try:
-                _, said = process.communicate()
+                _, log = process.communicate()
             finally:
                 running.discard(process)
         finally:
             os.close(ours)
-    return process.returncode, said
+    return process.returncode, log
 
 
-def _note(job: Job, out: Path, code: int, said: str) -> str | None:
+def _note(job: Job, out: Path, code: int, log: str) -> str | None:
     """Keep what a run said, and return why it failed, None when it did not."""
     folder = folder_of(job, out)
-    folder.with_suffix(f".{LOG}").write_text(said, encoding="utf-8")
+    folder.with_suffix(f".{LOG}").write_text(log, encoding="utf-8")
     path = folder.with_suffix(f".{FAILED}")
     if code == 0 and finished(job, folder):
         path.unlink(missing_ok=True)
         return None
     if code in (STOPPED, -signal.SIGINT):
         return "stopped"
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in log.splitlines() if line.strip()]
     why = OWN.sub("", lines[-1].strip()) if lines else "no word"
     reason = f"exit code {code}: {why}"[:1000]
     path.write_text(reason + "\n", encoding="utf-8")

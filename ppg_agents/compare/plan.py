@@ -20,7 +20,8 @@ from ppg_agents.agents import agents
 from ppg_agents.config import settings as configs
 from ppg_agents.config.parsing import build, put
 from ppg_agents.config.settings import ConfigError, TrainConfig
-from ppg_agents.horizon.choice import Candidate, parse
+from ppg_agents.credit import PolicyClass
+from ppg_agents.horizon.choice import by_label
 from ppg_agents.models.finding import base_of, locate
 
 UNTRAINED = ("base", "best-of-n")
@@ -37,8 +38,8 @@ class Plan:
     Attributes:
         domains: Names of domains; left out where ``settings.env.id`` is another environment than PersonaChat-v0.
         agents: Names of agents, ``sb3-ppo``, ``sb3-a2c`` and ``sb3-dqn`` among them.
-        classes: Policy classes: ``greedy``, ``3`` (lookahead), ``full``, ``auto``, ``segment:5,5``, or ``segment/2``
-            for so many segments of equal length.
+        classes: Policy classes, as `PolicyClass.parse` reads them, ``auto``, or ``segment/2`` for so many segments of
+            equal length.
         sizes: Training conversations.
         seeds: Of training; evaluation has the same personas and draws for all.
         settings: Any of a training run's, for all runs.
@@ -218,52 +219,48 @@ def check_models(jobs: Iterable[Job]) -> None:
         locate(base_of(name)[0])
 
 
-def _classes(plan: Plan, agent: str, turns: int) -> Iterator[str]:
+def _classes(plan: Plan, agent: str, turns: int) -> list[PolicyClass | str]:
+    """Return the classes that an agent is run with, each mask once; ``""`` for an agent that has none."""
     if agent in CLASSLESS or agent.startswith(SB3):
-        yield ""
-        return
+        return [""]
     every = not plan.class_agents or agent in plan.class_agents
-    seen: set[bytes] = set()
+    kept: dict[bytes, PolicyClass | str] = {}
     for text in plan.classes if every else plan.classes[:1]:
         name, _, parts = text.partition("/")
         if name == "segment" and parts.isdecimal() and 1 <= int(parts) <= turns:
             length, rest = divmod(turns, int(parts))
             text = "segment:" + ",".join(str(length + (i < rest)) for i in range(int(parts)))
         if text == "auto":
-            yield text
+            kept[b""] = text
             continue
         try:
-            mask = parse(text).mask(turns).tobytes()
+            one = PolicyClass.parse(text)
+            kept.setdefault(one.mask(turns).tobytes(), one)  # with 6 turns, 6-step is full planning
+            by_label(c for c in kept.values() if isinstance(c, PolicyClass))
         except ValueError as error:
             raise ConfigError(f"classes: {error}") from error
-        if mask not in seen:  # with 6 turns, 6-step is full planning
-            seen.add(mask)
-            yield text
+    return list(kept.values())
 
 
-def _runs(plan: Plan, agent: str, planning: str, domain: str, seed: int) -> Iterator[Job]:
-    candidate = parse(planning) if planning not in ("", "auto") else Candidate(planning or "full")
+def _runs(plan: Plan, agent: str, planning: PolicyClass | str, domain: str, seed: int) -> Iterator[Job]:
     tables: dict[str, Any] = {}
     given = configs.flatten(plan.settings) | configs.flatten(plan.agent_settings.get(agent, {}))
-    given |= {"domain": domain, "seed": seed, "policy_class": candidate.policy_class}
+    given |= {"domain": domain, "seed": seed, "policy_class": planning or "full"}
     given |= {"agent": "ppg" if agent.startswith(SB3) else agent}
-    given |= {"lookahead": candidate.lookahead} if candidate.lookahead else {}
-    given |= {"segments": list(candidate.segments)} if candidate.segments else {}
     given.setdefault("schedule", "constant")
     for key, value in given.items():
         put(tables, key, value)
     config = configs.from_dict(tables)
     world, batch = config.world, config.batch
-    label = candidate.label if planning else ""
     wrong = [size for size in plan.sizes if size % batch]
     if wrong:
         raise ConfigError(f"sizes: expected multiples of batch = {batch} of agent {agent}, got {wrong}")
     nested = not agent.startswith(SB3) and tables["schedule"] == "constant"
     if agent in UNTRAINED:
-        yield Job(agent, label, world, seed, plan.sizes, _sized(tables, (batch,), batch))
+        yield Job(agent, str(planning), world, seed, plan.sizes, _sized(tables, (batch,), batch))
     else:
         for sizes in [tuple(sorted(plan.sizes))] if nested else [(size,) for size in plan.sizes]:
-            yield Job(agent, label, world, seed, sizes, _sized(tables, sizes, batch))
+            yield Job(agent, str(planning), world, seed, sizes, _sized(tables, sizes, batch))
 
 
 def _sized(tables: Mapping[str, Any], sizes: Sequence[int], batch: int) -> dict[str, Any]:

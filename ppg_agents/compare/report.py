@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from ppg_agents.compare.cell import Result
 from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, only, table
+from ppg_agents.plotting import new_figure, save, tidy
+from ppg_agents.terminal.table import in_markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,30 +107,30 @@ def _ranked(domain: str, size: int, methods: Mapping[str, Sequence[Result]], lev
 
 def scores(methods: Mapping[str, Sequence[Result]], turn: int | None = None) -> dict[str, Scores]:
     """Return the scores of methods that were evaluated on the same personas; of one turn, or of all."""
-    personas = sorted({name for found in methods.values() for one in found for name in one.evaluation["personas"]})
+    personas = sorted({name for cells in methods.values() for cell in cells for name in cell.evaluation["personas"]})
     return {
-        method: table({one.job.seed: one.evaluation for one in found}, personas, turn)
-        for method, found in methods.items()
+        method: table({cell.job.seed: cell.evaluation for cell in cells}, personas, turn)
+        for method, cells in methods.items()
     }
 
 
-def _row(domain: str, size: int, method: str, found: Sequence[Result], scored: Scores) -> Row:
-    own = [_or(one.evaluation["persona_consistency"], math.nan) for one in found]
-    reachable = [one.evaluation["reachable"] for one in found if one.evaluation["reachable"] is not None]
+def _row(domain: str, size: int, method: str, cells: Sequence[Result], scored: Scores) -> Row:
+    means = [_or(cell.evaluation["persona_consistency"], math.nan) for cell in cells]
+    reachable = [cell.evaluation["reachable"] for cell in cells if cell.evaluation["reachable"] is not None]
     return Row(
         domain=domain,
         size=size,
         method=method,
         mean=scored.mean,
         ci95=mean_interval(scored),
-        seeds=len(found),
-        lowest=min(own),
-        highest=max(own),
+        seeds=len(cells),
+        lowest=min(means),
+        highest=max(means),
         to_best=None,
         verdict="undecided",
         reachable=basic.fmean(reachable) if reachable else math.nan,
-        judged_turns=basic.fmean(one.judged_turns for one in found),
-        seconds=basic.median(one.seconds for one in found),
+        judged_turns=basic.fmean(cell.judged_turns for cell in cells),
+        seconds=basic.median(cell.seconds for cell in cells),
     )
 
 
@@ -151,22 +153,22 @@ def to_grid(table: Sequence[Row]) -> str:
     """Return a Markdown table per domain, methods × sizes: the best in bold, ° what can not be told from it."""
     parts = []
     for domain in dict.fromkeys(row.domain for row in table):
-        own = [row for row in table if row.domain == domain]
-        sizes = sorted({row.size for row in own})
-        cells = {(row.method, row.size): row for row in own}
+        in_domain = [row for row in table if row.domain == domain]
+        sizes = sorted({row.size for row in in_domain})
+        cells = {(row.method, row.size): row for row in in_domain}
         highest: dict[str, float] = {}
-        for row in own:
+        for row in in_domain:
             highest[row.method] = max(row.mean, highest.get(row.method, -math.inf))
         methods = sorted(highest, key=lambda method: -highest[method])
-        lines = [f"| {domain} | {' | '.join(f'{size:,}' for size in sizes)} |", "|---" * (len(sizes) + 1) + "|"]
-        for method in methods:
-            found = [cells.get((method, size)) for size in sizes]
-            lines.append(f"| {method} | {' | '.join('–' if row is None else _short(row) for row in found)} |")
+        rows = [[method, *(_short(cells.get((method, size))) for size in sizes)] for method in methods]
+        lines = in_markdown([domain, *(f"{size:,}" for size in sizes)], rows)
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _short(row: Row) -> str:
+def _short(row: Row | None) -> str:
+    if row is None:
+        return "–"
     mean = f"{row.mean:.3f}"
     marked = {"best": f"**{mean}**", "undecided": f"{mean}°"}.get(row.verdict, mean)
     return f"{marked} {_brackets(row.ci95, '.3f')}"
@@ -174,19 +176,17 @@ def _short(row: Row) -> str:
 
 def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -> str:
     """Return the rows as a Markdown table, and the runs that failed below it."""
-    head = (
-        "| domain | conversations | method | consistency [95%] | seeds | to the best [95%] | p | verdict "
-        "| judged turns | time |\n|---|---|---|---|---|---|---|---|---|---|\n"
-    )
-    lines = []
+    head = ("domain", "conversations", "method", "consistency [95%]", "seeds", "to the best [95%]", "p", "verdict")
+    cells = []
     for row in table:
         gap = f"{row.to_best.value:+.3f} {_brackets(row.to_best.ci95, '+.3f')}" if row.to_best else "–"
         p = "–" if row.to_best is None else "< .001" if row.to_best.p < 0.001 else f"{row.to_best.p:.3f}"
-        cells = (row.domain, f"{row.size:,}", row.method, f"{row.mean:.3f} {_brackets(row.ci95, '.3f')}")
+        value = (row.domain, f"{row.size:,}", row.method, f"{row.mean:.3f} {_brackets(row.ci95, '.3f')}")
         cost = (f"{row.judged_turns:,.0f}", f"{row.seconds:.0f} s")
-        lines.append(f"| {' | '.join((*cells, str(row.seeds), gap, p, row.verdict, *cost))} |\n")
+        cells.append((*value, str(row.seeds), gap, p, row.verdict, *cost))
+    lines = in_markdown((*head, "judged turns", "time"), cells)
     lost = "".join(f"- {name}: {why}\n" for name, why in (failed or {}).items())
-    return head + "".join(lines) + (f"\nFailed runs:\n\n{lost}" if lost else "")
+    return "\n".join(lines) + "\n" + (f"\nFailed runs:\n\n{lost}" if lost else "")
 
 
 def _brackets(ci: Interval, form: str) -> str:
@@ -195,35 +195,32 @@ def _brackets(ci: Interval, form: str) -> str:
 
 def draw(table: Sequence[Row], path: Path) -> None:
     """Draw the rows: consistency against training conversations, or against the method where there is one size."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     domains = list(dict.fromkeys(row.domain for row in table))
     most = max(len({row.method for row in table if row.domain == domain}) for domain in domains)
     sizes = {row.size for row in table}
     height = 3.6 if len(sizes) > 1 else 1.2 + 0.28 * most
-    figure = Figure(figsize=(4.6 * len(domains), height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * len(domains), height)
     for i, (ax, domain) in enumerate(zip(figure.subplots(1, len(domains), squeeze=False)[0], domains, strict=True)):
-        own = [row for row in table if row.domain == domain]
-        (_curves if len(sizes) > 1 else _dots)(ax, own, labelled=i == 0)
+        in_domain = [row for row in table if row.domain == domain]
+        (_curves if len(sizes) > 1 else _dots)(ax, in_domain, labelled=i == 0)
         ax.set_title(domain)
-    figure.savefig(path, dpi=120)
+        tidy(ax, grid=None)
+    save(figure, path, dpi=120)
 
 
-def _curves(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
+def _curves(ax: Axes, table: Sequence[Row], *, labelled: bool) -> None:
     from matplotlib import colormaps
 
-    methods = sorted({row.method for row in own})
+    methods = sorted({row.method for row in table})
     colors = colormaps["viridis"](range(0, 256, max(1, 230 // max(1, len(methods)))))
     for i, method in enumerate(methods):
-        points = sorted((row for row in own if row.method == method), key=lambda row: row.size)
+        points = sorted((row for row in table if row.method == method), key=lambda row: row.size)
         x = [row.size * (1 + 0.02 * (i - len(methods) / 2)) for row in points]  # side by side, not on top of each other
         means = [row.mean for row in points]
         spread = [[row.mean - row.ci95[0] for row in points], [row.ci95[1] - row.mean for row in points]]
         ax.errorbar(x, means, spread, label=method, color=colors[i], marker="o", markersize=4, capsize=2, linewidth=1.3)
-    reach(ax, own, vertical=False)
-    sizes = sorted({row.size for row in own})
+    reach(ax, table, vertical=False)
+    sizes = sorted({row.size for row in table})
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
     ax.minorticks_off()
@@ -231,24 +228,22 @@ def _curves(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
     if labelled:
         ax.set_ylabel("consistency, held-out personas")
     ax.legend(fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
-def _dots(ax: Axes, own: Sequence[Row], *, labelled: bool) -> None:
-    own = sorted(own, key=lambda row: row.mean)
-    for y, row in enumerate(own):
+def _dots(ax: Axes, table: Sequence[Row], *, labelled: bool) -> None:
+    table = sorted(table, key=lambda row: row.mean)
+    for y, row in enumerate(table):
         color = {"best": "tab:blue", "undecided": "0.35", "worse": "tab:red"}[row.verdict]
         spread = [[row.mean - row.ci95[0]], [row.ci95[1] - row.mean]]
         ax.errorbar([row.mean], [y], xerr=spread, color=color, marker="o", markersize=5, capsize=2)
-    ax.set_yticks(range(len(own)), [row.method for row in own], fontsize=8)
-    reach(ax, own, vertical=True)
+    ax.set_yticks(range(len(table)), [row.method for row in table], fontsize=8)
+    reach(ax, table, vertical=True)
     ax.set_xlabel("consistency, held-out personas")
-    ax.spines[["top", "right"]].set_visible(False)
 
 
-def reach(ax: Axes, own: Sequence[Row], *, vertical: bool) -> None:
+def reach(ax: Axes, table: Sequence[Row], *, vertical: bool) -> None:
     """Mark the value that can be reached, where it is known."""
-    known = [row.reachable for row in own if math.isfinite(row.reachable)]
+    known = [row.reachable for row in table if math.isfinite(row.reachable)]
     if known:
         line = ax.axvline if vertical else ax.axhline
         line(basic.fmean(known), color="0.5", linestyle=":", linewidth=1)

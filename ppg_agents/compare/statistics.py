@@ -73,8 +73,8 @@ def table(evaluations: Mapping[int, Mapping[str, Any]], personas: Sequence[str],
     which = slice(None) if turn is None else slice(turn, turn + 1)
     for s, evaluation in enumerate(evaluations.values()):
         for p, name in enumerate(personas):
-            found = evaluation["personas"].get(name, {"scores": [], "judged": []})
-            scores[s, p], judged[s, p] = sum(found["scores"][which]), sum(found["judged"][which])
+            played = evaluation["personas"].get(name, {"scores": [], "judged": []})
+            scores[s, p], judged[s, p] = sum(played["scores"][which]), sum(played["judged"][which])
     return Scores(tuple(evaluations), scores, judged)
 
 
@@ -99,10 +99,10 @@ def resampled(scores: Scores, drawn: tuple[Array, Array]) -> Array:
 
 def interval(means: Array) -> Interval:
     """Return the 95% percentile interval of resampled means; NaN when there are none."""
-    found = means[np.isfinite(means)]
-    if not found.size:
+    known = means[np.isfinite(means)]
+    if not known.size:
         return (math.nan, math.nan)
-    low, high = np.quantile(found, (0.025, 0.975))
+    low, high = np.quantile(known, (0.025, 0.975))
     return (float(low), float(high))
 
 

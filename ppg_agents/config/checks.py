@@ -39,7 +39,6 @@ def _check_numbers(config: TrainConfig) -> None:
         "checkpoint_every": config.checkpoint_every,
         "keep_checkpoints": config.keep_checkpoints,
         "threads": config.threads,
-        "lookahead": config.lookahead,
         "lora.alpha": config.lora.alpha,
         "sampling.max_new_tokens": config.sampling.max_new_tokens,
         "env.max_turns": config.env.max_turns,
@@ -107,22 +106,6 @@ def _check_batch(config: TrainConfig) -> None:
 
 
 def _check_policy_class(config: TrainConfig) -> None:
-    if config.policy_class == "k-step" and config.lookahead is None:
-        raise ConfigError("policy class 'k-step' needs --lookahead K, rewards per action; give --lookahead 3")
-    if config.policy_class != "k-step" and config.lookahead is not None:
-        raise ConfigError(
-            f"lookahead belongs to the policy class 'k-step', got {config.policy_class!r}; "
-            "add --policy-class k-step or drop --lookahead"
-        )
-    if config.policy_class == "segment" and not config.segments:
-        raise ConfigError("policy class 'segment' needs --segments, its lengths; give --segments 3,3,2")
-    if config.policy_class != "segment" and config.segments is not None:
-        raise ConfigError(
-            f"segments belong to the policy class 'segment', got {config.policy_class!r}; "
-            "add --policy-class segment or drop --segments"
-        )
-    if config.segments and min(config.segments) < 1:
-        raise ConfigError(f"segments: expected lengths of at least 1, got {list(config.segments)}")
     if config.policy_class == "auto" and config.baseline == "moving-average":
         raise ConfigError("baseline 'moving-average' remembers one policy class; name it, not 'auto'")
     if config.policy_class == "auto" and config.batch == config.group:

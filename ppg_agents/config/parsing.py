@@ -8,8 +8,10 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ppg_agents.credit import PolicyClass
 
 T = TypeVar("T")
 
@@ -44,7 +46,7 @@ def build(cls: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _unknown(path: str, key: str, known: list[str], prefix: str, cls: type[Any]) -> str:
-    everywhere = [*known, *(flatten(asdict(cls())) if not prefix else ())]
+    everywhere = [*known, *(flatten(tables(cls())) if not prefix else ())]
     near = difflib.get_close_matches(key, everywhere, n=1)
     if not near:  # the right name in the wrong table: rank -> lora.rank
         near = [prefix + name if prefix else name for name in everywhere if name.split(".")[-1] == key][:1]
@@ -66,6 +68,11 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         choices = ", ".join(map(repr, get_args(hint)))
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{path}: expected one of {choices}, got {value!r}{hint_text}")
+    if hint is PolicyClass:
+        try:
+            return PolicyClass.parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
     if is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a table, got {value!r}; set {path}.<name>")
@@ -86,6 +93,10 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if hint is PolicyClass:
+        return True  # or it says itself what is wrong
     return isinstance(value, list | tuple) if get_origin(hint) is tuple else isinstance(value, hint)
 
 
@@ -105,8 +116,17 @@ def put(tables: dict[str, Any], key: str, value: Any) -> None:
     table[last] = value
 
 
+def tables(settings: Any) -> dict[str, Any]:
+    """Return a dataclass as nested tables; a policy class is one value."""
+    whole = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    nested = (key for key, value in whole.items() if is_dataclass(value) and not isinstance(value, PolicyClass))
+    return whole | {key: tables(whole[key]) for key in nested}
+
+
 def plain(value: Any) -> Any:
-    """Return lists and tables as TOML and JSON know them; what is None is left out of tables."""
+    """Return lists, tables and policy classes as TOML and JSON know them; what is None is left out of tables."""
+    if isinstance(value, PolicyClass):
+        return value.spec
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

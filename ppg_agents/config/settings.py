@@ -10,12 +10,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ppg_agents.config.checks import check
-from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put
+from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put, tables
+from ppg_agents.credit import PolicyClass
 
 __all__ = [
     "AutoSettings",
@@ -35,7 +36,6 @@ __all__ = [
     "to_dict",
 ]
 
-PolicyClass = Literal["full", "greedy", "k-step", "segment", "auto"]
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -186,27 +186,28 @@ class AutoSettings:
     Attributes:
         every: Iterations from one choice to the next.
         cosine: That a class has to keep with full planning's gradient; 95% confidence.
-        classes: What may be chosen: ``greedy``, ``3``, ``full``, ``segment:5,5``; none given: every K.
+        classes: What may be chosen, as `PolicyClass.parse` reads it; none given: every K.
     """
 
     every: int = 20
     cosine: float = 0.9
-    classes: tuple[str, ...] = ()
+    classes: tuple[PolicyClass, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(map(PolicyClass.parse, self.classes)))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run depends on.
 
-    ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``lookahead``
-    belongs to the policy class ``k-step``, ``segments`` to ``segment``, ``auto`` to ``auto``. An online agent takes
+    ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``policy_class`` is written
+    as `PolicyClass.parse` reads it; with ``"auto"``, the settings ``auto`` say how it is chosen. An online agent takes
     ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are the agent's own, by name.
     """
 
     domain: str = "chatting"
-    policy_class: PolicyClass = "full"
-    lookahead: int | None = None
-    segments: tuple[int, ...] | None = None
+    policy_class: Literal["auto"] | PolicyClass = field(default_factory=PolicyClass)
     agent: str = "ppg"
     agent_options: dict[str, Any] = field(default_factory=dict)
     model: str = "tiny"
@@ -250,16 +251,14 @@ class TrainConfig:
         Raises:
             ConfigError: A value out of range, or settings that contradict one another.
         """
+        if self.policy_class != "auto":  # Python may write it as files do
+            object.__setattr__(self, "policy_class", PolicyClass.parse(self.policy_class))
         check(self)
 
     @property
     def label(self) -> str:
-        """The policy class in words, for titles and run names: ``k-step 3``, ``segment 3,3,2``."""
-        if self.policy_class == "k-step":
-            return f"{self.lookahead}-step"
-        if self.policy_class == "segment":
-            return "segment " + ",".join(str(length) for length in self.segments or ())
-        return self.policy_class
+        """The policy class in words, for titles and run names: ``3-step``, ``segment 3,3,2``, ``auto``."""
+        return str(self.policy_class)
 
     @property
     def world(self) -> str:
@@ -284,19 +283,19 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
     Raises:
         ConfigError: The file cannot be read, or a setting is wrong; the message names it.
     """
-    tables: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if path is not None:
         try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: expected TOML: {error}") from error
-    given = deepcopy(tables)
-    for key, value in (overrides or {}).items():
-        put(tables, key, value)
     try:
-        return from_dict(tables)
+        merged = _folded(deepcopy(given))
+        for key, value in _folded(overrides or {}).items():
+            put(merged, key, value)
+        return from_dict(merged)
     except ConfigError as error:
         fault = str(error)
         if path is None or not _at_fault(given, fault):
@@ -304,13 +303,36 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
         raise ConfigError(f"{path}: {fault}") from error
 
 
-def _at_fault(tables: Mapping[str, Any], fault: str) -> bool:
+def _at_fault(given: Mapping[str, Any], fault: str) -> bool:
     """Return whether the tables alone are wrong in the same way."""
     try:
-        from_dict(tables)
+        from_dict(given)
     except ConfigError as error:
         return str(error) == fault
     return False
+
+
+def _folded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one place's settings with ``lookahead`` and ``segments``, of flags and older files, in ``policy_class``.
+
+    Raises:
+        ConfigError: They contradict it or one another, or are no lookahead and no lengths.
+    """
+    kept = dict(given)
+    for key, owner in (("lookahead", "k-step"), ("segments", "segment")):
+        value, named = kept.pop(key, None), kept.get("policy_class", owner)
+        if value is None:
+            continue
+        if named != owner:
+            raise ConfigError(f"{key}: belongs to the policy class {owner}, got {named}; drop --{key} or take {owner}")
+        if key == "segments" and not isinstance(value, list | tuple):
+            raise ConfigError(f"segments: expected a list of lengths such as [3, 3, 2], got {value!r}")
+        try:
+            one = PolicyClass(owner, value) if key == "lookahead" else PolicyClass(owner, segments=tuple(value))
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        kept["policy_class"] = one
+    return kept
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -331,20 +353,19 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def from_dict(tables: Mapping[str, Any]) -> TrainConfig:
+def from_dict(given: Mapping[str, Any]) -> TrainConfig:
     """Return the settings that nested tables describe.
 
     Raises:
         ConfigError: An unknown key (with the nearest name), a wrong type, a value out of range.
     """
-    return build(TrainConfig, tables)
+    return build(TrainConfig, _folded(given))
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Return nested plain tables for TOML and JSON; settings that are None are left out."""
-    tables = plain(asdict(config))
-    assert isinstance(tables, dict)  # asdict of a dataclass
-    return tables
+    written: dict[str, Any] = plain(tables(config))
+    return written
 
 
 def differences(before: TrainConfig, after: TrainConfig) -> list[str]:

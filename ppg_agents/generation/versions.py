@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ppg_agents.models.loading import quiet
-from ppg_agents.nearest import did_you_mean
+from ppg_agents.nearest import not_one_of
 from ppg_agents.policy.policy import Policy
 
 Sync = Literal["adapter", "merged"]
@@ -60,9 +60,7 @@ class Versions:
             ValueError: ``sync`` is unknown or does not suit the policy.
         """
         if sync not in get_args(Sync):
-            raise ValueError(
-                f"expected sync to be one of {get_args(Sync)}, got {sync!r}{did_you_mean(sync, get_args(Sync))}"
-            )
+            raise ValueError(not_one_of("sync", sync, get_args(Sync)))
         if sync == "adapter":
             _check_adapter(policy)
         elif getattr(policy.model, "is_quantized", False):

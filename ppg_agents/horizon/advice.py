@@ -71,7 +71,7 @@ class ClassReport:
 
     Attributes:
         label: The class.
-        rewards: Rewards that it credits, Σ M.
+        rewards: Rewards that it credits, with whatever weight.
         mean_square: ‖μ‖², unbiased.
         variance: tr Σ of one conversation's contribution.
         snr: B ‖μ‖² / tr Σ.
@@ -203,7 +203,7 @@ def advise(
     n = sketches.valid.shape[1]
     if FULL not in classes:
         raise ValueError(f"expected full planning, {FULL!r}, among the classes, got {', '.join(classes) or 'none'}")
-    labels = sorted(classes, key=lambda label: (label == FULL, int(classes[label].sum())))
+    labels = sorted(classes, key=lambda label: (label == FULL, np.count_nonzero(classes[label])))
     masks = [classes[label] for label in labels]
     lags = [lag_mask(n, d) for d in range(min(n, MOST_LAGS))]
     found = products(sketches, [*lags, *masks], discount=discount, baseline=baseline)
@@ -222,7 +222,7 @@ def advise(
     }
     of = {name: values[part] for name, values in of.items()} | {"behind": behind}
     reports = [
-        ClassReport(label, int(mask.sum()), **{name: values[c] for name, values in of.items()})
+        ClassReport(label, int(np.count_nonzero(mask)), **{name: values[c] for name, values in of.items()})
         for c, (label, mask) in enumerate(zip(labels, masks, strict=True))
     ]
     ahead, ahead_drawn = ((e.alignment / e.rms(size)[..., -1:])[..., : len(lags)] for e in (point, drawn))
@@ -279,8 +279,9 @@ def _aligned(labels: Sequence[str], masks: Sequence[Mask], low: Array, least: fl
         least: The cosine that is asked for.
     """
     passed = {len(labels) - 1}
+    counts = [mask != 0 for mask in masks]
     for c in reversed(range(len(labels) - 1)):
-        wider = {d for d in range(len(labels)) if d != c and (masks[d] >= masks[c]).all()}
+        wider = {d for d, other in enumerate(counts) if (other >= counts[c]).all() and (other != counts[c]).any()}
         if low[c] >= least and wider <= passed:
             passed.add(c)
     return tuple(labels[c] for c in sorted(passed))

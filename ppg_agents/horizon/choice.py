@@ -1,18 +1,17 @@
 """Policy classes to choose from, and the choice of one during training.
 
-`horizon` compares masks; here they get names, and a rule says which of them to use. May read a policy, and
-may not change it.
+`horizon.advice` compares masks; here a rule says which of them to use. May read a policy, and may not change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.credit import Mask, policy_class
+from ppg_agents.credit import Mask, PolicyClass
 from ppg_agents.horizon.advice import ALIGNED, FULL, Horizon, advise
 from ppg_agents.horizon.moments import Baseline
 
@@ -23,66 +22,49 @@ if TYPE_CHECKING:
 MOST_CLASSES = 12
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A policy class that could be chosen; the fields are those of a run's settings."""
-
-    policy_class: str
-    lookahead: int | None = None
-    segments: tuple[int, ...] | None = None
-
-    @property
-    def label(self) -> str:
-        """The class in words: ``full``, ``3-step``, ``segment 5,5``."""
-        if self.policy_class == "k-step":
-            return f"{self.lookahead}-step"
-        return "segment " + ",".join(map(str, self.segments)) if self.segments else self.policy_class
-
-    def mask(self, n: int) -> Mask:
-        """Return the policy class for conversations of n turns, [n, n].
-
-        Raises:
-            ValueError: Segments that do not sum to n, or fields that contradict one another.
-        """
-        return policy_class(self.policy_class, n, self.lookahead, self.segments)
-
-
-def parse(text: str) -> Candidate:
-    """Read ``full``, ``greedy``, ``3``, ``3-step`` or ``segment:5,5``.
-
-    Raises:
-        ValueError: Anything else.
-    """
-    name, _, rest = text.strip().replace(" ", ":").partition(":")
-    number = name.removesuffix("-step")
-    try:
-        if number.isdecimal() and not rest:
-            found = Candidate("greedy") if int(number) == 1 else Candidate("k-step", lookahead=int(number))
-        else:
-            found = Candidate(name, segments=tuple(map(int, rest.split(","))) if rest else None)
-        found.mask(sum(found.segments or (1,)))
-    except ValueError as error:
-        raise ValueError(f"expected classes such as greedy, 3, full or segment:5,5, got {text!r}: {error}") from error
-    return found
-
-
-def default_candidates(n: int) -> tuple[Candidate, ...]:
+def default_candidates(n: int) -> tuple[PolicyClass, ...]:
     """Return greedy, K = 2, 3, … and full planning; with many turns K grows by factors, at most 12 classes."""
     steps = np.arange(2, n) if n <= MOST_CLASSES else np.unique(np.geomspace(2, n - 1, MOST_CLASSES - 2).round())
-    return (Candidate("greedy"), *(Candidate("k-step", lookahead=int(k)) for k in steps), Candidate(FULL))
+    return (PolicyClass("greedy"), *(PolicyClass("k-step", int(k)) for k in steps), PolicyClass(FULL))
 
 
-def distinct(candidates: Sequence[Candidate], n: int) -> dict[str, Candidate]:
-    """Return candidates by label, each mask once and full planning among them, from few credited rewards to many."""
-    kept: dict[bytes, Candidate] = {Candidate(FULL).mask(n).tobytes(): Candidate(FULL)}
-    for candidate in candidates:
-        kept.setdefault(candidate.mask(n).tobytes(), candidate)
-    return {c.label: c for c in sorted(kept.values(), key=lambda c: int(c.mask(n).sum()))}
+def distinct(classes: Sequence[PolicyClass], n: int) -> dict[str, PolicyClass]:
+    """Return classes by label, each mask once and full planning among them, from few credited rewards to many.
+
+    Raises:
+        ValueError: A class that does not serve n turns, or two that have one label.
+    """
+    kept: dict[bytes, PolicyClass] = {}
+    for one in (PolicyClass(FULL), *classes):
+        kept.setdefault(one.mask(n).tobytes(), one)
+    return by_label(sorted(kept.values(), key=lambda c: np.count_nonzero(c.mask(n))))
 
 
-def masks(candidates: Mapping[str, Candidate], n: int) -> dict[str, Mask]:
-    """Return the masks [n, n] of `distinct` candidates, for `horizon.advise`."""
-    return {label: candidate.mask(n) for label, candidate in candidates.items()}
+def masks(classes: Mapping[str, PolicyClass], n: int) -> dict[str, Mask]:
+    """Return the masks [n, n] of `distinct` classes, for `horizon.advise`."""
+    return {label: one.mask(n) for label, one in classes.items()}
+
+
+def by_label(classes: Iterable[PolicyClass]) -> dict[str, PolicyClass]:
+    """Return classes by label, in the same order.
+
+    Raises:
+        ValueError: Two different ones have one label, as two matrices of one size do.
+    """
+    labelled: dict[str, PolicyClass] = {}
+    for one in classes:
+        if labelled.setdefault(one.label, one) != one:
+            raise ValueError(f"expected classes that differ by name, got two {one.label}; write one as module:function")
+    return labelled
+
+
+def named(label: str, classes: Iterable[PolicyClass]) -> PolicyClass:
+    """Return the class that a run's metrics name: one of its candidates, or one of `default_candidates`.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    return by_label(classes).get(label) or PolicyClass.parse(label)
 
 
 @dataclass(frozen=True)
@@ -90,13 +72,13 @@ class Choice:
     """The policy class to go on with.
 
     Attributes:
-        candidate: The class.
+        policy_class: The class.
         switched: Whether it is another one than before.
         reason: In words, for the log.
         report: What it was chosen by.
     """
 
-    candidate: Candidate
+    policy_class: PolicyClass
     switched: bool
     reason: str
     report: Horizon
@@ -105,7 +87,7 @@ class Choice:
         """Return what a run logs of it, plain JSON."""
         cosines = {c.label: (c.cosine.value, c.cosine.low) for c in self.report.classes}
         return {
-            "horizon_class": self.candidate.label,
+            "horizon_class": self.policy_class.label,
             "horizon_switched": self.switched,
             "horizon_cosine": {k: [v if np.isfinite(v) else None for v in pair] for k, pair in cosines.items()},
         }
@@ -114,8 +96,8 @@ class Choice:
 def choose(
     trajectories: Sequence[Trajectory],
     policy: Policy,
-    classes: Sequence[Candidate],
-    previous: Candidate,
+    classes: Sequence[PolicyClass],
+    previous: PolicyClass,
     rng: np.random.Generator,
     *,
     cosine: float = ALIGNED,

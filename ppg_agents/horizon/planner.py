@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ppg_agents.config.settings import ConfigError, TrainConfig
-from ppg_agents.credit import Mask
+from ppg_agents.credit import Mask, PolicyClass
 from ppg_agents.distributed import Alone, Workers
-from ppg_agents.horizon.choice import Candidate, choose, parse
+from ppg_agents.horizon.choice import by_label, choose, named
 from ppg_agents.policy.policy import Policy
 from ppg_agents.terminal.progress import say
 from ppg_agents.trajectory import Trajectory
@@ -39,20 +39,18 @@ class Planner:
             workers: The processes that learn together.
 
         Raises:
-            ConfigError: Candidates that can not be read or do not fit the number of turns, or ``auto`` with split
-                weights.
+            ConfigError: A class that does not serve the number of turns, or ``auto`` with split weights.
         """
-        self.current = Candidate("full")
         self._config, self._workers = config, workers or Alone()
         self._auto = config.policy_class == "auto"
-        if not self._auto:
-            self.current = Candidate(config.policy_class, config.lookahead, config.segments)
-        try:
-            self._candidates = [parse(text) for text in config.auto.classes]
-            for candidate in self._candidates if turns else ():
-                candidate.mask(turns or 0)
-        except ValueError as error:
-            raise ConfigError(f"auto.classes: {error}") from error
+        self.current = PolicyClass() if config.policy_class == "auto" else config.policy_class
+        wanted = {"policy_class": (self.current,), "auto.classes": config.auto.classes}
+        for setting, classes in wanted.items():
+            try:
+                for one in by_label(classes).values():
+                    one.check(turns)
+            except ValueError as error:
+                raise ConfigError(f"{setting}: {error}") from error
         if self._auto and self._workers.sharded:
             raise ConfigError("policy class 'auto' needs whole weights on every process; name a class, or use ddp")
 
@@ -64,7 +62,7 @@ class Planner:
         """Take up the choice of a run that is continued."""
         for line in metrics:
             if line.get("horizon_class"):
-                self.current = parse(str(line["horizon_class"]))
+                self.current = named(str(line["horizon_class"]), self._config.auto.classes)
 
     def review(self, trajectories: Sequence[Trajectory], policy: Policy, iteration: int) -> dict[str, Any]:
         """Choose anew when it is time, from conversations of the policy as it is now.
@@ -86,7 +84,7 @@ class Planner:
             found = choose(
                 everything,
                 policy,
-                self._candidates,
+                self._config.auto.classes,
                 self.current,
                 np.random.default_rng([self._config.seed, iteration]),
                 cosine=self._config.auto.cosine,
@@ -94,7 +92,7 @@ class Planner:
                 temperature=self._config.sampling.temperature,
             )
             say(f"iteration {iteration + 1}: {found.reason}")
-        chosen = self._workers.gather([(found.candidate, dict(found.metrics()))] if found else [])
+        chosen = self._workers.gather([(found.policy_class, dict(found.metrics()))] if found else [])
         metrics: dict[str, Any]
         self.current, metrics = chosen[0]
         return metrics

@@ -156,9 +156,8 @@ function drawCredit() {
   const c = chosen();
   if (!c) return;
   const rewards = rewardsOf(c),
-    { ends } = classOf(c),
-    credits = (state.credits = creditOf(rewards, ends, data.discount));
-  const most = creditOf(rewards, data.classes[data.classes.length - 1].ends, data.discount).reduce(
+    credits = (state.credits = creditOf(rewards, classOf(c), data.discount));
+  const most = creditOf(rewards, data.classes[data.classes.length - 1], data.discount).reduce(
     (a, b) => Math.max(a, b),
     1e-9,
   );
@@ -181,14 +180,14 @@ function drawCredit() {
 function light() {
   const c = chosen(),
     t = state.active;
-  const { ends, label } = classOf(c),
+  const planning = classOf(c),
     rewards = rewardsOf(c);
   for (const node of byId("conversation").querySelectorAll(".turn")) {
     const l = Number(node.dataset.turn);
     node.classList.toggle("active", l === t);
     node.classList.toggle(
       "counted",
-      t !== null && l >= t && l < ends[t] && rewards[t] !== null && rewards[l] !== null,
+      t !== null && weightOf(planning, t, l) !== 0 && rewards[t] !== null && rewards[l] !== null,
     );
     node.tabIndex = l === t ? 0 : -1;
   }
@@ -197,11 +196,11 @@ function light() {
     t === null
       ? ""
       : [
-          el("b", {}, `Credit of turn ${t + 1}, ${label}: `),
-          sumInWords(rewards, ends, data.discount, state.credits[t], t),
+          el("b", {}, `Credit of turn ${t + 1}, ${planning.label}: `),
+          sumInWords(rewards, planning, data.discount, state.credits[t], t),
         ],
   );
-  fill(byId("mask"), maskNode(data, ends, label, rewards, t));
+  fill(byId("mask"), maskNode(data, planning, rewards, t));
 }
 
 function activate(t, { focus = false } = {}) {

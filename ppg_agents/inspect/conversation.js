@@ -4,19 +4,26 @@ const CHUNK = 60; // turns that are built at once
 const CELLS = 40; // turns that the picture of the mask shows
 const LEVELS = [0.05, 0.35, 1, 2, 4]; // nats: limits between the shades
 
+// The weight with which a policy class counts reward l for reply t; 0: it does not count.
+function weightOf({ ends, weights }, t, l) {
+  if (l < t || l >= ends[t]) return 0;
+  return weights ? weights[t][l - t] : 1;
+}
+
 // Credit of reply t: the rewards that count for it, each discounted by its distance; a turn without a score gives none
 // and gets none.
-function creditOf(rewards, ends, discount) {
+function creditOf(rewards, planning, discount) {
   return rewards.map((own, t) => {
     if (own === null) return 0;
-    const end = Math.min(ends[t], rewards.length);
+    const end = Math.min(planning.ends[t], rewards.length);
     let sum = 0;
-    for (let l = t, weight = 1; l < end; l += 1, weight *= discount)
-      if (rewards[l] !== null) sum += weight * rewards[l];
+    for (let l = t, left = 1; l < end; l += 1, left *= discount)
+      if (rewards[l] !== null) sum += weightOf(planning, t, l) * left * rewards[l];
     return sum;
   });
 }
 
+const short = (weight) => String(Number(weight.toPrecision(3)));
 const rewardsOf = (conversation) => conversation.turns.map((turn) => turn.reward);
 const meanOf = (conversation) => {
   const judged = rewardsOf(conversation).filter((r) => r !== null);
@@ -24,18 +31,21 @@ const meanOf = (conversation) => {
 };
 
 // "r3 + r4 + r5 = 0.30 + 0.50 + 0.50 = 1.30", shortened in the middle.
-function sumInWords(rewards, ends, discount, credit, t) {
-  const all = Array.from({ length: Math.min(ends[t], rewards.length) - t }, (_, i) => t + i),
+function sumInWords(rewards, planning, discount, credit, t) {
+  const all = rewards.map((_, l) => l).filter((l) => weightOf(planning, t, l) !== 0),
     judged = all.filter((l) => rewards[l] !== null);
   if (rewards[t] === null) return "has no score: the turn is masked and gets no credit";
-  const factor = (l) => (discount === 1 || l === t ? "" : `${discount}${l - t > 1 ? `^${l - t}` : ""}·`);
+  const weight = (l) => (weightOf(planning, t, l) === 1 ? "" : `${short(weightOf(planning, t, l))}·`);
+  const factor = (l) =>
+    weight(l) + (discount === 1 || l === t ? "" : `${discount}${l - t > 1 ? `^${l - t}` : ""}·`);
   const list = judged.length > 7 ? [...judged.slice(0, 4), null, ...judged.slice(-2)] : judged;
   const names = list.map((l) => (l === null ? "…" : `${factor(l)}r${l + 1}`)).join(" + ");
   const values = list.map((l) => (l === null ? "…" : factor(l) + score(rewards[l]))).join(" + ");
   const total = score(credit),
     lost = all.length - judged.length;
   const left = lost ? ` (${count(lost, "reward")} without a score left out)` : "";
-  return judged.length > 1 ? `= ${names} = ${values} = ${total}${left}` : `= ${names} = ${total}${left}`;
+  if (!judged.length) return `= ${total}: no reward counts for it${left}`;
+  return judged.length > 1 || factor(judged[0]) ? `= ${names} = ${values} = ${total}${left}` : `= ${names} = ${total}${left}`;
 }
 
 function bar(value, most) {
@@ -177,22 +187,38 @@ function turnNode(data, state, conversation, t, active) {
 }
 
 // The mask as a picture: a row for every reply, a column for every reward, filled where it counts.
-function maskNode(data, ends, label, rewards, active) {
+function maskNode(data, planning, rewards, active) {
   const n = rewards.length || data.n,
     from = Math.max(0, Math.min((active ?? 0) - CELLS / 2, n - CELLS)),
     m = Math.min(n, CELLS);
   const cell = m <= 12 ? 18 : Math.max(5, Math.floor(216 / m)),
     side = m * cell,
     pad = 18;
-  const d = (rows) =>
-    rows
-      .map((t) => {
-        const end = Math.min(ends[t], from + m) - Math.max(t, from);
-        const at = pad + (t - from) * cell + 1;
-        return end > 0 ? `M${at} ${at}h${end * cell - 2}v${cell - 2}h${2 - end * cell}z` : "";
-      })
-      .join("");
-  const rows = Array.from({ length: m }, (_, i) => from + i);
+  const { ends, weights, label } = planning,
+    rows = Array.from({ length: m }, (_, i) => from + i),
+    counted = (t) => rows.filter((l) => weightOf(planning, t, l) !== 0),
+    place = (i) => pad + (i - from) * cell + 1,
+    square = (t, l, w) => `M${place(l)} ${place(t)}h${w * cell - 2}v${cell - 2}h${2 - w * cell}z`,
+    most = weights ? weights.flat().reduce((a, w) => Math.max(a, Math.abs(w)), 0) : 1;
+  // Rows in one piece where all that counts counts once; else every reward by itself, as dark as its weight is large.
+  const cells = (shown, on) =>
+    weights
+      ? shown.flatMap((t) =>
+          counted(t).map((l) => {
+            const weight = weightOf(planning, t, l);
+            return el("path", {
+              class: `cells${on}${weight < 0 ? " against" : ""}`,
+              "fill-opacity": 0.15 + (0.85 * Math.abs(weight)) / most,
+              d: square(t, l, 1),
+            });
+          }),
+        )
+      : [el("path", { class: `cells${on}`, d: shown.map((t) => square(t, t, counted(t).length)).join("") })];
+  const inWords = (t) => {
+    if (!weights) return `rewards ${t + 1} to ${Math.min(ends[t], n)}`;
+    const list = counted(t).map((l) => `${l + 1} (weight ${short(weightOf(planning, t, l))})`);
+    return list.length ? `rewards ${list.join(", ")}` : "no reward";
+  };
   const svg = el("svg", {
     viewBox: `0 0 ${side + pad + 2} ${side + pad + 2}`,
     width: side + pad + 2,
@@ -200,7 +226,7 @@ function maskNode(data, ends, label, rewards, active) {
     role: "img",
     "aria-label": `Mask of ${label}: ${rows
       .slice(0, 12)
-      .map((t) => `reply ${t + 1} counts rewards ${t + 1} to ${Math.min(ends[t], n)}`)
+      .map((t) => `reply ${t + 1} counts ${inWords(t)}`)
       .join(", ")}`,
   });
   svg.append(el("rect", { class: "field", x: pad, y: pad, width: side, height: side }));
@@ -213,8 +239,8 @@ function maskNode(data, ends, label, rewards, active) {
       ).join(""),
     }),
   );
-  svg.append(el("path", { class: "cells", d: d(rows) }));
-  if (active !== null && active < n) svg.append(el("path", { class: "cells on", d: d([active]) }));
+  svg.append(...cells(rows, ""));
+  if (active !== null && active < n) svg.append(...cells([active], " on"));
   for (const t of rows)
     if (rewards.length && rewards[t] === null)
       svg.append(el("rect", { class: "lost", x: pad + (t - from) * cell, y: pad, width: cell, height: side }));
@@ -230,6 +256,7 @@ function maskNode(data, ends, label, rewards, active) {
       "figcaption",
       {},
       "Row t: the rewards that count for reply t",
+      weights ? ", the darker the more" : "",
       n > m ? ` (turns ${from + 1} to ${from + m} of ${n})` : "",
     ),
     svg,

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import numpy as np
 
 from ppg_agents.config import settings as configs
 from ppg_agents.config.settings import TrainConfig
-from ppg_agents.horizon.choice import Candidate, default_candidates, parse
+from ppg_agents.credit import PolicyClass
+from ppg_agents.horizon.choice import default_candidates, named
 from ppg_agents.inspect import method, tokens
 from ppg_agents.inspect.sample import pairs
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
@@ -89,10 +91,10 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
     vocabulary = _vocabulary(source, tokenizer, notes)
     shown, held_out = source.all, source.held_out
     own = own_classes(config, source.metrics, [c.iteration for c in shown])
-    n = max(source.turns, *(sum(c.segments or ()) for c in own), 1)
+    n = max(source.turns, *(c.turns or 0 for c in own), 1)
     kept = classes(own, n)
-    labels = list(kept)
-    at = {ends: i for i, ends in enumerate(kept.values())}
+    position = {rows: i for i, rows in enumerate(kept)}
+    at = {one: position[counted(one, n)] for one in set(own)}
     read_by_agent = config is not None and method.reads_credit(config)
     return {
         "name": source.name,
@@ -114,15 +116,15 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         "discount": config.discount if config else 1.0,
         "baseline": method.baseline(config) if config else None,
         "agent_note": method.note(config) if config else "",
-        "classes": [{"label": label, "ends": kept[label]} for label in labels],
+        "classes": [{"label": one.label, **asdict(rows)} for rows, one in kept.items()],
         "auto": read_by_agent and config is not None and config.policy_class == "auto",
-        "own": at[counted(own[-1], n)] if read_by_agent else None,
+        "own": at[own[-1]] if read_by_agent else None,
         "tokens": vocabulary.texts if vocabulary else None,
         "control": sorted(vocabulary.control) if vocabulary else [],
         "metrics": _metrics(source),
         "evaluations": evaluations(source.evaluations),
         "conversations": [
-            {**_conversation(c, vocabulary), "own": at[counted(mine, n)] if read_by_agent else None}
+            {**_conversation(c, vocabulary), "own": at[mine] if read_by_agent else None}
             for c, mine in zip(shown, own, strict=False)
         ],
         "pairs": held_out_pairs(source) or early_and_late(source.shown)[:MOST_PAIRS],
@@ -161,7 +163,7 @@ def _time(conversation: Conversation) -> int:
 
 def own_classes(
     config: TrainConfig | None, metrics: Sequence[Mapping[str, Any]], iterations: Sequence[int | None]
-) -> list[Candidate]:
+) -> list[PolicyClass]:
     """Return the policy class that each conversation was learned from with, and the run's last one at the end.
 
     Args:
@@ -170,45 +172,63 @@ def own_classes(
         iterations: Of the conversations.
     """
     if config is None:
-        return [Candidate("full")] * (len(iterations) + 1)
+        return [PolicyClass()] * (len(iterations) + 1)
     if config.policy_class != "auto":
-        return [Candidate(config.policy_class, config.lookahead, config.segments)] * (len(iterations) + 1)
-    chosen = {int(m["iteration"]): parse(str(m["horizon_class"])) for m in metrics if m.get("horizon_class")}
-    found = []
+        return [config.policy_class] * (len(iterations) + 1)
+    chosen = {
+        int(m["iteration"]): named(str(m["horizon_class"]), config.auto.classes)
+        for m in metrics
+        if m.get("horizon_class")
+    }
+    classes = []
     for iteration in (*iterations, max(chosen, default=0)):
         before = [i for i in chosen if i <= (iteration or 0)]
-        found.append(chosen[max(before)] if before else Candidate("full"))
-    return found
+        classes.append(chosen[max(before)] if before else PolicyClass())
+    return classes
 
 
-def classes(own: Sequence[Candidate], n: int) -> dict[str, tuple[int, ...]]:
-    """Return the policy classes to compare, label -> `counted`; those in use are among them, and full planning is last.
+@dataclass(frozen=True)
+class Counted:
+    """What counts for each of n replies, without the n² entries of a mask; turns from 0.
+
+    Attributes:
+        ends: R_t ends before ``ends[t]``.
+        weights: ``weights[t][d]`` is that of reward t + d, up to ``ends[t]``; None where all of them count once.
+    """
+
+    ends: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...] | None = None
+
+
+def classes(own: Sequence[PolicyClass], n: int) -> dict[Counted, PolicyClass]:
+    """Return the policy classes to compare; those in use are among them, and full planning is last.
 
     Without a segment class in use there is one of two halves.
     """
-    halves = [Candidate("segment", segments=((n + 1) // 2, n // 2))] if n > 3 else []
-    kept: dict[tuple[int, ...], Candidate] = {}
-    for candidate in (*own, *default_candidates(n), *(halves if not any(c.segments for c in own) else ())):
-        kept.setdefault(counted(candidate, n), candidate)
-    last = counted(Candidate("full"), n)
-    order = sorted(kept, key=lambda ends: (ends == last, bool(kept[ends].segments), sum(ends)))
-    return {kept[ends].label: ends for ends in order}
+    halves = [PolicyClass("segment", segments=((n + 1) // 2, n // 2))] if n > 3 else []
+    kept: dict[Counted, PolicyClass] = {}
+    for one in (*own, *default_candidates(n), *(halves if not any(c.segments for c in own) else ())):
+        kept.setdefault(counted(one, n), one)
+    last = counted(PolicyClass("full"), n)
+    return dict(sorted(kept.items(), key=lambda item: (item[0] == last, item[1].steps(n) is None, sum(item[0].ends))))
 
 
-def counted(candidate: Candidate, n: int) -> tuple[int, ...]:
-    """Return for each of n replies where the rewards that count for it end: R_t = {t, …, ends[t] − 1}, turns from 0.
-
-    The rows of ``candidate.mask(n)``, which every class here fills without gaps, without its n² entries.
+def counted(planning: PolicyClass, n: int) -> Counted:
+    """Return what a policy class counts for each of n replies.
 
     Raises:
-        ValueError: Segments that do not sum to n.
+        ValueError: It is made for another number of turns, or its function can not be had.
     """
-    if candidate.segments:
-        if sum(candidate.segments) != n:
-            raise ValueError(f"expected segments for {n} turns, got {list(candidate.segments)}; mend config.toml")
-        return tuple(int(end) for end in np.repeat(np.cumsum(candidate.segments), candidate.segments))
-    k = {"greedy": 1, "full": n}.get(candidate.policy_class, candidate.lookahead or n)
-    return tuple(min(t + k, n) for t in range(n))
+    k = planning.steps(n)
+    if k is not None:
+        return Counted(tuple(min(t + k, n) for t in range(n)))
+    if planning.segments is not None:
+        planning.check(n)
+        return Counted(tuple(int(end) for end in np.repeat(np.cumsum(planning.segments), planning.segments)))
+    mask = planning.mask(n)
+    ends = [int(max(np.flatnonzero(row), default=t - 1)) + 1 for t, row in enumerate(mask)]
+    weights = tuple(tuple(map(float, mask[t, t:end])) for t, end in enumerate(ends))
+    return Counted(tuple(ends), weights if any(w != 1 for row in weights for w in row) else None)
 
 
 def facts(config: TrainConfig | None) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ function comparison() {
       credits();
     }
     function credits() {
-      const sums = both.map((c) => creditOf(rewardsOf(c), classOf(c).ends, data.discount));
+      const sums = both.map((c) => creditOf(rewardsOf(c), classOf(c), data.discount));
       for (const node of body.querySelectorAll("[data-at]")) {
         const [k, t] = node.dataset.at.split(" "),
           masked = both[k].turns[t].reward === null;

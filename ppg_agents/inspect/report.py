@@ -6,21 +6,21 @@ Every text that was said, judged or named stands in it as `text.markdown` leaves
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.credit import Mask, credit
-from ppg_agents.horizon.choice import Candidate
+from ppg_agents.credit import Mask, PolicyClass, credit
 from ppg_agents.inspect import method
 from ppg_agents.inspect.page import changes, counted, early_and_late, evaluations, facts, own_classes
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import markdown, markdown_line
+from ppg_agents.plotting import BLUE, new_figure, save, tidy
 from ppg_agents.runs.files import replace, writing
 from ppg_agents.terminal.progress import number
+from ppg_agents.terminal.table import in_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,8 +58,7 @@ def write_report(path: Path, out: Path | None = None) -> Path:
     with writing(out, "{todo}, or change --out"):
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
-            figure.savefig(out / f".{name}.tmp", dpi=130, format="png")
-            os.replace(out / f".{name}.tmp", out / name)
+            save(figure, out / name, dpi=130)
         replace(out / "report.md", "\n".join(lines(source, printed, classes, set(pictures))) + "\n")
     return out / "report.md"
 
@@ -75,30 +74,30 @@ def chosen(source: Source) -> list[tuple[str, Conversation]]:
         return []
     both = early_and_late(shown)
     if typical:
-        found = [("Held out, before", typical.before), ("Held out, the same persona after", typical.after)]
+        picked = [("Held out, before", typical.before), ("Held out, the same persona after", typical.after)]
     elif both:
-        found = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
+        picked = [("Early", shown[both[0][0]]), ("Late, the same persona", shown[both[0][1]])]
     elif len(shown) > 1:
-        found = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
+        picked = [("The first one", shown[0]), ("The last one, another persona", shown[-1])]
         if shown[0].trajectory.persona == shown[-1].trajectory.persona:
-            found[1] = ("The last one, the same persona", shown[-1])
+            picked[1] = ("The last one, the same persona", shown[-1])
     else:
-        found = [("The only one", shown[0])]
+        picked = [("The only one", shown[0])]
     failed = [c for c in shown if any(status(turn) != "scored" for turn in c.trajectory.turns)]
-    others = [c for c in failed if all(c is not one for _, one in found)]
-    return [("With a failed verdict", others[0]), *found] if others else found
+    others = [c for c in failed if all(c is not one for _, one in picked)]
+    return [("With a failed verdict", others[0]), *picked] if others else picked
 
 
-def compared(source: Source) -> list[Candidate]:
+def compared(source: Source) -> list[PolicyClass]:
     """Return the policy classes whose credit is printed: greedy, 3-step, the run's own, full planning."""
     own = own_classes(source.config, source.metrics, [])[-1]
-    n = max(source.turns, sum(own.segments or ()))
-    kept = {counted(c, n): c for c in (Candidate("greedy"), Candidate("k-step", lookahead=3), Candidate("full"), own)}
-    return [kept[ends] for ends in sorted(kept, key=sum)]
+    n = max(source.turns, own.turns or 0)
+    kept = {counted(c, n): c for c in (*map(PolicyClass.parse, ("greedy", "3-step", "full")), own)}
+    return [kept[rows] for rows in sorted(kept, key=lambda rows: sum(rows.ends))]
 
 
 def lines(
-    source: Source, printed: Sequence[tuple[str, Conversation]], classes: Sequence[Candidate], pictures: set[str]
+    source: Source, printed: Sequence[tuple[str, Conversation]], classes: Sequence[PolicyClass], pictures: set[str]
 ) -> Iterator[str]:
     """Yield the Markdown file line by line."""
     yield f"# {'Run' if source.config else 'File'} {markdown(source.name)}"
@@ -135,12 +134,9 @@ def lines(
         yield f"\nMasks of the policy classes, and the credit that each gives the replies of {last}."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield a Markdown table; its cells are texts, not Markdown."""
-    yield "| " + " | ".join(map(markdown, head)) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(map(markdown, row)) + " |"
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table whose cells are texts, not Markdown."""
+    return in_markdown(list(map(markdown, head)), [list(map(markdown, row)) for row in rows])
 
 
 def _evaluation(source: Source) -> Iterator[str]:
@@ -187,11 +183,11 @@ def _failures(source: Source) -> Iterator[str]:
 
 
 def _held_out_words(held_out: HeldOut) -> str:
-    found = changes(held_out)
+    counts = changes(held_out)
     return (
-        f"Of {found['pairs']} held-out conversations, played before and after with the same personas and seeds, "
-        f"{found['up']} have a higher mean reward after, {found['same']} the same, {found['down']} a lower one; mean "
-        f"change {found['mean']:+.3f}. Printed is the one whose change is the median of the first "
+        f"Of {counts['pairs']} held-out conversations, played before and after with the same personas and seeds, "
+        f"{counts['up']} have a higher mean reward after, {counts['same']} the same, {counts['down']} a lower one; "
+        f"mean change {counts['mean']:+.3f}. Printed is the one whose change is the median of the first "
         f"{len(held_out.pairs)}.\n"
     )
 
@@ -205,7 +201,7 @@ def _credit_words(source: Source) -> str:
 
 
 def _conversation(
-    what: str, conversation: Conversation, classes: Sequence[Candidate], own: Candidate | None, discount: float
+    what: str, conversation: Conversation, classes: Sequence[PolicyClass], own: PolicyClass | None, discount: float
 ) -> Iterator[str]:
     trajectory = conversation.trajectory
     at = "" if conversation.iteration is None else f", iteration {conversation.iteration}"
@@ -238,18 +234,18 @@ def _conversation(
         yield "There is no turn: not even the first prompt fitted into the context."
 
 
-def _credits(conversation: Conversation, candidate: Candidate, discount: float) -> list[float]:
+def _credits(conversation: Conversation, planning: PolicyClass, discount: float) -> list[float]:
     rewards = np.array([[turn.reward for turn in conversation.trajectory.turns]], dtype=np.float64)
     n = rewards.shape[1]
     if not n:
         return []
-    return [float(c) for c in credit(rewards, _mask(candidate, n), np.isfinite(rewards), discount)[0]]
+    return [float(c) for c in credit(rewards, _mask(planning, n), np.isfinite(rewards), discount)[0]]
 
 
-def _mask(candidate: Candidate, n: int) -> Mask:
-    """Return the first n turns of a class, whose segments may go on after them."""
-    whole = max(n, sum(candidate.segments or ()))
-    return candidate.mask(whole)[:n, :n]
+def _mask(planning: PolicyClass, n: int) -> Mask:
+    """Return the first n turns of a class that may be made for more."""
+    whole: Mask = planning.mask(max(n, planning.turns or 0))[:n, :n]
+    return whole
 
 
 def _discount(source: Source) -> float:
@@ -260,41 +256,35 @@ def curve_picture(source: Source) -> Figure:
     """Draw the learning curve and the held-out results, as in the run's ``curve.png``."""
     from ppg_agents.runs.curve import draw_results
 
-    figure = _figure(11, 4.6)
+    figure = new_figure(11, 4.6)
     draw_results(figure, source.metrics, source.evaluations, offline=source.offline)
     return figure
 
 
-def credit_picture(conversation: Conversation, classes: Sequence[Candidate], discount: float) -> Figure:
+def credit_picture(conversation: Conversation, classes: Sequence[PolicyClass], discount: float) -> Figure:
     """Draw every class's mask, and below it the credit that it gives the conversation's replies."""
     n = max(len(conversation.trajectory.turns), 1)
-    figure = _figure(2.6 * len(classes) + 0.6, 4.4)
+    figure = new_figure(2.6 * len(classes) + 0.6, 4.4)
     grid = figure.subplots(2, len(classes), squeeze=False, height_ratios=(3, 2))
-    most = 1.0
-    for k, candidate in enumerate(classes):
+    least, most = 0.0, 1.0
+    for k, planning in enumerate(classes):
         above, below = grid[0][k], grid[1][k]
-        above.imshow(np.where(_mask(candidate, n), 1.0, np.nan), cmap="Blues", vmin=0, vmax=1.6, aspect="equal")
-        above.set_title(candidate.label, fontsize=11)
+        mask = _mask(planning, n)
+        shown = np.where(mask, mask, np.nan)
+        scale = 1.6 * (np.abs(mask.astype(float)).max() or 1.0)  # in blue what counts, in red what counts against
+        above.imshow(shown, cmap="RdBu", vmin=-scale, vmax=scale, aspect="equal")
+        above.set_title(planning.label, fontsize=11)
         above.set(xlabel="reward of turn", ylabel="reply at turn" if k == 0 else "")
         ticks = range(0, n, max(1, math.ceil(n / 6)))
         names = [str(t + 1) for t in ticks]
         above.set_xticks(ticks, names)
         above.set_yticks(ticks, names)
-        values = _credits(conversation, candidate, discount)
-        below.bar(range(len(values)), values, color="#0072B2")
+        values = _credits(conversation, planning, discount)
+        below.bar(range(len(values)), values, color=BLUE)
         below.set(xlabel="turn", ylabel="credit" if k == 0 else "", xlim=(-0.6, n - 0.4))
         below.set_xticks(ticks, names)
-        below.spines[["top", "right"]].set_visible(False)
-        most = max(most, *values) if values else most
+        tidy(below, grid=None)
+        least, most = min(least, *values, least), max(most, *values, most)
     for ax in grid[1]:
-        ax.set_ylim(0, 1.05 * most)
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+        ax.set_ylim(1.05 * least, 1.05 * most)
     return figure

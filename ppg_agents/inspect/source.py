@@ -5,7 +5,6 @@ Trajectories are read line by line, so that a large file costs no more memory th
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.inspect.sample import Row, sample
+from ppg_agents.nearest import did_you_mean
 from ppg_agents.runs.files import RunError
 from ppg_agents.runs.run import Run, is_run
 
@@ -183,9 +183,8 @@ def read(path: Path, most: int) -> Source:
             raise RunError(f"expected trajectories, one JSON object per line, got an empty file {path}; choose another")
         return Source(path, path.name, None, (), {}, shown, counts, notes)
     siblings = [str(p) for p in path.parent.iterdir() if is_run(p)] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), siblings, n=1)
-    hint = f"did you mean {near[0]}?" if near else "give a folder that ppg-agent train wrote"
-    raise RunError(f"expected a run folder, or a .jsonl file of trajectories, got {path}; {hint}")
+    hint = did_you_mean(path, siblings) or "; give a folder that ppg-agent train wrote"
+    raise RunError(f"expected a run folder, or a .jsonl file of trajectories, got {path}{hint}")
 
 
 def conversations(
@@ -241,7 +240,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, int, Trajectory]
 
 def _held_out(run: Run, evaluations: Mapping[str, Any], most: int, notes: list[str]) -> HeldOut | None:
     """Return the first and the newest evaluation's conversations, of which the first pairs are kept."""
-    names = {int(found.get("iteration", 0)): when for when, found in evaluations.items()}
+    names = {int(result.get("iteration", 0)): when for when, result in evaluations.items()}
     files = {iteration: path for iteration, path in run.held_out().items() if iteration in names}
     if len(files) < 2:
         return None
@@ -269,7 +268,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
     """Return a sample of the logged dialogues that a run learned from; without tokens, which a run does not keep."""
     from ppg_agents.offline import read_files
     from ppg_agents.trajectory import Trajectory, Turn
-    from ppg_gym.data.dialogues import split_by_persona
+    from ppg_gym.data import split_by_persona
 
     try:
         dialogues, _ = read_files(config.offline)
@@ -278,7 +277,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
         notes.append(f"The run learned from logged dialogues, which cannot be read here: {error}.")
         return [], Counts()
     notes.append("The conversations are the logged dialogues that the run learned from; others had spoken them.")
-    found, counts, rows = [], Counts(), []
+    logged, counts, rows = [], Counts(), []
     for number, dialogue in enumerate(learned, start=1):
         turns = tuple(
             Turn(
@@ -295,7 +294,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
         )
         who = dialogue.persona
         trajectory = Trajectory(who.instruction, who.id, dialogue.domain, None, turns, terminated=True, truncated=False)
-        found.append(Conversation(number, None, trajectory))
+        logged.append(Conversation(number, None, trajectory))
         rows.append(Row(0, number, 0, who.id, any(status(turn) != "scored" for turn in turns)))
         counts.add(trajectory)
-    return [found[i] for i in sample(rows, most)], counts
+    return [logged[i] for i in sample(rows, most)], counts

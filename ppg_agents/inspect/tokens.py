@@ -38,12 +38,12 @@ def folder(source: Source, named: str | None) -> Path | None:
         ValueError: There is no tokenizer where one was named.
     """
     if named is not None:
-        found = _in_run(Path(named)) if is_run(Path(named)) else _place(named)
-        if found is None:
+        place = _in_run(Path(named)) if is_run(Path(named)) else _place(named)
+        if place is None:
             raise ValueError(
                 f"--tokenizer: expected tiny, a run with a checkpoint or a folder with tokenizer.json, got {named}"
             )
-        return found
+        return place
     if source.config is None:
         return None
     return _in_run(source.path) or _place(source.config.model)

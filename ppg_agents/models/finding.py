@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from importlib import resources
 from pathlib import Path
+
+from ppg_agents.nearest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -88,5 +89,4 @@ def _nearest(name: str) -> str:
     """Return which name was probably meant: the embedded model's, or a folder's beside the one that was named."""
     beside = Path(name).parent
     folders = [str(path) for path in beside.iterdir() if path.is_dir()] if name.strip() and beside.is_dir() else []
-    near = difflib.get_close_matches(str(Path(name)), [TINY, *folders], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(Path(name), [TINY, *folders])

@@ -49,8 +49,8 @@ def load_base(
     """
     path = locate(name)  # before transformers is imported, which takes seconds
     options = _options(quantisation, kernels, device, dtype)
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = _tokenizer(str(adapter) if own else path)
+    trained_with = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = _tokenizer(str(adapter) if trained_with else path)
 
     from transformers import AutoModelForCausalLM
 

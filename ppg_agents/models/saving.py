@@ -43,15 +43,15 @@ def read_into(model: Any, folder: Path, device: torch.device) -> None:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         state = load_file(folder / "adapter_model.safetensors", device=str(device))
-        own = get_peft_model_state_dict(model, save_embedding_layers=False)
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if {k: v.shape for k, v in expected.items()} != {k: v.shape for k, v in state.items()}:
             raise ValueError(f"expected this policy's adapter in {folder}, got other names or shapes")
         set_peft_model_state_dict(model, state)
         return
     state = load_file(folder / "model.safetensors", device=str(device))
-    own = dict(model.named_parameters())
-    if set(own) - set(state):
+    expected = dict(model.named_parameters())
+    if set(expected) - set(state):
         raise ValueError(f"expected the weights of this policy in {folder}, got other names")
     with torch.no_grad():
-        for key, parameter in own.items():
+        for key, parameter in expected.items():
             parameter.copy_(state[key])

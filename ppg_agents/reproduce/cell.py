@@ -61,14 +61,14 @@ def trained(job: Measured, run: Run) -> tuple[Policy, Sampler]:
         RunError: Its checkpoint is not there.
     """
     wanted = job.sizes[-1] // run.config.batch
-    found = dict(run.checkpoints()).get(wanted)
-    if found is None:
+    checkpoint = dict(run.checkpoints()).get(wanted)
+    if checkpoint is None:
         raise RunError(
             f"expected checkpoint {wanted} in {run.folder}, got {[step for step, _ in run.checkpoints()] or 'none'}; "
             "move the folder away to train it again"
         )
     policy = untrained(run.config)
-    run.load_checkpoint(found, policy.load_weights)
+    run.load_checkpoint(checkpoint, policy.load_weights)
     return policy, _sampler(policy, run.config)
 
 
@@ -78,9 +78,9 @@ def _sampler(policy: Policy, config: TrainConfig) -> Sampler:
     return HFSampler(policy, config.sampling.max_new_tokens, config.sampling.temperature)
 
 
-def _keep(job: Measured, run: Run, name: str, found: dict[str, object]) -> None:
+def _keep(job: Measured, run: Run, name: str, measured: dict[str, object]) -> None:
     stored = run.read_json(name) or {}
-    run.write_json(name, {**stored, after(job): {**stored.get(after(job), {}), **found}})
+    run.write_json(name, {**stored, after(job): {**stored.get(after(job), {}), **measured}})
 
 
 def main(job: str, folder: str) -> int:

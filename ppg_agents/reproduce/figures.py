@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppg_agents.plotting import VERMILION, new_figure, save, tidy
 from ppg_agents.reproduce.numbers import ROLLOUT, STEP, UNTRAINED, Point, Standing
 
 if TYPE_CHECKING:
@@ -32,10 +33,10 @@ def draw_residuals(points: Sequence[Point], scale: float, path: Path, *, title: 
     for r, level in enumerate(levels):
         for c, domain in enumerate(domains):
             ax = axes[r][c]
-            own = [p for p in points if (p.domain, p.level) == (domain, level)]
+            shown = [p for p in points if (p.domain, p.level) == (domain, level)]
             ax.axhline(0, color=GREY, linewidth=0.8)
-            _lines(ax, own, dodge=0.09)
-            turns = sorted({p.x for p in own})
+            _lines(ax, shown, dodge=0.09)
+            turns = sorted({p.x for p in shown})
             ax.set_xticks(turns if len(turns) <= 12 else turns[:: len(turns) // 10])
             _clean(ax, title=domain if r == 0 else "", xlabel="turn" if r == len(levels) - 1 else "")
             if c == 0:
@@ -50,12 +51,12 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
     figure, axes = _sheet(1, len(domains), 3.5)
     for c, domain in enumerate(domains):
         ax = axes[0][c]
-        own = [p for p in points if p.domain == domain]
-        trained = [p for p in own if p.planning != UNTRAINED]
+        shown = [p for p in points if p.domain == domain]
+        trained = [p for p in shown if p.planning != UNTRAINED]
         ticks = sorted({p.x for p in trained})
         ax.set_xscale("log")
         _lines(ax, trained, dodge=0.022, factor=True)
-        _untrained(ax, [p for p in own if p.planning == UNTRAINED])
+        _untrained(ax, [p for p in shown if p.planning == UNTRAINED])
         limits = sorted({(p.x, p.reachable) for p in trained if math.isfinite(p.reachable)})
         if limits:
             ends = [(ticks[0] * 0.9, limits[0][1]), *limits, (ticks[-1] * 1.11, limits[-1][1])]
@@ -69,9 +70,9 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
     _finish(figure, axes, path, title, caption)
 
 
-def _untrained(ax: Axes, own: Sequence[Point]) -> None:
+def _untrained(ax: Axes, points: Sequence[Point]) -> None:
     """Draw the untrained model: a level where there is one value, a line where it depends on what is on the axis."""
-    for p in own if len(own) == 1 else ():
+    for p in points if len(points) == 1 else ():
         ax.axhspan(p.low, p.high, color=GREY, alpha=0.15, linewidth=0)
         ax.axhline(p.value, color=GREY, linestyle=":", linewidth=1.4, label="untrained")
 
@@ -84,23 +85,23 @@ def draw_standings(table: Sequence[Standing], path: Path, *, title: str, caption
     figure, axes = _sheet(1, len(domains), 3.3)
     for c, domain in enumerate(domains):
         ax = axes[0][c]
-        own = [one for one in table if one.domain == domain]
-        sizes = sorted({one.x for one in own})
-        names = {one.k: f"{one.k}" for one in sorted(own, key=lambda one: one.k)}
-        names |= {one.k: f"full ({one.k})" for one in own if one.planning == "full"}
+        shown = [one for one in table if one.domain == domain]
+        sizes = sorted({one.x for one in shown})
+        names = {one.k: f"{one.k}" for one in sorted(shown, key=lambda one: one.k)}
+        names |= {one.k: f"full ({one.k})" for one in shown if one.planning == "full"}
         at = {k: row for row, k in enumerate(names)}
         grid = np.full((len(at), len(sizes)), np.nan)
-        for one in own:
+        for one in shown:
             grid[at[one.k], sizes.index(one.x)] = one.share
         image = ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="none")
-        for one in own:
+        for one in shown:
             x, y = sizes.index(one.x), at[one.k]
             shade = "white" if one.share > 0.55 else "black"
             weight = "bold" if one.best else "normal"
             ax.text(x, y, _percent(one.share), ha="center", va="center", color=shade, fontsize=8.5, fontweight=weight)
             if one.not_worse:
                 box = {"xy": (x - 0.44, y - 0.42), "width": 0.88, "height": 0.84, "fill": False}
-                ax.add_patch(_rectangle(**box, edgecolor="#D55E00", linewidth=2.2 if one.best else 1.0))
+                ax.add_patch(_rectangle(**box, edgecolor=VERMILION, linewidth=2.2 if one.best else 1.0))
         ax.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
         ax.set_yticks(range(len(names)), list(names.values()))
         ax.tick_params(length=0)
@@ -138,13 +139,13 @@ def _lines(ax: Axes, points: Sequence[Point], *, dodge: float, factor: bool = Fa
     """Draw a line per class with its intervals, side by side."""
     classes = {p.planning: p.k for p in sorted(points, key=lambda p: (p.planning == "full", p.k))}
     for i, (planning, k) in enumerate(classes.items()):
-        own = sorted((p for p in points if p.planning == planning), key=lambda p: p.x)
+        line = sorted((p for p in points if p.planning == planning), key=lambda p: p.x)
         aside = dodge * (i - (len(classes) - 1) / 2)
-        x = [p.x * (1 + aside) if factor else p.x + aside for p in own]
+        x = [p.x * (1 + aside) if factor else p.x + aside for p in line]
         look = style(planning, k)
-        for at, p in zip(x, own, strict=True):
+        for at, p in zip(x, line, strict=True):
             ax.plot([at, at], [p.low, p.high], color=look["color"], linewidth=1.6, alpha=0.55, solid_capstyle="butt")
-        ax.plot(x, [p.value for p in own], **look, markersize=4.2, linewidth=1.4, zorder=3)
+        ax.plot(x, [p.value for p in line], **look, markersize=4.2, linewidth=1.4, zorder=3)
 
 
 def _domains(points: Sequence[Point]) -> list[str]:
@@ -152,20 +153,14 @@ def _domains(points: Sequence[Point]) -> list[str]:
 
 
 def _sheet(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(4.1 * columns, 6.6), height * rows + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(4.1 * columns, 6.6), height * rows + 1.1)
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
 def _clean(ax: Axes, *, title: str, xlabel: str) -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xlabel(xlabel)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
+    tidy(ax)
 
 
 def _same_height(axes: Sequence[Axes]) -> None:
@@ -190,4 +185,4 @@ def _save(figure: Figure, path: Path, title: str, caption: str) -> None:
     width = figure.get_size_inches()[0]
     figure.suptitle(textwrap.fill(title, int(9 * width)), fontsize=12, fontweight="bold")
     figure.supxlabel(textwrap.fill(caption, int(15 * width)), fontsize=8, color="#444444")
-    figure.savefig(path, dpi=130)
+    save(figure, path, dpi=130)

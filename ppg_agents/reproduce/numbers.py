@@ -16,7 +16,7 @@ import numpy as np
 
 from ppg_agents.compare.cell import Result, results
 from ppg_agents.compare.engine import folder_of
-from ppg_agents.compare.plan import Job
+from ppg_agents.compare.plan import Job, config_of
 from ppg_agents.compare.report import Row, rows, scores
 from ppg_agents.compare.statistics import Array, interval, mean_interval, resampled, weights
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, measurements
@@ -96,37 +96,37 @@ def cells(wanted: Iterable[Job], out: Path) -> list[Result]:
 
 def untrained(wanted: Iterable[Job], out: Path) -> list[Result]:
     """Return what runs were before training, as cells of size 0; one run of each seed and domain."""
-    found: dict[tuple[str, int], Result] = {}
+    first: dict[tuple[str, int], Result] = {}
     for job in wanted:
         folder = folder_of(job, out)
         before = Run.open(folder).evaluations().get("before") if is_run(folder) else None
         if before is not None:
-            found.setdefault((job.domain, job.seed), Result(job, 0, before, 0, 0.0))
-    return list(found.values())
+            first.setdefault((job.domain, job.seed), Result(job, 0, before, 0, 0.0))
+    return list(first.values())
 
 
 def steps(wanted: Iterable[Job], out: Path) -> list[Result]:
     """Return the step-level results that are there, as cells of the largest size."""
     measured = ((job, measurements(job, folder_of(job, out), STEPS)) for job in wanted)
-    return [Result(job, job.sizes[-1], found, 0, 0.0) for job, found in measured if found]
+    return [Result(job, job.sizes[-1], evaluation, 0, 0.0) for job, evaluation in measured if evaluation]
 
 
 def lengths(wanted: Iterable[Job], out: Path) -> list[tuple[int, Result]]:
     """Return (turns of a conversation, result) that are there, of the largest size."""
     return [
-        (int(turns), Result(job, job.sizes[-1], found, 0, 0.0))
+        (int(turns), Result(job, job.sizes[-1], evaluation, 0, 0.0))
         for job in wanted
-        for turns, found in measurements(job, folder_of(job, out), LENGTHS).items()
+        for turns, evaluation in measurements(job, folder_of(job, out), LENGTHS).items()
     ]
 
 
 def lookahead(job: Job, turns: int) -> int:
     """Return a class's K: full planning is as many steps as the conversation has turns; 0 for other classes."""
-    turns = job.config["env"].get("max_turns") or turns
-    return {"greedy": 1, "full": turns}.get(job.config["policy_class"], job.config.get("lookahead") or 0)
+    planning = config_of(job).policy_class
+    return 0 if planning == "auto" else planning.steps(job.config["env"].get("max_turns") or turns) or 0
 
 
-def residuals(found: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -> tuple[list[Point], float]:
+def residuals(levels: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -> tuple[list[Point], float]:
     """Return figure 2: per turn, each class's consistency less the mean over the classes, scaled to [−1, 1].
 
     The paper says of its figure 2 that the residual is scaled to [−1, 1]; how, is our definition [D]: the residual of
@@ -134,19 +134,19 @@ def residuals(found: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -
     value in the picture. Intervals resample seeds and personas, the same for all classes; the scale is taken as given.
 
     Args:
-        found: Cells of one size by level, ``rollout`` or ``step``; of seeds that all classes of a domain have.
+        levels: Cells of one size by level, ``rollout`` or ``step``; of seeds that all classes of a domain have.
         turns: Of a conversation, by domain.
 
     Returns:
         The points, and the scale: the consistency that 1 stands for.
     """
     points: list[Point] = []
-    for level, own in found.items():
-        for domain, methods in grouped(own).items():
+    for level, cells in levels.items():
+        for domain, methods in grouped(cells).items():
             methods = paired(methods)
             if len(methods) < 2:
                 continue
-            played = [one.evaluation["personas"] for same in methods.values() for one in same]
+            played = [cell.evaluation["personas"] for of_method in methods.values() for cell in of_method]
             n = max(len(row["judged"]) for personas in played for row in personas.values())
             for turn in range(n):
                 points += _residuals(methods, domain, level, turn, turns[domain])
@@ -157,38 +157,38 @@ def residuals(found: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -
 
 def _residuals(methods: Mapping[str, list[Result]], domain: str, level: str, turn: int, turns: int) -> list[Point]:
     scored = scores(methods, turn)
-    seeds, personas = next(iter(scored.values())).scores.shape
-    drawn = weights(seeds, personas)
+    s, p = next(iter(scored.values())).scores.shape
+    drawn = weights(s, p)
     means = np.array([one.mean for one in scored.values()])
     again = np.stack([resampled(one, drawn) for one in scored.values()])
     again -= again.mean(0)
     made = []
     for method, value, values in zip(methods, means - means.mean(), again, strict=True):
         job = methods[method][0].job
-        own = tuple(one.job.seed for one in methods[method])
+        seeds = tuple(one.job.seed for one in methods[method])
         ends = interval(values)
-        made.append(Point(domain, level, method, lookahead(job, turns), turn + 1, float(value), *ends, own, personas))
+        made.append(Point(domain, level, method, lookahead(job, turns), turn + 1, float(value), *ends, seeds, p))
     return made
 
 
-def curves(found: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> list[Point]:
+def curves(cells: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> list[Point]:
     """Return figures 3 and 5: consistency against a number.
 
     Args:
-        found: (what it is drawn against, cell); cells of size 0 are those of the untrained model.
+        cells: (what it is drawn against, cell); cells of size 0 are those of the untrained model.
         turns: Of a conversation, by domain.
     """
     columns: dict[tuple[str, int], dict[str, list[Result]]] = {}
-    for x, one in found:
-        method = one.job.method if one.size else UNTRAINED
-        columns.setdefault((one.job.domain, x), {}).setdefault(method, []).append(one)
+    for x, cell in cells:
+        method = cell.job.method if cell.size else UNTRAINED
+        columns.setdefault((cell.job.domain, x), {}).setdefault(method, []).append(cell)
     points = []
     for (domain, x), methods in columns.items():
         for method, scored in scores(methods).items():
-            own = methods[method]
-            known = [one.evaluation["reachable"] for one in own if one.evaluation["reachable"] is not None]
+            of_method = methods[method]
+            known = [cell.evaluation["reachable"] for cell in of_method if cell.evaluation["reachable"] is not None]
             reachable = float(np.mean(known)) if known else math.nan
-            k = 0 if method == UNTRAINED else lookahead(own[0].job, turns[domain])
+            k = 0 if method == UNTRAINED else lookahead(of_method[0].job, turns[domain])
             ends = mean_interval(scored)
             some = scored.seeds, int((scored.judged.sum(0) > 0).sum())
             points.append(Point(domain, ROLLOUT, method, k, x, scored.mean, *ends, *some, reachable))
@@ -196,7 +196,7 @@ def curves(found: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> lis
     return sorted(points, key=lambda point: (order.index(point.domain), point.k, point.x))
 
 
-def standings(found: Sequence[Result], turns: Mapping[str, int]) -> list[Standing]:
+def standings(cells: Sequence[Result], turns: Mapping[str, int]) -> list[Standing]:
     """Return figure 4: how often each class is the best after so many training conversations.
 
     "Not worse" is `compare`'s verdict: the paired difference to the class with the highest mean, corrected over all
@@ -204,7 +204,7 @@ def standings(found: Sequence[Result], turns: Mapping[str, int]) -> list[Standin
     """
     kept = [
         one
-        for methods in (_of_size(found, key) for key in dict.fromkeys((one.job.domain, one.size) for one in found))
+        for methods in (_of_size(cells, key) for key in dict.fromkeys((one.job.domain, one.size) for one in cells))
         for results_of in paired(methods).values()
         for one in results_of
     ]
@@ -213,8 +213,8 @@ def standings(found: Sequence[Result], turns: Mapping[str, int]) -> list[Standin
     for domain, size in dict.fromkeys((one.job.domain, one.size) for one in kept):
         methods = _of_size(kept, (domain, size))
         for method, share in zip(methods, shares(methods), strict=True):
-            row, own = verdicts[domain, size, method], methods[method]
-            k, seeds = lookahead(own[0].job, turns[domain]), tuple(one.job.seed for one in own)
+            row, of_method = verdicts[domain, size, method], methods[method]
+            k, seeds = lookahead(of_method[0].job, turns[domain]), tuple(one.job.seed for one in of_method)
             p = math.nan if row.to_best is None else row.to_best.p
             stands = (row.verdict == "best", row.verdict != "worse", row.mean, *row.ci95, p, seeds)
             made.append(Standing(domain, size, method, k, float(share), *stands))
@@ -233,23 +233,23 @@ def shares(methods: Mapping[str, Sequence[Result]]) -> Array:
     return share
 
 
-def grouped(found: Iterable[Result]) -> dict[str, dict[str, list[Result]]]:
+def grouped(cells: Iterable[Result]) -> dict[str, dict[str, list[Result]]]:
     """Return cells by domain and method."""
     domains: dict[str, dict[str, list[Result]]] = {}
-    for one in found:
-        domains.setdefault(one.job.domain, {}).setdefault(one.job.method, []).append(one)
+    for cell in cells:
+        domains.setdefault(cell.job.domain, {}).setdefault(cell.job.method, []).append(cell)
     return domains
 
 
 def paired(methods: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
     """Return the cells of the seeds that all methods have, in one order."""
-    common = set.intersection(*({one.job.seed for one in own} for own in methods.values()))
-    kept = {method: [one for one in own if one.job.seed in common] for method, own in methods.items()}
-    return {method: sorted(own, key=lambda one: one.job.seed) for method, own in kept.items() if own}
+    common = set.intersection(*({cell.job.seed for cell in cells} for cells in methods.values()))
+    kept = {method: [cell for cell in cells if cell.job.seed in common] for method, cells in methods.items()}
+    return {method: sorted(cells, key=lambda cell: cell.job.seed) for method, cells in kept.items() if cells}
 
 
-def _of_size(found: Iterable[Result], key: tuple[str, int]) -> dict[str, list[Result]]:
-    return grouped(one for one in found if (one.job.domain, one.size) == key).get(key[0], {})
+def _of_size(cells: Iterable[Result], key: tuple[str, int]) -> dict[str, list[Result]]:
+    return grouped(cell for cell in cells if (cell.job.domain, cell.size) == key).get(key[0], {})
 
 
 def to_csv(table: Sequence[Point | Standing], x: str) -> str:

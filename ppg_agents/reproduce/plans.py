@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ppg_agents.compare.cell import check as check_settings
-from ppg_agents.compare.cell import results
+from ppg_agents.compare.cell import results, turns_of
 from ppg_agents.compare.engine import folder_of
 from ppg_agents.compare.plan import Job, Plan, config_of, jobs
-from ppg_agents.compare.turns import turns_of
 from ppg_agents.config.parsing import put
 from ppg_agents.config.settings import ConfigError
 from ppg_agents.runs.files import json_object
@@ -121,7 +120,7 @@ def plan(request: Request, turns: int | None = None) -> Plan:
     length = {} if turns is None else {"env.max_turns": turns, "env.kwargs.max_turns": turns}
     for key, value in {**SETTINGS, **request.settings, **length}.items():
         put(settings, key, value)
-    lookaheads = tuple("greedy" if k == 1 else str(k) for k in request.lookaheads)
+    lookaheads = tuple(map(str, request.lookaheads))
     classes = lookaheads if request.figure == "fig2" else (*lookaheads, FULL)
     table = request.figure == "table"
     if table:  # an agent that is run with one class gets the first

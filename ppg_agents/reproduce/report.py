@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ppg_agents.compare.cell import Result, finished
@@ -44,11 +44,10 @@ def lost(wanted: Wanted) -> dict[str, str]:
 def _fig2(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
     size = max(request.sizes)
     levels = {
-        numbers.ROLLOUT: [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)],
-        numbers.STEP: [one for place, jobs in wanted.items() for one in numbers.steps(jobs, place)],
+        numbers.ROLLOUT: _gather(numbers.cells, wanted, size),
+        numbers.STEP: _gather(numbers.steps, wanted, size),
     }
-    found = {level: [one for one in own if one.size == size] for level, own in levels.items()}
-    points, scale = numbers.residuals(found, turns)
+    points, scale = numbers.residuals(levels, turns)
     _need(points, request, out)
     from ppg_agents.reproduce.figures import draw_residuals
 
@@ -63,10 +62,9 @@ def _fig2(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
 
 
 def _fig3(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
-    found = [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)]
-    before = [one for place, jobs in wanted.items() for one in numbers.untrained(jobs, place)]
-    points = numbers.curves([(one.size, one) for one in (*found, *before)], turns)
-    _need(found, request, out)
+    cells = _gather(numbers.cells, wanted)
+    points = numbers.curves([(cell.size, cell) for cell in (*cells, *_gather(numbers.untrained, wanted))], turns)
+    _need(cells, request, out)
     from ppg_agents.reproduce.figures import draw_curves
 
     title = "Figure 3: persona consistency against the number of training conversations"
@@ -77,8 +75,7 @@ def _fig3(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
 
 
 def _fig4(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
-    found = [one for place, jobs in wanted.items() for one in numbers.cells(jobs, place)]
-    table = numbers.standings(found, turns)
+    table = numbers.standings(_gather(numbers.cells, wanted), turns)
     _need(table, request, out)
     from ppg_agents.reproduce.figures import draw_standings
 
@@ -95,16 +92,16 @@ def _fig4(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
 
 def _fig5(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
     size = max(request.sizes)
-    found: list[tuple[int, Result]] = []
+    by_length: list[tuple[int, Result]] = []
     for place, jobs in wanted.items():
-        trained = [one for one in numbers.cells(jobs, place) if one.size == size]
+        trained = _gather(numbers.cells, {place: jobs}, size)
         if request.train_turns:
             length = {job.name: config_of(job).env.max_turns or turns[job.domain] for job in jobs}
-            found += [(length[one.job.name], one) for one in trained]
+            by_length += [(length[cell.job.name], cell) for cell in trained]
         else:
-            others = [(n, one) for n, one in numbers.lengths(jobs, place) if n in request.turns]
-            found += others + [(n, one) for one in trained if (n := turns[one.job.domain]) not in request.turns]
-    points = numbers.curves(found, turns)
+            by_length += [(n, cell) for n, cell in numbers.lengths(jobs, place) if n in request.turns]
+            by_length += [(n, cell) for cell in trained if (n := turns[cell.job.domain]) not in request.turns]
+    points = numbers.curves(by_length, turns)
     _need(points, request, out)
     from ppg_agents.reproduce.figures import draw_curves
 
@@ -112,8 +109,8 @@ def _fig5(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
     title = f"Figure 5: persona consistency by length of the conversation; trained on {how}"
     caption = f"After {size:,} training conversations; rollout-level, held-out personas."
     if not request.train_turns:
-        own = ", ".join(f"{turns[domain]} turns in {domain}" for domain in request.domains)
-        caption += f" Trained on conversations of {own}; only the evaluation is longer or shorter."
+        trained_on = ", ".join(f"{turns[domain]} turns in {domain}" for domain in request.domains)
+        caption += f" Trained on conversations of {trained_on}; only the evaluation is longer or shorter."
     words = _words(request, wanted, title, caption, _seeds(points))
     draw_curves(points, out / "fig5.png", xlabel="turns of a conversation", **words)
     return _csv(points, out, "fig5", "turns")
@@ -121,12 +118,11 @@ def _fig5(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
 
 def _table(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path) -> list[Path]:
     size = max(request.sizes)
-    jobs = [job for own in wanted.values() for job in own]
-    found = [one for place, own in wanted.items() for one in numbers.cells(own, place) if one.size == size]
-    _need(found, request, out)
+    cells = _gather(numbers.cells, wanted, size)
+    _need(cells, request, out)
     why = lost(wanted)
-    table = rows(found)
-    failed = tables.failed_methods(jobs, table, why)
+    table = rows(cells)
+    failed = tables.failed_methods([job for jobs in wanted.values() for job in jobs], table, why)
     words = _words(
         request,
         wanted,
@@ -141,6 +137,14 @@ def _table(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path
     return [out / "table.md", out / "table.csv"]
 
 
+def _gather(
+    read: Callable[[Sequence[Job], Path], list[Result]], wanted: Wanted, size: int | None = None
+) -> list[Result]:
+    """Return the cells of all folders, of one size or of all."""
+    cells = [cell for place, jobs in wanted.items() for cell in read(jobs, place)]
+    return [cell for cell in cells if size in (None, cell.size)]
+
+
 def _seeds(points: Sequence[numbers.Point]) -> list[tuple[int, ...]]:
     return [point.seeds for point in points]
 
@@ -150,7 +154,7 @@ def _words(
 ) -> dict[str, str]:
     """Return title and caption, with what the numbers rest on."""
     config = next(config_of(job) for jobs in wanted.values() for job in jobs)
-    counts = sorted({len(own) for own in seeds})
+    counts = sorted({len(each) for each in seeds})
     count = "1 seed" if counts == [1] else "–".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " seeds"
     runs = [(job, folder_of(job, place)) for place, jobs in wanted.items() for job in jobs]
     there = sum(finished(job, folder) for job, folder in runs)
@@ -173,8 +177,8 @@ def _csv(table: Sequence[numbers.Point | numbers.Standing], out: Path, name: str
     return [out / f"{name}.png", out / f"{name}.csv"]
 
 
-def _need(found: Sequence[object], request: Request, out: Path) -> None:
-    if not found:
+def _need(cells: Sequence[object], request: Request, out: Path) -> None:
+    if not cells:
         raise RunError(
             f"expected runs to draw {request.figure} from in {out}, got none that is finished; see {out}/cells/*.txt"
         )

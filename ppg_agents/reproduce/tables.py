@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from ppg_agents.compare.plan import Job
 from ppg_agents.compare.report import Row, to_csv
+from ppg_agents.terminal.table import in_markdown
 
 NOT_RUN = "not run yet"
 
@@ -16,11 +17,11 @@ NOT_RUN = "not run yet"
 def failed_methods(wanted: Sequence[Job], table: Sequence[Row], lost: Mapping[str, str]) -> dict[tuple[str, str], str]:
     """Return why a method has no row in a domain, by (domain, method)."""
     there = {(row.domain, row.method) for row in table}
-    found: dict[tuple[str, str], str] = {}
+    reasons: dict[tuple[str, str], str] = {}
     for job in wanted:
         if (job.domain, job.method) not in there:
-            found.setdefault((job.domain, job.method), lost.get(job.name, NOT_RUN))
-    return found
+            reasons.setdefault((job.domain, job.method), lost.get(job.name, NOT_RUN))
+    return reasons
 
 
 def to_markdown(table: Sequence[Row], failed: Mapping[tuple[str, str], str], lost: Mapping[str, str]) -> str:
@@ -32,18 +33,16 @@ def to_markdown(table: Sequence[Row], failed: Mapping[tuple[str, str], str], los
         lost: Why a run failed, by its name.
     """
     domains = list(dict.fromkeys([row.domain for row in table] + [domain for domain, _ in failed]))
-    found = {(row.domain, row.method): row for row in table}
-    means: dict[str, list[float]] = {method: [] for _, method in (*found, *failed)}
-    for (_, method), row in found.items():
+    rows = {(row.domain, row.method): row for row in table}
+    means: dict[str, list[float]] = {method: [] for _, method in (*rows, *failed)}
+    for (_, method), row in rows.items():
         means[method].append(row.mean)
     ranked = sorted(means, key=lambda method: -sum(means[method]) / len(means[method]) if means[method] else math.inf)
-    lines = [
-        "| method |" + "".join(f" {domain} | to the best | p |" for domain in domains),
-        "|---" * (1 + 3 * len(domains)) + "|",
+    cells = [
+        [method, *(_cells(rows.get((domain, method)), failed.get((domain, method), NOT_RUN)) for domain in domains)]
+        for method in ranked
     ]
-    for method in ranked:
-        cells = [_cells(found.get((domain, method)), failed.get((domain, method), NOT_RUN)) for domain in domains]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines = in_markdown(["method", *(name for domain in domains for name in (domain, "to the best", "p"))], cells)
     notes = [f"- {domain}, {method}: {why}" for (domain, method), why in failed.items() if why != NOT_RUN]
     notes += [f"- {name}: {why}" for name, why in lost.items() if why not in failed.values()]
     return "\n".join(lines) + ("\n\nFailed:\n\n" + "\n".join(notes) if notes else "") + "\n"

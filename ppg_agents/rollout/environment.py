@@ -247,16 +247,3 @@ def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | 
         envs.spec.max_episode_steps if envs.spec else None,
     )
     return next((int(limit) for limit in limits if limit), None)
-
-
-def check_segments(config: TrainConfig, turns: int | None) -> None:
-    """Check the segments against the length of a conversation, where that is known.
-
-    Raises:
-        ConfigError: They do not sum to it.
-    """
-    if config.segments is not None and turns is not None and sum(config.segments) != turns:
-        raise ConfigError(
-            f"segments: expected lengths that sum to the {turns} turns of a conversation, "
-            f"got {list(config.segments)} = {sum(config.segments)}; change --segments"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppg_agents.plotting import BLUE, GREEN, ORANGE, new_figure, save, tidy
 from ppg_agents.runs.files import writing
 from ppg_agents.runs.run import Run
 
@@ -18,20 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe-Ito: told apart by everybody
-BEFORE, AFTER, LINE, LIMIT = "#E69F00", "#0072B2", "#0072B2", "#009E73"
+BEFORE, AFTER, LINE, LIMIT = ORANGE, BLUE, BLUE, GREEN
 
 
 def curve(run: Run) -> Path:
     """Draw ``curve.png`` of a run from its metrics and evaluations; return the file."""
-    figure, offline = _figure(), bool(run.config.offline.files)
+    figure, offline = new_figure(11, 4.6), bool(run.config.offline.files)
     title = f"{run.config.subject}, policy class: {run.config.label}, seed {run.config.seed}"
     figure.suptitle(title, fontweight="bold")
     draw_results(figure, run.metrics(), run.evaluations(), offline=offline)
-    path, temporary = run.folder / "curve.png", run.folder / ".curve.png.tmp"
+    path = run.folder / "curve.png"
     with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
-        figure.savefig(temporary, dpi=150, format="png")
-        os.replace(temporary, path)  # whole or not at all
+        save(figure, path, dpi=150)
     return path
 
 
@@ -49,10 +47,8 @@ def draw_results(
         draw_consistency(left, metrics, evaluations)
         draw_turns(right, evaluations)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="x" if ax is right and offline else "y", color="#dddddd", linewidth=0.6)
-        ax.set_axisbelow(True)
+    tidy(left)
+    tidy(right, grid="x" if offline else "y")
 
 
 def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
@@ -168,15 +164,6 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the centred mean over about a tenth of the series, narrower at its ends, [len(values)]."""
     half = max(len(values) // 20, 1)
     return np.array([_nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
-
-
-def _figure() -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

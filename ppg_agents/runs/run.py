@@ -21,12 +21,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppg_agents.config import settings as configs
 from ppg_agents.config.settings import TrainConfig
+from ppg_agents.nearest import nearest
 from ppg_agents.runs import checkpoints
 from ppg_agents.runs.files import LOCK, RunError, finite, json_object, lock, read_jsonl, replace, size, writing
 from ppg_agents.terminal.progress import say
@@ -314,8 +314,8 @@ def _near(folder: Path) -> str:
     """Return which run was probably meant: one of that name, beside it or under ``runs/``."""
     places = [place for place in (folder.parent, Path("runs")) if place.is_dir()]
     known = {path.name: path for place in places for path in sorted(place.iterdir()) if is_run(path)}
-    near = get_close_matches(folder.name, known, n=1)
-    return f"; did you mean {known[near[0]]}?" if near else ""
+    meant = nearest(folder.name, known)
+    return f"; did you mean {known[meant]}?" if meant else ""
 
 
 def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:

@@ -8,7 +8,6 @@ is given up with one line on stderr. Nothing here may change what is computed.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import json
 import math
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ppg_agents.config.settings import ConfigError, TrainConfig, to_dict
+from ppg_agents.nearest import not_one_of
 from ppg_agents.runs.files import RunError, json_object, replace
 from ppg_agents.terminal.progress import say
 
@@ -244,9 +244,7 @@ def require(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in TRACKERS:
-            near = difflib.get_close_matches(name, TRACKERS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"report_to: expected trackers out of {', '.join(TRACKERS)}, got {name!r}{hint}")
+            raise ConfigError(not_one_of("report_to", name, TRACKERS))
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 importlib.import_module(TRACKERS[name].module)

@@ -7,8 +7,7 @@
         train_dataset=chat.dataset(512),
         rollout_func=chat.rollout,
         reward_funcs=chat.reward,
-        policy_class="k-step",
-        lookahead=3,
+        policy_class="k-step 3",
     )
 
 GRPOTrainer has one advantage per completion, but its loss takes one per token as well, "to support subclasses": that is
@@ -35,7 +34,6 @@ rollout function that returns both will do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +43,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
-from ppg_agents.credit import credit, policy_class
+from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.losses import broadcast_credit
 
 
@@ -53,9 +51,7 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types ar
     """TRL's GRPOTrainer, in which every turn of a conversation has an advantage of its own.
 
     Args:
-        policy_class: ``full``, ``greedy``, ``k-step`` or ``segment``, see `ppg_agents.credit`.
-        lookahead: K of ``k-step``.
-        segments: Lengths of ``segment``.
+        policy_class: A `PolicyClass`, or what its ``parse`` reads: ``greedy``, ``k-step 3``, a matrix, ….
         discount: γ, per turn.
         *args: Of GRPOTrainer, as are all other names.
 
@@ -66,17 +62,15 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types ar
     def __init__(
         self,
         *args: Any,
-        policy_class: str = "full",
-        lookahead: int | None = None,
-        segments: Sequence[int] | None = None,
+        policy_class: object = "full",
         discount: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if not hasattr(GRPOTrainer, "_generate_and_score_completions"):  # else credit would be TRL's, without a word
             raise ValueError("expected TRL 1.16, or one that makes advantages in the same place; change its version")
-        self._class = (policy_class, lookahead, segments)
-        self._discount = discount
-        self._credit(np.zeros((1, 1)))  # a wrong option is an error now, not at the first step
+        self._class, self._discount = PolicyClass.parse(policy_class), discount
+        self._class.check(None)  # a wrong option is an error now, not at the first step
+        credit(np.zeros((1, 1)), np.ones((1, 1), dtype=bool), np.ones((1, 1), dtype=bool), discount)
         super().__init__(*args, **kwargs)
         if len(self.reward_funcs) != 1 or self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
@@ -124,8 +118,7 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types ar
 
     def _credit(self, rewards: Any) -> Any:
         """Return the credit [B, n] of rewards [B, n], which are NaN where there is none."""
-        name, lookahead, segments = self._class
-        n = rewards.shape[1] if segments is None else max(rewards.shape[1], sum(segments))
+        n = max(rewards.shape[1], self._class.turns or 0)
         padded = np.pad(rewards, ((0, 0), (0, n - rewards.shape[1])), constant_values=np.nan)
-        made = credit(padded, policy_class(name, n, lookahead, segments), np.isfinite(padded), self._discount)
+        made = credit(padded, self._class.mask(n), np.isfinite(padded), self._discount)
         return made[:, : rewards.shape[1]]

@@ -45,13 +45,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import torch
 
 from ppg_agents.generation import Sample
+from ppg_agents.nearest import not_one_of
 from ppg_agents.policy.policy import Policy
 from ppg_agents.rollout.lockstep import collect
 from ppg_agents.trajectory import Trajectory
@@ -81,9 +81,7 @@ class PersonaChat:
 
     def __init__(self, reward: str = "mean", personas: str = "train", **env_kwargs: Any) -> None:
         if reward not in REWARDS:
-            near = get_close_matches(str(reward), REWARDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"expected reward out of {', '.join(REWARDS)}, got {reward!r}{hint}")
+            raise ValueError(not_one_of("reward", reward, REWARDS))
         self.trajectories: list[Trajectory] = []
         self._reward, self._personas, self._env_kwargs = reward, personas, env_kwargs
         self._envs: dict[tuple[str, int], gym.vector.VectorEnv[Any, Any, Any]] = {}

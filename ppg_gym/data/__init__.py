@@ -1,16 +1,17 @@
-"""Personas and dialogues in the formats that people have: read, check, count, collect, write, make.
+"""Personas and dialogues in the formats that people have: read, check, count, collect and write them.
 
-`read` is the one entry point for every format. Needs nothing beyond what the environment needs, and knows
-neither the environment nor a learner.
+`read` is the one entry point for every format. Needs nothing beyond what the environment needs, and knows neither the
+environment nor a learner. These names are for other packages; modules here import one another directly.
 """
 
 from ppg_gym.data.collect import Collected, collect
+from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn, split_by_persona
 from ppg_gym.data.export import OPENING, Exported, export, write_rows
-from ppg_gym.data.files import Problem, RefusedError, replacing
+from ppg_gym.data.files import DataError, Problem, RefusedError
 from ppg_gym.data.formats import FORMATS, PERSONA_FORMATS, detect, read, read_dialogues, validate
-from ppg_gym.data.persona_maker import make_personas, save_personas
-from ppg_gym.data.records import SCHEMA, write_dialogues
+from ppg_gym.data.records import SCHEMA, save_personas, write_dialogues
 from ppg_gym.data.report import Report, table
+from ppg_gym.domain.cast import make_personas
 
 __all__ = [
     "FORMATS",
@@ -18,7 +19,10 @@ __all__ = [
     "PERSONA_FORMATS",
     "SCHEMA",
     "Collected",
+    "DataError",
     "Exported",
+    "LoggedDialogue",
+    "LoggedTurn",
     "Problem",
     "RefusedError",
     "Report",
@@ -28,8 +32,8 @@ __all__ = [
     "make_personas",
     "read",
     "read_dialogues",
-    "replacing",
     "save_personas",
+    "split_by_persona",
     "table",
     "validate",
     "write_dialogues",

@@ -1,8 +1,8 @@
 """Chats between two personas, without a judge: Synthetic-Persona-Chat (CSV) and PersonaChat / ConvAI2 (text).
 
-Each dialogue gives one `LoggedDialogue` per speaker whose persona is known; no reply has a verdict. A dialogue
-that can not be read as it stands is skipped and named with its reason; nothing is guessed or mended but these:
-blank lines are dropped, and lines that the same user says in a row are joined (and counted in the report).
+Each dialogue gives one `LoggedDialogue` per speaker whose persona is known; no reply has a verdict. A dialogue that
+cannot be read is skipped and named with the reason. Nothing is guessed or repaired, with two exceptions: blank lines
+are dropped, and lines that the same user says in a row are joined (and counted in the report).
 
 Synthetic-Persona-Chat is described in arXiv 2312.10007, PersonaChat in arXiv 1801.07243.
 """
@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn
 from ppg_gym.data.files import Problem, RefusedError, shorten
 from ppg_gym.data.report import Report, of_dialogues
-from ppg_gym.domain.personas import persona_key
+from ppg_gym.domain.personas import persona_key, prose_persona
 
 COLUMNS = ("user 1 personas", "user 2 personas", "Best Generated Conversation")
 DOMAIN = "chatting"
@@ -42,7 +42,7 @@ Lines = list[tuple[int, str]]
 
 
 class _SkipError(Exception):
-    """Why a dialogue is skipped, and what stands there."""
+    """Why a dialogue is skipped, and what the file holds there."""
 
 
 def read_synthetic_persona_chat(
@@ -50,12 +50,12 @@ def read_synthetic_persona_chat(
 ) -> tuple[list[LoggedDialogue], Report]:
     """Read a CSV file with the columns of Synthetic-Persona-Chat; further columns are not read.
 
-    Rows count from 1 like in a table program, the header being row 1. A row is skipped when a persona is empty,
+    Rows count from 1 as in a spreadsheet, the header being row 1. A row is skipped when a persona is empty,
     a line is not one of ``User 1:`` or ``User 2:``, a line is empty, a placeholder such as ``[User 1's name]``
     is left in a text, or only one of the users speaks.
 
     Raises:
-        RefusedError: No such columns, or a quote that does not end.
+        RefusedError: The columns are missing, or a quote is never closed.
     """
     dialogues: list[LoggedDialogue] = []
     problems: list[Problem] = []
@@ -75,9 +75,9 @@ def read_synthetic_persona_chat(
                 if len(row) != len(header):
                     raise _SkipError("another number of columns than the header", str(len(row)))
                 first, second, conversation = (row[column] for column in columns)
-                said, extra = _conversation(conversation)
+                lines, extra = _conversation(conversation)
                 personas = [_described(first, 1), _described(second, 2)]
-                dialogues += _sides(said, personas, domain or DOMAIN, Path(path).name, number - 2)
+                dialogues += _sides(lines, personas, domain or DOMAIN, Path(path).name, number - 2)
                 joined[f"row {number}"] += extra
             except _SkipError as skip:
                 problems.append(Problem(line, f"row {number}", *skip.args))
@@ -93,12 +93,12 @@ def read_synthetic_persona_chat(
 def read_persona_chat(
     path: str | os.PathLike[str], text: str, domain: str | None
 ) -> tuple[list[LoggedDialogue], Report]:
-    r"""Read PersonaChat / ConvAI2 text: numbered lines, of which each 1 begins a dialogue.
+    r"""Read PersonaChat / ConvAI2 text: numbered lines; each line 1 begins a dialogue.
 
-    ``N your persona: …`` and ``N partner's persona: …`` come first, then ``N utterance\treply``, perhaps with a
-    third field (reward) and a fourth (candidate replies), which are not read. The partner speaks first; where
-    the utterance is ``__SILENCE__`` the persona does. Speaker 1 is "you", speaker 2 the partner. In files that
-    hold a dialogue from both sides with both personas, the side that is repeated is left out.
+    ``N your persona: …`` and ``N partner's persona: …`` come first, then ``N utterance\treply``. A third field
+    (reward) and a fourth (candidate replies) are not read. The partner speaks first; where the utterance is
+    ``__SILENCE__`` the persona does. Speaker 1 is "you", speaker 2 the partner. Where a file tells a dialogue from both
+    sides with both personas, the repeated side is left out.
 
     Raises:
         RefusedError: The first line has no number.
@@ -107,8 +107,8 @@ def read_persona_chat(
     problems: list[Problem] = []
     for index, block in enumerate(_blocks(path, text)):
         try:
-            personas, said = block.read()
-            dialogues += _sides(said, personas, domain or DOMAIN, Path(path).name, index)
+            personas, lines = block.read()
+            dialogues += _sides(lines, personas, domain or DOMAIN, Path(path).name, index)
         except _SkipError as skip:
             problems.append(Problem(block.line, f"line {block.line}", *skip.args))
     kept = _without_repeats(dialogues)
@@ -119,7 +119,7 @@ def read_persona_chat(
 
 def _conversation(text: str) -> tuple[Lines, int]:
     """Return the lines of a CSV row, and how many were joined to the line before."""
-    said: Lines = []
+    lines: Lines = []
     extra = 0
     for line in filter(None, map(str.strip, text.split("\n"))):
         match = _USER.match(line)
@@ -129,14 +129,14 @@ def _conversation(text: str) -> tuple[Lines, int]:
         if not words:
             raise _SkipError("an empty line", shorten(line))
         _no_placeholder(words)
-        if said and said[-1][0] == user:
-            said[-1] = (user, f"{said[-1][1]} {words}")
+        if lines and lines[-1][0] == user:
+            lines[-1] = (user, f"{lines[-1][1]} {words}")
             extra += 1
         else:
-            said.append((user, words))
-    if len(said) < 2:
-        raise _SkipError("fewer than two lines" if said else "no conversation")
-    return said, extra
+            lines.append((user, words))
+    if len(lines) < 2:
+        raise _SkipError("fewer than two lines" if lines else "no conversation")
+    return lines, extra
 
 
 def _described(text: str, user: int) -> str:
@@ -167,12 +167,12 @@ class _Block:
         if self.fault:
             raise _SkipError(*self.fault)
         facts: dict[str, list[str]] = {"your": [], "partner's": []}
-        said: Lines = []
+        lines: Lines = []
         for position, text in enumerate(self.texts, start=1):
             persona = _PERSONA.match(text)
             if persona is None:
-                said += self._exchange(text, opening=not said, last=position == len(self.texts))
-            elif said:
+                lines += self._exchange(text, opening=not lines, last=position == len(self.texts))
+            elif lines:
                 raise _SkipError("a persona line after the first utterance", shorten(text))
             elif not persona[2].strip():
                 raise _SkipError("an empty persona line", shorten(text))
@@ -180,9 +180,9 @@ class _Block:
                 facts[persona[1]].append(persona[2].strip())
         if not any(facts.values()):
             raise _SkipError("no persona line")
-        if not said:
+        if not lines:
             raise _SkipError("no utterance")
-        return ["\n".join(found) for found in facts.values()], said
+        return ["\n".join(told) for told in facts.values()], lines
 
     @staticmethod
     def _exchange(text: str, opening: bool, last: bool) -> Lines:
@@ -223,15 +223,15 @@ def _blocks(path: str | os.PathLike[str], text: str) -> Iterator[_Block]:
         yield block
 
 
-def _sides(said: Lines, personas: Sequence[str], domain: str, source: str, index: int) -> list[LoggedDialogue]:
-    """Return a dialogue as each speaker with a persona lived it."""
-    if len({speaker for speaker, _ in said}) < 2:
+def _sides(lines: Lines, personas: Sequence[str], domain: str, source: str, index: int) -> list[LoggedDialogue]:
+    """Return a dialogue from the side of each speaker with a persona."""
+    if len({speaker for speaker, _ in lines}) < 2:
         raise _SkipError("only one of the two speaks")
     sides = []
     for speaker, persona in enumerate(personas, start=1):
         turns = tuple(
-            LoggedTurn(said[i - 1][1] if i else "", text, NO_VERDICT)
-            for i, (who, text) in enumerate(said)
+            LoggedTurn(lines[i - 1][1] if i else "", text, NO_VERDICT)
+            for i, (who, text) in enumerate(lines)
             if who == speaker
         )
         if persona:

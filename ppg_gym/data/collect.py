@@ -1,6 +1,6 @@
-"""Many files into one set of dialogues and one of personas, without doubles.
+"""Many files into one set of dialogues and one of personas, without duplicates.
 
-Reads through `ppg_gym.data.formats` alone and writes nothing.
+Reads through `ppg_gym.data.formats` and writes nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ppg_gym.conversation import Persona
-from ppg_gym.data.dialogues import DataError, LoggedDialogue, persona_id
-from ppg_gym.data.files import shorten
+from ppg_gym.data.dialogues import LoggedDialogue
+from ppg_gym.data.files import DataError, shorten
 from ppg_gym.data.formats import PERSONA_FORMATS, read, read_dialogues
 from ppg_gym.data.report import Report
-from ppg_gym.domain.personas import persona_key
+from ppg_gym.domain.personas import persona_id, persona_key
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Collected:
         dialogues: In the order of the files, each once.
         listed: The personas of persona files, in order.
         reports: One per file.
-        notes: What was left out or renamed between files, one sentence each.
+        notes: What was left out, one sentence each.
     """
 
     dialogues: list[LoggedDialogue]
@@ -38,8 +38,8 @@ class Collected:
     def personas(self) -> tuple[list[Persona], list[str]]:
         """Return every persona once, those of persona files first, and what was left out, in sentences.
 
-        Personas are told apart by the words of their instruction. One whose id belongs to another one gets
-        the id that its words give.
+        Personas are told apart by the words of their instruction. Where two share an id, the second gets one that is
+        made from its words.
 
         Raises:
             DataError: The personas are of several domains; a persona file holds one.
@@ -79,7 +79,7 @@ def collect(
 ) -> Collected:
     """Read many files.
 
-    A dialogue's ``source`` is the file's name, with as many folders before it as tell the files apart.
+    A dialogue's ``source`` is the file's name, with as many folders before it as it takes to tell the files apart.
 
     Args:
         paths: The files.
@@ -88,13 +88,13 @@ def collect(
         dialogues_only: Refuse persona files.
 
     Raises:
-        DataError: A file that is refused; the message says where and why.
+        DataError: A file is refused; the message says where and why.
     """
     names = _names(paths)
     dialogues: dict[tuple[Any, ...], LoggedDialogue] = {}
     listed: list[Persona] = []
     reports: list[Report] = []
-    doubles = 0
+    duplicates = 0
     for path, name in zip(paths, names, strict=True):
         items, report = (read_dialogues if dialogues_only else read)(path, format, domain)
         reports.append(report)
@@ -105,9 +105,9 @@ def collect(
             if dialogue.source == Path(path).name:
                 dialogue = replace(dialogue, source=name)
             key = (dialogue.source, dialogue.index, dialogue.speaker, dialogue.persona.instruction, dialogue.turns)
-            doubles += key in dialogues
+            duplicates += key in dialogues
             dialogues.setdefault(key, dialogue)
-    notes = [f"{doubles} dialogues left out: they are there already, from the same place"] if doubles else []
+    notes = [f"{duplicates} dialogues left out: they are there already, from the same place"] if duplicates else []
     return Collected(list(dialogues.values()), listed, reports, notes)
 
 
@@ -115,9 +115,9 @@ def _names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Return each file's name with the fewest folders before it that tell different files apart."""
     parts = [Path(path).resolve().parts for path in paths]
     names = []
-    for own in parts:
+    for path in parts:
         depth = 1
-        while depth < len(own) and any(other[-depth:] == own[-depth:] for other in parts if other != own):
+        while depth < len(path) and any(other[-depth:] == path[-depth:] for other in parts if other != path):
             depth += 1
-        names.append("/".join(own[-depth:]))
+        names.append("/".join(path[-depth:]))
     return names

@@ -3,11 +3,11 @@
 A row is ``{"messages", "persona", "domain", "scores", "source", "index", "speaker"}``. ``messages`` is the
 role-play instruction as ``system``, then ``user`` and ``assistant`` strictly in turn, ending with ``assistant``: the
 conversational format of Hugging Face TRL, and what ``datasets.load_dataset("json", …)`` reads as it is.
-``scores`` holds one number or null per assistant message. Every row has the same types. Columns get their
-type from a file's beginning, so a row with a number among its scores goes first where there is one.
+``scores`` holds one number or null per assistant message. Every row has the same types. Readers take a column's type
+from the beginning of a file, so a row with a number among its scores goes first if there is one.
 
-What no chat template takes is not written: a dialogue is cut before the first message or reply without words, and
-one that holds control tokens of a chat format, or half a surrogate pair, is left out.
+What chat templates refuse is not written: a dialogue is cut before the first message or reply without words, and one
+that holds control tokens of a chat format, or half a surrogate pair, is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ppg_gym.data.report import mean_score
 from ppg_gym.sanitise import holds_control
 
 OPENING = "(You speak first.)"
-"""Stands for the partner's message where the judged speaker opens: many chat templates take no empty one."""
+"""Stands in for the partner's message where the judged speaker opens: many chat templates refuse an empty one."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def export(dialogues: Sequence[LoggedDialogue], min_score: float | None = None, 
 
     Args:
         dialogues: What to export.
-        min_score: Keep dialogues whose mean score, over the replies that are written and scored, is at least
-            this; a dialogue without a score is left out then. None keeps all.
+        min_score: Keep dialogues with at least this mean score over the replies that are written and scored; dialogues
+            without a score are left out then. None keeps all.
         opening: The user's message where the judged speaker opens.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Text in and text out: read a file with the place of what is wrong in it, replace a file in one step.
+"""Text in and text out: say where a file is wrong, replace a file in one step.
 
-Nothing in this module knows a format of dialogues or personas.
+Nothing here knows a format of dialogues or personas.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppg_gym.data.dialogues import DataError
-
 _SHOWN = 5
 _BLANK = " \t\r\n"
 
 
+class DataError(ValueError):
+    """A file that is refused; the message names the file, the place and what was expected."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Something in a file that can not be used.
+    """Something in a file that cannot be used.
 
     Attributes:
         line: Line of the file on which it begins, from 1.
         where: The same place as a reader of the file counts: ``row 7``, ``dialogue 3``; may be empty.
         why: What is wrong; the same words for the same reason.
-        detail: What stands there instead; may be empty.
+        detail: What the file holds instead; may be empty.
     """
 
     line: int
@@ -41,7 +43,7 @@ class Problem:
 
 
 class RefusedError(DataError):
-    """A file that is refused whole. ``problems`` holds every reason; the message shows the first ones."""
+    """A file of which nothing is used. ``problems`` holds every reason; the message shows the first few."""
 
     def __init__(self, path: str | os.PathLike[str], problems: Iterable[Problem]) -> None:
         self.path, self.problems = str(path), tuple(problems)
@@ -53,7 +55,7 @@ class RefusedError(DataError):
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """Return the ``repr`` of what stands in a file, cut for a message."""
+    """Return the ``repr`` of a value from a file, cut to fit a message."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -68,7 +70,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        DataError: The file can not be read, or holds a byte that is not UTF-8 (with its line).
+        DataError: The file cannot be read, or holds a byte that is not UTF-8 (with its line).
     """
     try:
         content = Path(path).read_bytes()
@@ -113,8 +115,13 @@ def list_items(text: str) -> Iterator[tuple[int, Any]]:
         raise json.JSONDecodeError("expected the end of the file", text, at)
 
 
+def broken_json(error: json.JSONDecodeError) -> Problem:
+    """Return the problem of a file that is not JSON."""
+    return Problem(error.lineno, f"column {error.colno}", "expected JSON", f"a fault: {error.msg}")
+
+
 def json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
-    """Yield (line, object) for every line that is not blank, or (line, problem) for one that is no object."""
+    """Yield (line, object) for every line that is not blank, or (line, problem) for one that holds something else."""
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -131,21 +138,21 @@ def json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | Problem]]:
 
 
 def write_lines(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object per line; the file appears whole or not at all."""
+    """Write one JSON object per line; a write that fails leaves the file as it was."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         for row in rows:
             line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             if not line.isascii() and any("\ud800" <= char <= "\udfff" for char in line):
-                line = json.dumps(row, allow_nan=False)  # half a surrogate pair has no UTF-8
+                line = json.dumps(row, allow_nan=False)  # UTF-8 cannot hold half a surrogate pair: escape it
             file.write(line + "\n")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path to write to beside the target; it takes the target's place when the block ends well.
+    """Yield a path beside the target to write to; it replaces the target when the block ends without an error.
 
     Raises:
-        DataError: The folder does not exist, or the target is no regular file.
+        DataError: The folder does not exist, or the target is not a regular file.
     """
     target = Path(path).resolve()
     if not target.parent.is_dir():

@@ -1,6 +1,6 @@
-"""One way to read every format: told by the content, read whole or refused with the place of what is wrong.
+"""One way to read every format: the content tells which one it is, and a bad file is refused with the bad place.
 
-The readers know their formats; this module knows which one a file is in, and what it looks like when it is none.
+The readers know their formats; this module tells which one a file is in, and what a file looks like that is in none.
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.conversation import Persona
 from ppg_gym.data import chats, records
-from ppg_gym.data.dialogues import DataError, FileReport, LoggedDialogue, check_entry, read_consistent_llms
-from ppg_gym.data.files import Problem, RefusedError, json_lines, list_items, read_text, shorten
-from ppg_gym.data.report import Report, mean_score, of_personas
-from ppg_gym.domain.personas import PersonaError, persona_key, read_personas
+from ppg_gym.data.consistent_llms import read_consistent_llms
+from ppg_gym.data.dialogues import LoggedDialogue
+from ppg_gym.data.files import (
+    DataError,
+    Problem,
+    RefusedError,
+    broken_json,
+    json_lines,
+    list_items,
+    read_text,
+    shorten,
+)
+from ppg_gym.data.report import Report, of_personas
+from ppg_gym.domain.personas import PersonaError, read_personas
+from ppg_gym.nearest import did_you_mean, not_among
 
 FORMATS: Mapping[str, str] = {
     "consistent-llms": "judged dialogues of the consistent-LLMs benchmark (a JSON list)",
@@ -33,7 +42,6 @@ FORMATS: Mapping[str, str] = {
 }
 PERSONA_FORMATS = ("consistent-llms-personas", "personas")
 
-_PLACE = re.compile(r"(line|entry) (\d+): (.*)", re.DOTALL)
 _SCHEMAS = {records.SCHEMA: "dialogues", records.TRAJECTORY_SCHEMA: "trajectories"}
 _Reader = Callable[[str, str, str | None], tuple[list[LoggedDialogue], Report]]
 
@@ -46,23 +54,23 @@ def read(
     Args:
         path: The file, UTF-8.
         format: One of `FORMATS`, or ``auto`` to tell it by the content.
-        domain: The domain of a file that does not say it (default: ``chatting`` for chats between two personas);
-            a file that says another one is refused.
+        domain: The domain of a file that does not name one (default: ``chatting`` for chats between two personas);
+            a file that names another is refused.
 
     Returns:
-        The dialogues, or the personas, in the file's order, and the report of what was read; `PERSONA_FORMATS`
-        names the formats that hold personas.
+        The dialogues, or the personas, in the file's order, and the report; `PERSONA_FORMATS` names the formats that
+        hold personas.
 
     Raises:
-        DataError: A file that is not of the format, or holds what its format does not allow; the message says
-            where, and what the file looks like instead.
+        DataError: The file is not of the format, or breaks its rules; the message says where, and what the file looks
+            like instead.
         ValueError: No such format.
     """
     text = read_text(path)
-    found = _settle(path, text, format)
-    if found in PERSONA_FORMATS:
-        return _personas(str(path), text, found, domain)
-    return _READERS[found](str(path), text, domain)
+    format = _settle(path, text, format)
+    if format in PERSONA_FORMATS:
+        return _personas(str(path), text, format, domain)
+    return _READERS[format](str(path), text, domain)
 
 
 def read_dialogues(
@@ -70,15 +78,15 @@ def read_dialogues(
 ) -> tuple[list[LoggedDialogue], Report]:
     """Read a file of dialogues; a persona file is refused. See `read`."""
     text = read_text(path)
-    found = _settle(path, text, format)
-    if found in PERSONA_FORMATS:
-        got = f"{FORMATS[found]}, which has no dialogue in it; did you mean to give it as --personas?"
+    format = _settle(path, text, format)
+    if format in PERSONA_FORMATS:
+        got = f"{FORMATS[format]}, which has no dialogue in it; did you mean to give it as --personas?"
         raise RefusedError(path, [Problem(1, "", "expected dialogues", got)])
-    return _READERS[found](str(path), text, domain)
+    return _READERS[format](str(path), text, domain)
 
 
 def validate(path: str | os.PathLike[str], format: str = "auto", domain: str | None = None) -> list[Problem]:
-    """Return everything in a file that can not be used: why it is refused, or what is skipped in it.
+    """Return everything in a file that cannot be used: why it is refused, or what is skipped in it.
 
     Raises:
         ValueError: No such format.
@@ -95,7 +103,7 @@ def detect(path: str | os.PathLike[str], text: str) -> str:
     """Return the name of the format that a file's content shows.
 
     Raises:
-        RefusedError: It is none that can be read; the message says what it looks like.
+        RefusedError: No format that can be read; the message says what the file looks like.
     """
     start = text.lstrip()
     if not start:
@@ -121,14 +129,12 @@ def detect(path: str | os.PathLike[str], text: str) -> str:
 
 def _settle(path: str | os.PathLike[str], text: str, format: str) -> str:
     if format not in ("auto", *FORMATS):
-        near = get_close_matches(format, FORMATS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected a format out of auto, {', '.join(FORMATS)}, got {format!r}{hint}")
-    found = detect(path, text)
-    if format not in ("auto", found):
-        got = f"what looks like {FORMATS[found]}; did you mean the format {found!r}?"
+        raise ValueError(not_among("a format", format, ("auto", *FORMATS)))
+    detected = detect(path, text)
+    if format not in ("auto", detected):
+        got = f"what looks like {FORMATS[detected]}; did you mean the format {detected!r}?"
         raise RefusedError(path, [Problem(1, "", f"expected {FORMATS[format]}", got)])
-    return found
+    return detected
 
 
 def _header(text: str) -> set[str]:
@@ -152,7 +158,7 @@ def _detect_list(path: str | os.PathLike[str], text: str) -> str:
             if _persona_domain(item) is not None:
                 return "consistent-llms-personas"
     except json.JSONDecodeError as error:
-        raise RefusedError(path, [_broken(error)]) from error
+        raise RefusedError(path, [broken_json(error)]) from error
     line, item = first or (1, [])
     got = f"a list of {shorten(item)}" if first else "an empty list"
     raise _unknown(path, line, got)
@@ -166,9 +172,8 @@ def _detect_lines(path: str | os.PathLike[str], text: str, line: int) -> str:
         schema = record["schema"]
         if isinstance(schema, str) and schema in _SCHEMAS:
             return _SCHEMAS[schema]
-        near = get_close_matches(str(schema), _SCHEMAS, n=1)
-        hint = f"{shorten(schema)}; did you mean {near[0]!r}?" if near else shorten(schema)
-        raise RefusedError(path, [Problem(number, "", f"expected the schema {' or '.join(_SCHEMAS)}", hint)])
+        got = f"{shorten(schema)}{did_you_mean(schema, _SCHEMAS)}"
+        raise RefusedError(path, [Problem(number, "", f"expected the schema {' or '.join(_SCHEMAS)}", got)])
     if {"id", "instruction"} & record.keys():
         return "personas"
     if "messages" in record:
@@ -178,7 +183,7 @@ def _detect_lines(path: str | os.PathLike[str], text: str, line: int) -> str:
 
 
 def _persona_domain(entry: Any) -> str | None:
-    """Return the domain whose persona files hold such entries; the three shapes differ in their keys."""
+    """Return the domain whose persona files hold entries like this; the three shapes differ in their keys."""
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict):
         return "education"
     if not isinstance(entry, dict):
@@ -186,64 +191,26 @@ def _persona_domain(entry: Any) -> str | None:
     return "chatting" if "persona" in entry else "therapy" if "description" in entry else None
 
 
-def _consistent_llms(path: str, text: str, domain: str | None) -> tuple[list[LoggedDialogue], Report]:
-    try:
-        dialogues, report = read_consistent_llms(path)
-    except DataError as error:
-        raise RefusedError(path, _bad_entries(text) or [Problem(1, "", _without_path(error, path))]) from error
-    others = sorted({dialogue.domain for dialogue in dialogues} - {domain})
-    if domain is not None and others:
-        raise RefusedError(path, [Problem(1, "", f"expected dialogues of the domain {domain!r}", ", ".join(others))])
-    values = {field.name: getattr(report, field.name) for field in fields(FileReport)}
-    return dialogues, Report(
-        **values,
-        format="consistent-llms",
-        personas=len({persona_key(dialogue.persona.instruction) for dialogue in dialogues}),
-        consistent=mean_score(dialogues),
-        left_out=report.both_speakers,
-    )
-
-
-def _bad_entries(text: str) -> list[Problem]:
-    problems: list[Problem] = []
-    try:
-        for index, (line, entry) in enumerate(list_items(text)):
-            try:
-                check_entry(entry, f"dialogue {index}")
-            except DataError as error:
-                problems.append(Problem(line, "", str(error)))
-    except json.JSONDecodeError as error:
-        problems.append(_broken(error))
-    return problems
-
-
 def _personas(path: str, text: str, format: str, domain: str | None) -> tuple[list[Persona], Report]:
     lines: dict[int, int] = {}
     try:
         if format == "personas":
             first = next(record for _, record in json_lines(text) if isinstance(record, dict))
-            own = first["domain"] if isinstance(first.get("domain"), str) else ""
+            stored = first["domain"] if isinstance(first.get("domain"), str) else ""
         else:
             entries = [(line, _persona_domain(entry)) for line, entry in list_items(text)]
             lines = {index: line for index, (line, _) in enumerate(entries)}
-            own = next(found for _, found in entries if found)
-        personas = read_personas(path, own if domain is None else domain)
+            stored = next(named for _, named in entries if named)
+        personas = read_personas(path, stored if domain is None else domain)
     except json.JSONDecodeError as error:
-        raise RefusedError(path, [_broken(error)]) from error
+        raise RefusedError(path, [broken_json(error)]) from error
     except PersonaError as error:
-        problems = []
-        for fault in str(error).split("\n  ")[1:]:
-            place = _PLACE.match(fault)
-            number = int(place[2]) if place else 1
-            line = lines.get(number, 1) if place and place[1] == "entry" else number
-            where = f"entry {number}" if place and place[1] == "entry" else ""
-            problems.append(Problem(line, where, place[3] if place else fault))
+        problems = [
+            Problem(lines.get(number, 1), f"entry {number}", why) if place == "entry" else Problem(number or 1, "", why)
+            for place, number, why in error.faults
+        ]
         raise RefusedError(path, problems or [Problem(1, "", _without_path(error, path))]) from error
     return personas, of_personas(path, format, personas)
-
-
-def _broken(error: json.JSONDecodeError) -> Problem:
-    return Problem(error.lineno, f"column {error.colno}", "expected JSON", f"a fault: {error.msg}")
 
 
 def _without_path(error: Exception, path: str | os.PathLike[str]) -> str:
@@ -251,7 +218,7 @@ def _without_path(error: Exception, path: str | os.PathLike[str]) -> str:
 
 
 _READERS: Mapping[str, _Reader] = {
-    "consistent-llms": _consistent_llms,
+    "consistent-llms": read_consistent_llms,
     "synthetic-persona-chat": chats.read_synthetic_persona_chat,
     "persona-chat": chats.read_persona_chat,
     "dialogues": records.read_records,

@@ -10,22 +10,23 @@ A line of ``ppg-dialogue/1`` is one judged speaker's side of a dialogue::
 
 ``schema``, ``domain``, ``persona.id``, ``persona.instruction`` and ``turns`` are needed; a turn needs ``message``
 and ``reply``, a verdict ``status`` and ``score``. A turn without a verdict (or with null) was not judged. What is
-written can be read back unchanged. A file with a bad line is refused whole.
+written can be read back unchanged. One bad line, and nothing of the file is used.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppg_gym.conversation import Persona, Verdict
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, persona_id
-from ppg_gym.data.files import Problem, RefusedError, json_lines, shorten, write_lines
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn
+from ppg_gym.data.files import Problem, RefusedError, json_lines, replacing, shorten, write_lines
 from ppg_gym.data.report import Report, of_dialogues
+from ppg_gym.domain.personas import persona_id, write_personas
+from ppg_gym.nearest import did_you_mean
 
 SCHEMA = "ppg-dialogue/1"
 TRAJECTORY_SCHEMA = "ppg-trajectory/1"
@@ -68,12 +69,12 @@ def from_record(
 
     Args:
         record: The object.
-        source: Stands in for a missing ``source``.
-        index: Stands in for a missing ``index``.
+        source: Used where the record has no ``source``.
+        index: Used where the record has no ``index``.
         domain: Refuse any other; fills in an empty one.
 
     Raises:
-        ValueError: A key is missing, unknown or holds something else than expected.
+        ValueError: A key is missing, unknown, or of the wrong type.
     """
     _keys(record, "", ("schema", "domain", "persona", "turns"), ("source", "index", "speaker"))
     if record["schema"] != SCHEMA:
@@ -81,12 +82,12 @@ def from_record(
     entry = _object(record, "persona", "")
     _keys(entry, "persona.", ("id", "instruction"), ("name", "facts"))
     facts = _object(entry, "facts", "persona.") if "facts" in entry else {}
-    own = _own_domain(_take(record, "domain", str, ""), domain)
+    spoken_in = _domain(record, domain)
     persona = Persona(
         id=_text(entry, "id", "persona."),
         instruction=_text(entry, "instruction", "persona."),
         facts={slot: _take(facts, slot, str, "persona.facts.") for slot in facts},
-        domain=own,
+        domain=spoken_in,
         name=_take(entry, "name", str, "persona.") if "name" in entry else "",
     )
     turns = _take(record, "turns", list, "")
@@ -96,7 +97,7 @@ def from_record(
     if speaker not in (1, 2):
         raise _FaultError(f"key 'speaker': expected 1 or 2, got {speaker}")
     return LoggedDialogue(
-        domain=own,
+        domain=spoken_in,
         persona=persona,
         turns=tuple(_turn(turn, f"turns[{i}]") for i, turn in enumerate(turns)),
         source=_take(record, "source", str, "") if "source" in record else source,
@@ -108,6 +109,12 @@ def from_record(
 def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[LoggedDialogue]) -> None:
     """Write dialogues as ``ppg-dialogue/1``, one per line; the file is replaced in one step."""
     write_lines(path, map(to_record, dialogues))
+
+
+def save_personas(path: str | os.PathLike[str], personas: Sequence[Persona]) -> None:
+    """Write a persona file; it is replaced in one step."""
+    with replacing(path) as temporary:
+        write_personas(temporary, personas)
 
 
 def read_records(path: str | os.PathLike[str], text: str, domain: str | None) -> tuple[list[LoggedDialogue], Report]:
@@ -136,8 +143,8 @@ def read_trajectories(
 ) -> tuple[list[LoggedDialogue], Report]:
     """Read ``ppg-trajectory/1`` as dialogues: what was said and judged, without tokens.
 
-    A conversation without a turn, without an instruction, and a last line that a crash tore off are skipped. A
-    turn without a verdict takes its reward for a score where that is one.
+    Skipped are conversations without a turn or an instruction, and a last line that a crash cut short. Where a turn
+    has no verdict, its reward is the score if it lies in [0, 1].
 
     Raises:
         RefusedError: Any other line is bad; every bad line is named.
@@ -172,27 +179,27 @@ def _trajectory(record: Mapping[str, Any], source: str, index: int, domain: str 
     if record.get("schema") != TRAJECTORY_SCHEMA:
         raise _FaultError(f"key 'schema': expected {TRAJECTORY_SCHEMA!r}, got {shorten(record.get('schema'))}")
     instruction = _take(record, "instruction", str, "")
-    own = _own_domain(_take(record, "domain", str, ""), domain)
+    spoken_in = _domain(record, domain)
     name = _take(record, "persona", str, "")
     turns = tuple(_played(turn, f"turns[{i}]") for i, turn in enumerate(_take(record, "turns", list, "")))
     if not turns:
         return "no turn was played"
     if not instruction.strip():
         return "no instruction"
-    persona = Persona(name or persona_id(instruction, own), instruction, domain=own)
-    return LoggedDialogue(own, persona, turns, source, index, speaker=2)
+    persona = Persona(name or persona_id(instruction, spoken_in), instruction, domain=spoken_in)
+    return LoggedDialogue(spoken_in, persona, turns, source, index, speaker=2)
 
 
 def _played(turn: Any, where: str) -> LoggedTurn:
     if not isinstance(turn, Mapping):
         raise _FaultError(f"{where}: expected an object, got {shorten(turn)}")
-    said = _object(turn, "verdict", f"{where}.") if turn.get("verdict") else {}
+    judged = _object(turn, "verdict", f"{where}.") if turn.get("verdict") else {}
     reward = turn.get("reward")
     if reward is not None and (isinstance(reward, bool) or not isinstance(reward, int | float)):
         raise _FaultError(f"{where}.reward: expected a number or null, got {shorten(reward)}")
-    if said:
-        texts = {key: said[key] for key in ("rationale", "kind", "raw") if key in said}
-        verdict = _verdict({"status": said.get("status"), "score": said.get("score"), **texts}, f"{where}.verdict")
+    if judged:
+        texts = {key: judged[key] for key in ("rationale", "kind", "raw") if key in judged}
+        verdict = _verdict({"status": judged.get("status"), "score": judged.get("score"), **texts}, f"{where}.verdict")
     elif reward is None or not math.isfinite(reward):
         verdict = NO_VERDICT
     elif 0.0 <= reward <= 1.0:
@@ -212,23 +219,25 @@ def _turn(turn: Any, where: str) -> LoggedTurn:
     return LoggedTurn(_take(turn, "message", str, f"{where}."), _take(turn, "reply", str, f"{where}."), verdict)
 
 
-def _verdict(said: Mapping[str, Any], where: str) -> Verdict:
-    _keys(said, f"{where}.", ("status", "score"), ("rationale", "kind", "raw"))
-    score = said["score"]
+def _verdict(entry: Mapping[str, Any], where: str) -> Verdict:
+    _keys(entry, f"{where}.", ("status", "score"), ("rationale", "kind", "raw"))
+    score = entry["score"]
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise _FaultError(f"{where}.score: expected a number or null, got {shorten(score)}")
-    texts = {key: _take(said, key, str, f"{where}.") for key in ("rationale", "kind", "raw") if key in said}
-    status = _take(said, "status", str, f"{where}.")
+    texts = {key: _take(entry, key, str, f"{where}.") for key in ("rationale", "kind", "raw") if key in entry}
+    status = _take(entry, "status", str, f"{where}.")
     try:
         return Verdict(status, None if score is None else float(score), **texts)
     except ValueError as error:
         raise _FaultError(f"{where}: {error}") from error
 
 
-def _own_domain(own: str, domain: str | None) -> str:
-    if domain is not None and own not in ("", domain):
-        raise _FaultError(f"key 'domain': expected {domain!r}, got {own!r}")
-    return own or domain or ""
+def _domain(record: Mapping[str, Any], wanted: str | None) -> str:
+    """Return the domain of a record; the wanted one fills in an empty one, and any other is refused."""
+    stored: str = _take(record, "domain", str, "")
+    if wanted is not None and stored not in ("", wanted):
+        raise _FaultError(f"key 'domain': expected {wanted!r}, got {stored!r}")
+    return stored or wanted or ""
 
 
 def _keys(entry: Mapping[str, Any], where: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> None:
@@ -238,9 +247,8 @@ def _keys(entry: Mapping[str, Any], where: str, needed: tuple[str, ...], optiona
     known = (*needed, *optional)
     for key in entry:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-            raise _FaultError(f"unknown key '{where}{key}'; {hint}")
+            hint = did_you_mean(key, known, f"known keys are {', '.join(known)}")
+            raise _FaultError(f"unknown key '{where}{key}'{hint}")
 
 
 def _take(entry: Mapping[str, Any], key: str, kind: type, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""What was read from a file, in numbers and sentences: the report of every reader, as JSON and as a table.
+"""What was read from a file, in numbers and sentences, as JSON and as a table.
 
 Counts what the readers hand over; reads no file.
 """
@@ -7,26 +7,38 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import Persona
-from ppg_gym.data.dialogues import NO_VERDICT, FileReport, LoggedDialogue
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue
 from ppg_gym.data.files import Problem, first_places
 from ppg_gym.domain.personas import persona_key
 
 
 @dataclass(frozen=True)
-class Report(FileReport):
+class Report:
     """What was read from one file of any format.
 
-    ``judged_lines`` = ``scored`` + ``unparsed`` + judged lines without a score for another reason.
-    ``polarity`` is empty where a file holds scores, or none, instead of YES and NO; ``yes_share`` and
-    ``neither`` then count nothing.
+    ``judged_lines`` = ``scored`` + ``unparsed`` + judged lines without a score for another reason. ``polarity`` is
+    empty in a file without YES and NO; ``yes_share``, ``neither`` and ``mismatch`` then count nothing.
 
     Attributes:
-        format: Name of the format.
+        path: The file.
+        format: Name of its format.
+        dialogues: Stored dialogues; a dialogue with two judged speakers counts once.
+        judged_lines: Lines with a stored verdict.
+        scored: Lines with a usable score.
+        unparsed: Lines whose verdict has no clear answer.
+        polarity: ``yes-is-inconsistent`` or ``yes-is-consistent``, from the stored scores.
+        skipped: What was skipped and why: one sentence per reason, with places.
+        yes_share: Share of the judged lines whose verdict has "YES" in it, as the benchmark's released scorer counts.
+        neither: Verdicts with neither answer in them.
+        both_speakers: Judged lines with a clear answer that speak for both speakers.
+        mismatch: Share of the verdicts that the stored scores leave unexplained under ``polarity``.
+        lines: Lines of all dialogues, both speakers.
         personas: Different personas, told apart by the words of their instruction.
         consistent: Mean of the scores; None when nothing is scored.
         left_out: Rows or dialogues that are skipped, and judged lines without a score for another reason than
@@ -35,7 +47,19 @@ class Report(FileReport):
         notes: What was changed while reading, one sentence each.
     """
 
-    format: str = ""
+    path: str
+    format: str
+    dialogues: int = 0
+    judged_lines: int = 0
+    scored: int = 0
+    unparsed: int = 0
+    polarity: str = ""
+    skipped: tuple[str, ...] = ()
+    yes_share: float = 0.0
+    neither: int = 0
+    both_speakers: int = 0
+    mismatch: float = 0.0
+    lines: int = 0
     personas: int = 0
     consistent: float | None = None
     left_out: int = 0
@@ -94,11 +118,10 @@ def of_dialogues(
         judged_lines=len(verdicts),
         scored=statuses["scored"],
         unparsed=statuses["unparsed"],
-        polarity="",
         skipped=tuple(skipped),
         lines=_lines(dialogues),
         format=format,
-        personas=len({persona_key(dialogue.persona.instruction) for dialogue in dialogues}),
+        personas=different_personas(dialogue.persona for dialogue in dialogues),
         consistent=mean_score(dialogues),
         left_out=len(problems) + sum(failed.values()),
         problems=tuple(problems),
@@ -108,9 +131,14 @@ def of_dialogues(
 
 def of_personas(path: str | os.PathLike[str], format: str, personas: Sequence[Persona]) -> Report:
     """Return the report of a persona file."""
-    different = len({persona_key(persona.instruction) for persona in personas})
+    different = different_personas(personas)
     notes = (f"{len(personas)} entries, {different} of them different",) if different < len(personas) else ()
-    return Report(str(path), 0, 0, 0, 0, "", format=format, personas=different, notes=notes)
+    return Report(str(path), format, personas=different, notes=notes)
+
+
+def different_personas(personas: Iterable[Persona]) -> int:
+    """Return how many personas there are, told apart by the words of their instruction."""
+    return len({persona_key(persona.instruction) for persona in personas})
 
 
 def mean_score(dialogues: Sequence[LoggedDialogue]) -> float | None:
@@ -126,8 +154,8 @@ def sentences(problems: Sequence[Problem], unit: str) -> tuple[str, ...]:
     for problem in problems:
         by_reason[problem.why].append(problem)
     return tuple(
-        f"{len(found)} {unit}{'s' if len(found) > 1 else ''} skipped: {why} ({first_places(found)})"
-        for why, found in by_reason.items()
+        f"{len(alike)} {unit}{'s' if len(alike) > 1 else ''} skipped: {why} ({first_places(alike)})"
+        for why, alike in by_reason.items()
     )
 
 
@@ -140,26 +168,20 @@ def table(reports: Sequence[Report]) -> str:
         counts = (report.dialogues, report.lines, report.judged_lines, report.scored, report.unparsed)
         ending = (share, str(report.personas), str(report.left_out), report.polarity or "-")
         rows.append((_name(report.path), report.format, *map(str, counts), *ending))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, 1, len(head)}
-    lines = [
-        "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
     notes = [f"{_name(report.path)}: {note}" for report in reports for note in (*report.skipped, *report.notes)]
-    return "\n".join([*(line.rstrip() for line in lines), *notes])
+    return "\n".join([*align(rows, left=(0, 1, len(head))), *notes])
 
 
 def _lines(dialogues: Sequence[LoggedDialogue]) -> int:
-    """Return how many lines were said: the replies of both sides, or of one side with what it answers."""
+    """Return how many lines were said: the replies of both sides, or one side's replies and the lines they answer."""
     sides: dict[tuple[str, int], list[LoggedDialogue]] = defaultdict(list)
     for dialogue in dialogues:
         sides[dialogue.source, dialogue.index].append(dialogue)
     total = 0
-    for found in sides.values():
-        total += sum(len(side.turns) for side in found)
-        if len(found) == 1:
-            turns = found[0].turns
+    for both in sides.values():
+        total += sum(len(side.turns) for side in both)
+        if len(both) == 1:
+            turns = both[0].turns
             total += len(turns) - (not turns[0].message)
     return total
 

@@ -1,8 +1,8 @@
-"""The files of a domain: read, and checked before anything is made of them.
+"""The files of a domain: read, and checked before a domain is made of them.
 
-A domain is one TOML file, or a folder with ``domain.toml`` and, for what that does not hold itself, ``facts.toml``
+A domain is one TOML file, or a folder with ``domain.toml`` and, for tables that are not in it, ``facts.toml``
 (``[slots]``), ``lines.toml`` and ``replies.toml``. Every fault is one line with file and key. What the words mean is
-not checked here but in :mod:`ppg_gym.domain.lint`.
+checked in :mod:`ppg_gym.domain.lint`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import string
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from difflib import get_close_matches
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from ppg_gym.nearest import did_you_mean
+
 SHOWN = ("fact", "cue", "other_fact", "question", "point")
-"""What a reply can show besides markers; ``[[read]]`` rules need these."""
+"""What a reply can show besides markers; ``[[read]]`` rules may ask for these."""
 FRESH = 4
-"""Turns within which the scripted partner does not use the same words again."""
+"""Turns within which the scripted partner never says the same line twice."""
 _TABLES = {"slots": "facts.toml", "lines": "lines.toml", "replies": "replies.toml"}
 _KEYS = {
     "turns": int, "scenario": str, "instruction": str, "states": dict, "read": list, "slots": dict, "lines": dict,
@@ -34,10 +35,10 @@ _OPTIONS = {
     "recalled": list, "disputes": dict,
 }  # fmt: skip
 _SLOT = {"cues": list, "statement": str, "values": dict}
-_SAID = ("value", "key", "text", "points", "statement", "previous")  # what a template of a reply may ask for
+_PLACES = ("value", "key", "text", "points", "statement", "previous")  # what a reply's template may have filled in
 _NAMES = {int: "an integer", str: "a string", dict: "a table", list: "a list", bool: "true or false", float: "a number"}
 Where = Mapping[str, str]
-"""Key of the domain's tables, and ``domain`` for everything else -> the file that holds it."""
+"""Name of a table (``domain`` for everything that has no file of its own) -> the file that holds it."""
 
 
 def toml(path: Traversable, shown: str) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def toml(path: Traversable, shown: str) -> dict[str, Any]:
         shown: Its name in messages.
 
     Raises:
-        ValueError: There is no such file, or it is no TOML; the message has its line.
+        ValueError: There is no such file, or it is not TOML; the message names the line.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +59,7 @@ def toml(path: Traversable, shown: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
         at = f":{line[1]}" if line else ""
-        raise ValueError(f"{shown}{at}: expected TOML, got: {error}; a key that is no plain word is quoted") from error
+        raise ValueError(f"{shown}{at}: expected TOML, got: {error}; quote a key that is not a plain word") from error
 
 
 def read(source: Traversable, shown: str = "") -> tuple[dict[str, Any], dict[str, str]]:
@@ -69,7 +70,7 @@ def read(source: Traversable, shown: str = "") -> tuple[dict[str, Any], dict[str
         shown: The source in messages; empty for its path.
 
     Raises:
-        ValueError: A file is missing or no TOML.
+        ValueError: A file is missing or not TOML.
     """
     if not source.is_dir():
         file = shown or str(source)
@@ -90,10 +91,10 @@ def read(source: Traversable, shown: str = "") -> tuple[dict[str, Any], dict[str
 
 
 def check_shape(data: Mapping[str, Any], where: Where) -> None:
-    """Refuse keys that are missing, unknown or of another type than they should be.
+    """Refuse keys that are missing, unknown or of the wrong type.
 
     Raises:
-        ValueError: With every fault as a line.
+        ValueError: One line per fault.
     """
     faults = list(_keys(data, _KEYS, _OPTIONAL, where["domain"]))
     if not faults:
@@ -124,11 +125,11 @@ def check(data: Mapping[str, Any], where: Where, kinds: Collection[str], markers
     Args:
         data: Of a shape that `check_shape` accepts.
         where: The files.
-        kinds: Of the rule table.
-        markers: The domain's own and those that all share.
+        kinds: Those of the rule table.
+        markers: Those of the domain, and those that all domains share.
 
     Raises:
-        ValueError: With every fault as a line.
+        ValueError: One line per fault.
     """
     _refuse(
         [
@@ -155,9 +156,7 @@ def _keys(
         return
     for key, value in given.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-            yield f"{file}: unknown key {at}{key}; {hint}"
+            yield f"{file}: unknown key {at}{key}" + did_you_mean(key, known, f"known keys are {', '.join(known)}")
         elif not (isinstance(value, known[key]) or (known[key] is float and type(value) is int)):
             yield f"{file}: {at}{key}: expected {_NAMES[known[key]]}, got {value!r}"
     for key in needed:
@@ -167,7 +166,7 @@ def _keys(
 
 
 def _kinds(data: Mapping[str, Any], where: Where, kinds: Collection[str], markers: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is wrong with the kinds of reply: how they are read, how often they come, where they lead."""
+    """Yield what is wrong with the kinds of reply: how they are read, how often they occur, where they lead."""
     file, states, options = where["domain"], data["states"], data.get("options", {})
     named = {rule["kind"] for rule in data["read"]}
     tilted = {kind for factors in data.get("tilt", {}).values() for kind in factors}
@@ -184,9 +183,8 @@ def _kinds(data: Mapping[str, Any], where: Where, kinds: Collection[str], marker
         for key in ("needs", "without"):
             for word in rule.get(key, ()):
                 if word not in SHOWN and word not in markers:
-                    near = get_close_matches(str(word), (*SHOWN, *markers), n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else "add it to [markers]"
-                    yield f"{file}: read, rule {number}, {key}: no marker is called {word!r}; {hint}"
+                    hint = did_you_mean(word, (*SHOWN, *markers), "add it to [markers]")
+                    yield f"{file}: read, rule {number}, {key}: no marker is called {word!r}{hint}"
     disputes = options.get("disputes", {})
     strange = [s for s in (*data.get("tilt", {}), *disputes) if s not in states]
     if strange:
@@ -197,12 +195,12 @@ def _kinds(data: Mapping[str, Any], where: Where, kinds: Collection[str], marker
 
 
 def _disputes(states: Mapping[str, Any], disputes: Mapping[str, Any], file: str) -> Iterator[str]:
-    """Yield where a state that comes back to a slip can be reached without one."""
+    """Yield where a state that disputes a slip can be reached without one."""
     for state, lines in disputes.items():
         if lines not in ("ask", "recall"):
             yield f"{file}: options.disputes.{state}: expected 'ask' or 'recall', the lines to use, got {lines!r}"
     if next(iter(states), None) in disputes:
-        yield f"{file}: options.disputes: a conversation can not begin in a dispute; put another state first"
+        yield f"{file}: options.disputes: a conversation cannot begin in a dispute; put another state first"
     for state, entries in states.items():
         for kind, entry in entries.items():
             after = entry if kind == "otherwise" else entry[1]
@@ -242,18 +240,18 @@ def _slots(data: Mapping[str, Any], where: Where, markers: Mapping[str, Any]) ->
 
 
 def _place(where: Where, key: str) -> str:
-    """Return where a table's keys are: in a file of their own, or under their name in the domain's file."""
+    """Return how messages about a table's keys begin: it has its own file, or stands under its name in another."""
     return f"{where[key]}: {key}." if where[key] == where["domain"] else f"{where[key]}: "
 
 
 def _lines(data: Mapping[str, Any], where: Where) -> Iterator[str]:
-    """Yield what is wrong with the partner's lines: what it lacks, and where it would run out of words."""
+    """Yield what is wrong with the partner's lines: what is missing, and where the partner would run out of words."""
     place, lines, states, slots = _place(where, "lines"), data["lines"], data["states"], data["slots"]
     options = data.get("options", {})
     for key in ("prefix", "start", *(() if "points" in lines else ("ask",))):
         if key not in lines:
-            of = "slot" if key == "ask" else "state"
-            yield f"{where['lines']}: lines: expected a table {key}, got none; add it, a list for every {of}"
+            each = "slot" if key == "ask" else "state"
+            yield f"{where['lines']}: lines: expected a table {key}, got none; add it, a list for every {each}"
     prefix, start = lines.get("prefix", {}), lines.get("start", {})
     for state in states:
         if not _texts(prefix.get(state), least=1):
@@ -283,10 +281,12 @@ def _lines(data: Mapping[str, Any], where: Where) -> Iterator[str]:
                 elif not _texts(texts, least=1):
                     yield f"{place}{table}.{slot}: expected a list of questions, got {texts!r}"
                 elif not slots[slot]["cues"] or len(slots[slot]["values"]) < 2:
-                    yield f"{where['slots']}: slots.{slot}: what is asked about needs cues and at least two values"
+                    yield f"{where['slots']}: slots.{slot}: expected cues and two values or more, as it is asked about"
                 else:
                     alone = table in options.get("disputes", {}).values()
                     topics[f"{table}.{slot}"] = (len(texts), 1 if alone or table != "ask" else len(lines["ask"]))
+    # A line is an opening and a question. The partner never repeats one within FRESH turns, and draws until it has a
+    # fresh one: a topic that comes round sooner than it has lines would make it draw for ever.
     for at, (ways, together) in topics.items():
         needed = 1 + min(FRESH, -(-FRESH // max(together, 1)) + 1)
         if 0 < least * ways < needed:
@@ -295,7 +295,7 @@ def _lines(data: Mapping[str, Any], where: Where) -> Iterator[str]:
 
 
 def _replies(data: Mapping[str, Any], where: Where, kinds: Collection[str]) -> Iterator[str]:
-    """Yield which kind of reply has no template, or one that can not be filled in."""
+    """Yield which kinds of reply have no template, or one that cannot be filled in."""
     place, replies, slots = _place(where, "replies"), data["replies"], data["slots"]
     if missing := [kind for kind in kinds if kind not in replies]:
         example = f'{missing[0]}.any = ["…"]'
@@ -322,7 +322,7 @@ def _replies(data: Mapping[str, Any], where: Where, kinds: Collection[str]) -> I
                 if key != "any" and key not in slots:
                     yield f"{place}{at}.{key}: expected any, or one of the slots {', '.join(slots)}"
                 for text in texts:
-                    yield from _fields(text, (*_SAID, *slots), f"{place}{at}.{key}")
+                    yield from _fields(text, (*_PLACES, *slots), f"{place}{at}.{key}")
 
 
 def _texts(value: Any, least: int = 0) -> bool:
@@ -330,13 +330,13 @@ def _texts(value: Any, least: int = 0) -> bool:
 
 
 def _fields(text: Any, known: Collection[str], at: str, *, all_of: bool = False) -> Iterator[str]:
-    """Yield what is wrong with the places of a template that are to be filled in."""
+    """Yield what is wrong with the places in a template."""
     try:
-        found = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        named = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     except (ValueError, TypeError) as error:
         yield f"{at}: expected text with {{{'}, {'.join(known)}}}, got {text!r} ({error})"
         return
-    if stray := sorted(found - {*known}):
+    if stray := sorted(named - {*known}):
         yield f"{at}: expected {{{'}, {'.join(known)}}}, got {{{'}, {'.join(stray)}}}"
-    if all_of and (missing := [name for name in known if name not in found]):
+    if all_of and (missing := [name for name in known if name not in named]):
         yield f"{at}: expected {{{'} and {'.join(missing)}}} in it, got {text!r}"

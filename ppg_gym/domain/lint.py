@@ -1,7 +1,7 @@
-"""Guards over a domain's words: is every line of the partner read as its question, every template as its kind?
+"""Checks of a domain's words: is every line of the partner read as its question, and every template as its kind?
 
 The files of a domain can be in order (:mod:`ppg_gym.domain.files`) and still not mean what their author thinks: a
-question that holds the cue of another fact, a template that is read as evasion. Deterministic, a second per domain.
+question with the cue of another fact in it, a template that is read as evasion. Deterministic; a second per domain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ppg_gym.domain.loading import Domain
 from ppg_gym.domain.reading import Reader, Track, instruction_sentences, reader
 from ppg_gym.domain.saying import say
 
-MOST_TEMPLATES = 5  # of a kind (and slot) that are all tried
+MOST_TEMPLATES = 5  # templates of a kind and slot that are tried
 
 
 class _Always:
@@ -31,24 +31,24 @@ class _Always:
 
 
 def faults(domain: Domain) -> Iterator[str]:
-    """Yield one line per text of a domain that is not read as what it is.
+    """Yield one line per text of a domain that is read as something else than it is.
 
     Every line of the partner must be read with its topic, in every state and for every value of every fact; every
-    template of a reply as its kind. One kind may be read as another: a copy of a statement that does not address the
-    reader ("It began with the fire."), which people also say of themselves.
+    template of a reply as its kind. The one exception is a copied statement that does not address the reader ("It began
+    with the fire."): people say such things about themselves, too.
 
     Args:
         domain: From `ppg_gym.domain.loading.load`.
 
     Yields:
-        ``FILE: …`` with the text, what it is meant to be, and what it is read as; each fault once.
+        ``FILE: …`` with the text, what it should be, and what it is read as; each fault once.
     """
     read = reader(domain.source)
     yield from dict.fromkeys((*_lines(domain, read), *_replies(domain, read)))
 
 
 def everyone(domain: Domain) -> list[Persona]:
-    """Return as few personas as hold every value of every slot."""
+    """Return the fewest personas that between them have every value of every slot."""
     slots = {slot: list(values) for slot, values in domain.slots.items()}
     made = []
     for i in range(max(map(len, slots.values()))):
@@ -75,12 +75,12 @@ def _lines(domain: Domain, read: Reader) -> Iterator[str]:
         for state in domain.table.states:
             openings = domain.lines["prefix"][state] + domain.lines["start"].get(state, [])
             for opening, (topic, core) in itertools.product(openings, cores(domain, persona.facts)):
-                said = values[(number * 7 + len(core)) % len(values)]
-                line = f"{opening} {core}".strip().format(said=said, **persona.facts)
-                heard = read.parse(line)
-                found = heard.cue or next(iter(heard.points), "")
-                if found != topic:
-                    yield f"{domain.file}: {line!r} is meant to be about {topic}, and read as {found or 'nothing'}"
+                quoted = values[(number * 7 + len(core)) % len(values)]
+                line = f"{opening} {core}".strip().format(said=quoted, **persona.facts)
+                parsed = read.parse(line)
+                read_as = parsed.cue or next(iter(parsed.points), "")
+                if read_as != topic:
+                    yield f"{domain.file}: {line!r} is meant to be about {topic}, and read as {read_as or 'nothing'}"
 
 
 def _replies(domain: Domain, read: Reader) -> Iterator[str]:
@@ -94,13 +94,13 @@ def _replies(domain: Domain, read: Reader) -> Iterator[str]:
             openings = domain.lines["prefix"][state]
             line = f"{openings[number % len(openings)]} {core}".strip().format(said="otherwise", **persona.facts)
             if not read.parse(line).cue and not domain.options.get("default_slot"):
-                continue  # told above
+                continue  # `_lines` reports it
             conversation = Conversation(persona).add("partner", line)
             for kind in domain.table.kinds:
                 if kind == "repeating":
-                    continue  # nothing was said before
+                    continue  # there is no earlier reply to repeat
                 reply = say(read, kind, conversation, rng)
-                said = read.parse(reply)
-                found = read.read(Track(0, state), persona, read.parse(line), said).kind
-                if found != kind and not (kind == "copying" and said.text not in addressed):
-                    yield f"{domain.file}: {reply!r} is meant to be {kind} and read as {found}, after {line!r}"
+                parsed = read.parse(reply)
+                read_as = read.read(Track(0, state), persona, read.parse(line), parsed).kind
+                if read_as != kind and not (kind == "copying" and parsed.text not in addressed):
+                    yield f"{domain.file}: {reply!r} is meant to be {kind} and read as {read_as}, after {line!r}"

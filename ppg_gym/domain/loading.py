@@ -1,42 +1,31 @@
 """A domain: its personas' facts, its rule table and its lines, read from data.
 
-The embedded domains are the folders under ``envs/``; anybody's own is a TOML file, given by its path. One rule table
-drives the scripted partner, the facts judge and the exact twin. This module knows what a domain is and where it is
-found; :mod:`ppg_gym.domain.files` reads and checks the files. Nothing here talks, judges or draws.
+The embedded domains are the folders under ``envs/``; your own is a TOML file, given by its path. One rule table drives
+the scripted partner, the facts judge and the exact twin. This module knows what a domain is and where to find it;
+:mod:`ppg_gym.domain.files` reads and checks the files. Nothing here talks, judges or draws.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from ppg_gym.conversation import Persona
 from ppg_gym.domain import files as domain_files
+from ppg_gym.nearest import did_you_mean
 
 _EMBEDDED = importlib.resources.files("ppg_gym.domains")
 DOMAINS = tuple(sorted(entry.name for entry in _EMBEDDED.iterdir() if (entry / "domain.toml").is_file()))
 """Names of the embedded domains: the folders that hold a ``domain.toml``."""
 SPLITS = ("train", "held-out")
 TRICKS = (
-    "silence",
-    "gibberish",
-    "meta",
-    "slip",
-    "copying",
-    "repeating",
-    "listing",
-    "evasion",
-    "question_back",
-    "vague",
+    *("silence", "gibberish", "meta", "slip", "copying", "repeating", "listing", "evasion", "question_back", "vague"),
     "off_topic",
 )
 
@@ -72,8 +61,8 @@ class RuleTable:
         missing = set(TRICKS) - set(tricks)
         if missing:
             raise ValueError(f"{where}: expected a score for every trick, missing {sorted(missing)}")
-        own = {kind for state in states.values() for kind in state if kind != "otherwise"}
-        kinds = tuple(sorted(own - set(tricks))) + tuple(tricks)
+        named = {kind for state in states.values() for kind in state if kind != "otherwise"}
+        kinds = tuple(sorted(named - set(tricks))) + tuple(tricks)
         score: dict[tuple[str, str], float] = {}
         follow: dict[tuple[str, str], str] = {}
         for name, entries in states.items():
@@ -101,12 +90,12 @@ class ReadRule:
 
 @dataclass(frozen=True)
 class Domain:
-    """Everything that is known of one domain.
+    """Everything that is known about one domain.
 
     Attributes:
-        name: Of the embedded domain's folder, or of one's own file.
-        source: What `load` takes in any process: the name, or the absolute path of one's own.
-        file: What holds it, for messages.
+        name: The name of the folder or file.
+        source: What `load` takes in any process: the name, or the absolute path of your own.
+        file: The file that holds it, for messages.
         turns: Default length of a conversation, in turns of the policy.
         scenario: One sentence for people and for a model that plays the partner.
         instruction: Template of the role-play instruction.
@@ -116,15 +105,15 @@ class Domain:
         rules: How a reply is read, first match wins.
         slots: slot -> value -> phrases by which the value is recognised.
         cues: slot -> phrases by which a partner's question is recognised.
-        asked_only: Slots whose values claim something only when they were asked for.
+        asked_only: Slots whose values claim something only if the partner asked for them.
         markers: marker -> phrases.
         statements: slot -> sentence of the instruction.
         lines: The partner's lines.
-        replies: kind -> templates (or slot -> templates): ways in which a reply of that kind is said.
-        why: kind -> what the facts judge says of a reply of that kind; ``{slot}`` and ``{fact}`` are filled in.
-        partner: The other speaker, when a language model plays it; see `ppg_gym.partners.scenes`. None if unsaid.
-        persona_seed: Of the domain's own personas.
-        options: Everything else in ``domain.toml``'s ``[options]``.
+        replies: kind -> templates (or slot -> templates): ways to say a reply of that kind.
+        why: kind -> what the facts judge says about such a reply; ``{slot}`` and ``{fact}`` are filled in.
+        partner: The role of a language model that plays the partner; see `ppg_gym.partners.scenes`. None if missing.
+        persona_seed: Seed of the personas that come with the domain.
+        options: ``[options]``, and the words that all domains know.
     """
 
     name: str
@@ -157,19 +146,19 @@ class Domain:
         return {kind: weight / total for kind, weight in weights.items()}
 
     def words(self) -> Iterator[str]:
-        """Yield every text of the domain's data: together they are its vocabulary."""
+        """Yield every text of the domain's data; together they are its vocabulary."""
         yield self.instruction
         yield from _texts(self.slots)
         yield from _texts(self.cues)
         yield from _texts(self.markers)
         yield from _texts(self.statements)
         yield from _texts(self.lines)
-        yield from _texts({kind: said for kind, said in self.replies.items() if kind != "gibberish"})
+        yield from _texts({kind: texts for kind, texts in self.replies.items() if kind != "gibberish"})
 
     def instruct(self, name: str, facts: Mapping[str, str]) -> str:
         """Return the role-play instruction for a persona with these facts."""
-        said = " ".join(text.format(**facts) for text in self.statements.values())
-        return self.instruction.format(name=name, facts=said)
+        sentences = " ".join(text.format(**facts) for text in self.statements.values())
+        return self.instruction.format(name=name, facts=sentences)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -188,20 +177,19 @@ def folder(name: str) -> Traversable:
     """Return the data folder of an embedded domain.
 
     Raises:
-        ValueError: There is no such domain; the nearest name is offered.
+        ValueError: There is no such domain; the message offers the nearest name.
     """
     if name not in DOMAINS:
-        near = get_close_matches(str(name), DOMAINS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, DOMAINS)
         if isinstance(name, str) and Path(name).is_dir():
             hint = f"; for the folder write {f'./{name}'!r}"
-        own = "or the path of your own (FILE.toml)"
-        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, {own}, got {name!r}{hint}")
+        known = f"{', '.join(DOMAINS)}, or the path of your own (FILE.toml)"
+        raise ValueError(f"expected a domain out of {known}, got {name!r}{hint}")
     return _EMBEDDED / name
 
 
 def is_path(name: object) -> bool:
-    """Return whether a domain's name is the path of one's own: it ends in ``.toml``, or holds a slash."""
+    """Return whether a domain's name is a path: it ends in ``.toml`` or has a slash in it."""
     return isinstance(name, str) and (name.endswith(".toml") or "/" in name or os.sep in name)
 
 
@@ -209,25 +197,25 @@ def load(name: str) -> Domain:
     """Return a domain; read once per process.
 
     Args:
-        name: Of an embedded domain; or the path of one's own, a TOML file or a folder with ``domain.toml`` in it. A
-            path is anything that ends in ``.toml`` or holds a slash, and relative to the working directory.
+        name: Of an embedded domain; or the path of your own, a TOML file or a folder with ``domain.toml`` in it,
+            relative to the working directory. A path ends in ``.toml`` or has a slash in it.
 
     Raises:
-        ValueError: There is no such domain, or its files are not what they should be: every fault is a line with file
-            and key.
+        ValueError: There is no such domain, or something is wrong with its files: one line per fault, with file and
+            key.
     """
     return _load(str(Path(name).resolve()) if is_path(name) else name)
 
 
 @functools.cache
 def _load(source: str) -> Domain:
-    own = is_path(source)
-    name = Path(source).name.removesuffix(".toml") if own else source
-    data, where = domain_files.read(Path(source) if own else folder(source), "" if own else name)
+    yours = is_path(source)
+    name = Path(source).name.removesuffix(".toml") if yours else source
+    data, where = domain_files.read(Path(source) if yours else folder(source), "" if yours else name)
     common = domain_files.toml(_EMBEDDED / "common.toml", "common.toml")
     domain_files.check_shape(data, where)
     data["tricks"] = common["tricks"] | data.get("tricks", {})
-    data["replies"] |= {kind: said for kind, said in common["replies"].items() if kind not in data["replies"]}
+    data["replies"] |= {kind: texts for kind, texts in common["replies"].items() if kind not in data["replies"]}
     table = RuleTable.parse(data, where["domain"])
     data.setdefault("mix", _even_mix(table.kinds, data["tricks"]))
     markers = common["markers"] | data.get("markers", {})
@@ -262,39 +250,7 @@ def _load(source: str) -> Domain:
 
 
 def _even_mix(kinds: Sequence[str], tricks: Collection[str]) -> dict[str, float]:
-    """Return the mixture of a domain that states none: four fifths for its own kinds, evenly, the rest for tricks."""
-    own = [kind for kind in kinds if kind not in tricks]
-    shares = {kind: 0.8 / len(own) if kind in own else (0.2 if own else 1.0) / len(tricks) for kind in kinds}
-    return {kind: shares[kind] for kind in (*own, *tricks)}
-
-
-def personas(name: str, split: str) -> tuple[Persona, ...]:
-    """Return the personas that come with a domain, of the split ``train`` or ``held-out``.
-
-    They are read from ``personas-SPLIT.jsonl`` in its folder; where one's own domain has none, they are made from its
-    facts: 384 of them, two thirds for training, or as many as there are sets of facts.
-
-    Raises:
-        ValueError: No such domain, an embedded one without its files, or too few values for two splits.
-    """
-    return _personas(load(name).source, split)
-
-
-@functools.cache
-def _personas(source: str, split: str) -> tuple[Persona, ...]:
-    if not is_path(source):
-        try:
-            text = (folder(source) / f"personas-{split}.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            todo = "scripts/make_personas.py makes it"
-            raise ValueError(f"{error.filename}: expected a file of personas, got none; {todo}") from error
-        return tuple(Persona(**json.loads(line)) for line in text.splitlines())
-    own = load(source)
-    files = {name: Path(source) / f"personas-{name}.jsonl" for name in SPLITS}
-    if any(file.is_file() for file in files.values()):
-        from ppg_gym.domain.personas import read_personas
-
-        return tuple(read_personas(files[split], own.name))
-    from ppg_gym.data.persona_maker import own_personas
-
-    return tuple(own_personas(own)[split])
+    """Return the mixture of a domain without ``[mix]``: its own kinds share four fifths evenly, the tricks the rest."""
+    honest = [kind for kind in kinds if kind not in tricks]
+    shares = {kind: 0.8 / len(honest) if kind in honest else (0.2 if honest else 1.0) / len(tricks) for kind in kinds}
+    return {kind: shares[kind] for kind in (*honest, *tricks)}

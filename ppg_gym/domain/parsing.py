@@ -1,4 +1,4 @@
-"""Parsing: from a text to what its words hold, whoever says them: values named, topics, markers.
+"""Parsing: what the words of a text hold, no matter who says them: values, topics, markers.
 
 Knows words, not conversations: what a reply *is* depends on what was asked and said before, and
 :mod:`ppg_gym.domain.reading` decides that. Deterministic; nothing here may score, speak or draw.
@@ -14,9 +14,9 @@ from typing import NamedTuple
 from ppg_gym.domain.loading import Domain
 
 REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
-MOST_LIKE = 4  # words from which on half of them have to differ
-FEW_COMMAS = 4  # below it, nothing is enumerated
-SHORT_PIECE = 3  # words that an item of an enumeration has at most
+MOST_LIKE = 4  # a text of this many words or more is gibberish unless over half of its words differ
+FEW_COMMAS = 4  # with fewer, nothing is an enumeration
+SHORT_PIECE = 3  # most words of an item of an enumeration
 
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
 _STOPS = frozenset(".!?;\n")
@@ -53,9 +53,9 @@ class Claim(NamedTuple):
     Attributes:
         slot: What it is a value of.
         value: The value; "" (negated) denies that there is any: "I do not have a pet".
-        negated: It is denied.
+        negated: The text denies it.
         asked: It stands inside a question.
-        passing: An everyday word that claims something only when the slot was asked for.
+        passing: An everyday word, which claims something only if the slot was asked for.
     """
 
     slot: str
@@ -66,7 +66,7 @@ class Claim(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What the words of a text hold, whoever says them.
+    """What the words of a text hold.
 
     Attributes:
         text: Normalised words, joined by single spaces, punctuation dropped.
@@ -77,7 +77,7 @@ class Parsed(NamedTuple):
         points: Lesson keywords named, in order.
         known: Share of words in the domain's vocabulary.
         question: The text ends as a question.
-        listed: Items of the longest enumeration: short pieces in a row, of anything.
+        listed: Items of the longest enumeration: short pieces in a row, whatever they are.
     """
 
     text: str
@@ -92,7 +92,7 @@ class Parsed(NamedTuple):
 
 
 def _enumerated(tokens: list[str]) -> int:
-    """Return how many pieces of at most ``SHORT_PIECE`` words stand in a row, parted by commas; 0 below four commas."""
+    """Return the most pieces of up to ``SHORT_PIECE`` words in a row between commas; 0 with fewer than four commas."""
     longest = run = piece = 0
     if tokens.count(",") < FEW_COMMAS:
         return 0
@@ -107,23 +107,23 @@ def _enumerated(tokens: list[str]) -> int:
 
 
 def words(text: str) -> list[str]:
-    """Return lower-case words and punctuation; accents and invisible signs dropped, contractions opened."""
+    """Return lower-case words and punctuation, without accents and invisible characters, contractions spelled out."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text.translate(_QUOTES))
         text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn"))
-    found: list[str] = []
+    opened: list[str] = []
     for word in _TOKEN.findall(text.lower()):
         if word in _SHORT:
-            found += _SHORT[word].split(" ")
+            opened += _SHORT[word].split(" ")
         elif "'" in word:
-            found += _open(word)
+            opened += _open(word)
         else:
-            found.append(word)
-    return found
+            opened.append(word)
+    return opened
 
 
 def _open(word: str) -> list[str]:
-    """Return the words of a contraction: "i'm", "don't", "it's"; a possessive loses its s."""
+    """Return the words of a contraction such as "i'm", "don't", "it's"; a possessive loses its s."""
     base, _, end = word.partition("'")
     if end == "t" and base.endswith("n"):
         return [base[:-1], "not"] if base != "n" else ["not"]
@@ -148,7 +148,12 @@ class _Phrase(NamedTuple):
 
 
 class _Scope:
-    """What holds at a word of a sentence: denied, asked, or said of somebody else, another time or a wish."""
+    """What holds at each word of a sentence: whether it is denied, asked, or not about the speaker here and now.
+
+    A sentence is walked once from left to right. A negation reaches a few full words ahead and is used up by the value
+    it denies; words about somebody else, the past or a wish set values aside until the speaker is the subject again.
+    Pauses, "and" and "but" end or renew these, which is what most of the branches below are about.
+    """
 
     def __init__(self, tokens: list[str], asked: bool) -> None:
         self._tokens = tokens
@@ -159,13 +164,13 @@ class _Scope:
         self.asked = asked and (self._last < 0 or tokens[0] in _ASKING)
         self._whole = self.asked
         self._denied = -1  # where the last negation ends
-        self._used = False  # it has denied something
+        self._used = False  # whether it has denied something
         self._aside = -1  # the last word that is not about the speaker here and now
-        self._other = False  # ... because it is about somebody else
-        self._self = False  # the speaker is a subject of the sentence
+        self._other = False  # whether that is because it is about somebody else
+        self._self = False  # whether the speaker has been a subject of the sentence
 
     def word(self, at: int) -> None:
-        """Move on to a word: pauses and a new subject end what was open."""
+        """Move on to a word: pauses and a new subject end what was in force."""
         token, tokens = self._tokens[at], self._tokens
         if token in _PAUSES:
             if self._used:
@@ -196,7 +201,8 @@ class _Scope:
         elif name == "negation":
             follows = tokens[at + 1] if at + 1 < len(tokens) else ","
             if tokens[at] == "no" and (follows in _PAUSES or follows in _SELF or follows in ("it", "not", "that")):
-                return  # an answer, not a denial of what comes next
+                return  # "no" as an answer, not as a denial of what comes next
+            # "I can't live without tea": a second negation takes back one that is not used up.
             undone = tokens[at] == "without" and self._denied >= 0 and not self._used
             self._denied, self._used = -1 if undone else end, False
         else:
@@ -204,7 +210,7 @@ class _Scope:
             self._aside = len(tokens) if self._other and not self._self else end + 1 + REACH
 
     def claims(self, at: int, end: int) -> bool:
-        """Return whether a value named here is claimed of the speaker."""
+        """Return whether a value named here is a claim about the speaker."""
         if at > self._aside:
             return True
         if not self._other:  # "from Lima to Oslo": the first value only, unless the next is joined to it
@@ -222,7 +228,7 @@ class _Scope:
         return True
 
     def lacks(self, at: int) -> bool:
-        """Return whether a topic named here is said not to be there: "no pet", "not have a pet"."""
+        """Return whether the text says that there is none of a topic named here: "no pet", "not have a pet"."""
         if self._denied < 0 or self._used:
             return False
         between = self._tokens[self._denied + 1 : at]
@@ -262,7 +268,7 @@ class Parser:
         tokens = words(text)
         claims: list[Claim] = []
         marks, points = set[str](), dict[str, None]()
-        said = [token for token in tokens if token not in _STOPS and token not in _PAUSES]
+        spoken_words = [token for token in tokens if token not in _STOPS and token not in _PAUSES]
         cue, start = "", 0
         if _CONTROL.search(text):
             marks.add("meta")
@@ -274,12 +280,12 @@ class Parser:
                 last_question = token == "?"
                 cue = self._sentence(tokens[start:end], last_question, claims, marks, points) or cue
             start = end + 1
-        known = sum(word in self._vocabulary for word in said) / max(len(said), 1)
-        if len(said) >= MOST_LIKE and len(set(said)) * 2 <= len(said):
-            known = 0.0  # the same few words over and over
+        known = sum(word in self._vocabulary for word in spoken_words) / max(len(spoken_words), 1)
+        if len(spoken_words) >= MOST_LIKE and len(set(spoken_words)) * 2 <= len(spoken_words):
+            known = 0.0  # the same few words again and again
         return Parsed(
-            " ".join(said),
-            len(said),
+            " ".join(spoken_words),
+            len(spoken_words),
             tuple(claims),
             frozenset(marks),
             cue,
@@ -319,7 +325,7 @@ class Parser:
                     marks.add(name)
                 else:
                     marks.add(name)
-                if rest:  # a phrase is one thing: its words are not read again
+                if rest:  # the words of a phrase mean nothing on their own: skip them
                     width = 1 + len(rest)
                     break
             at += width

@@ -1,22 +1,23 @@
 """Read and write personas: the project's own JSONL and the persona files of the consistent-LLMs benchmark.
 
-A file is read whole or refused whole, with every bad entry named. Nothing in this module may invent a
-fact: a persona that is prose only stays without structured facts.
+One bad entry, and nothing of a file is used; every bad entry is named. Nothing here may invent a fact: a persona that
+is prose only stays without structured facts.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppg_gym.conversation import Persona
+from ppg_gym.nearest import did_you_mean
 
 _ROLES = {
     "chatting": "You are the person described below, and you are getting to know somebody in a chat.",
@@ -26,16 +27,31 @@ _ROLES = {
 _KEYS = ("id", "domain", "name", "instruction", "facts")
 
 
+class Fault(NamedTuple):
+    """Something wrong with a persona file, in a numbered ``line`` or ``entry``, or (with place "") in the whole."""
+
+    place: str
+    number: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.number}: {self.why}" if self.place else self.why
+
+
 class PersonaError(ValueError):
     """A persona file that is refused; the message names every bad entry and what was expected."""
 
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__("\n  ".join([message, *map(str, faults)]))
+        self.faults = tuple(faults)
+
 
 def role_play_instruction(description: str, domain: str) -> str:
-    """Wrap a persona's description into the instruction that the policy reads (own wording).
+    """Wrap a persona's description into the instruction that the policy reads.
 
-    The one place where prose becomes an instruction, so that a persona reads the same whether it comes from
-    a persona file or from a logged dialogue. A description that is stored as a JSON string inside a string
-    (quoted, with escapes) is decoded first.
+    The one place where prose becomes an instruction, so that a persona reads the same whether it comes from a persona
+    file or from a logged dialogue. The benchmark stores some descriptions as a JSON string inside a string (quoted,
+    with escapes); these are decoded first.
 
     Args:
         description: Who the persona is, as prose.
@@ -60,14 +76,24 @@ def persona_key(instruction: str) -> str:
     return " ".join(re.findall(r"\w+", instruction.casefold()))
 
 
+def persona_id(instruction: str, domain: str) -> str:
+    """Return an id for a persona that comes without one: the domain and a digest of the instruction's words."""
+    return f"{domain}-{hashlib.sha256(persona_key(instruction).encode()).hexdigest()[:12]}"
+
+
+def prose_persona(description: str, domain: str, name: str = "") -> Persona:
+    """Return the persona of a description; the same words give the same id, wherever they are read."""
+    instruction = role_play_instruction(description, domain)
+    return Persona(persona_id(instruction, domain), instruction, domain=domain, name=name)
+
+
 def read_personas(path: str | os.PathLike[str] | Traversable, domain: str) -> list[Persona]:
     """Read a persona file: the project's JSONL, or the benchmark's ``personas.json``.
 
     JSONL: one object per line with ``id`` and ``instruction``, and optionally ``domain``, ``name`` and
     ``facts``. The benchmark's file is a JSON list (arXiv 2511.00222): chatting ``{"name", "persona"}``,
-    education ``[topic, {"grade_level", "description"}]``, therapy ``{"description", "strategy"}``. Its
-    personas have ids ``<domain>-<index>`` and no facts; the topic of a lesson is the teacher's matter and is
-    not part of the persona.
+    education ``[topic, {"grade_level", "description"}]``, therapy ``{"description", "strategy"}``. Its personas have
+    ids ``<domain>-<index>`` and no facts; the topic of a lesson belongs to the teacher, not to the persona.
 
     Args:
         path: A file, also one inside an installed package.
@@ -77,8 +103,8 @@ def read_personas(path: str | os.PathLike[str] | Traversable, domain: str) -> li
         The personas in the file's order.
 
     Raises:
-        PersonaError: Any entry is bad (missing key, wrong type, empty text, duplicate id, other domain), or
-            the file is no persona file. Nothing of a refused file is returned.
+        PersonaError: Any entry is bad (missing key, wrong type, empty text, duplicate id, other domain), or the file
+            is no persona file. Nothing of a refused file is returned.
     """
     text = _read_text(path)
     if text.lstrip().startswith("["):
@@ -99,8 +125,8 @@ def write_personas(path: str | os.PathLike[str], personas: Iterable[Persona]) ->
     personas = list(personas)
     twice = [name for name, n in Counter(persona.id for persona in personas).items() if n > 1]
     if twice or not personas:
-        found = f"the ids {twice} more than once" if twice else "no persona"
-        raise PersonaError(f"{path}: expected at least one persona and every id once, got {found}")
+        got = f"the ids {twice} more than once" if twice else "no persona"
+        raise PersonaError(f"{path}: expected at least one persona and every id once, got {got}")
     rows = ({key: getattr(p, key) for key in _KEYS} | {"facts": dict(p.facts)} for p in personas)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(path).write_text(lines, encoding="utf-8", newline="\n")
@@ -116,7 +142,7 @@ def _read_text(path: str | os.PathLike[str] | Traversable) -> str:
 
 def _read_jsonl(text: str, path: str, domain: str) -> list[Persona]:
     personas: list[Persona] = []
-    problems: list[str] = []
+    problems: list[Fault] = []
     first_line: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -124,7 +150,7 @@ def _read_jsonl(text: str, path: str, domain: str) -> list[Persona]:
         try:
             entry = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"line {number}: expected a JSON object, got invalid JSON ({error})")
+            problems.append(Fault("line", number, f"expected a JSON object, got invalid JSON ({error})"))
             continue
         faults = _object_faults(entry, domain)
         if not faults and entry["id"] in first_line:
@@ -132,7 +158,7 @@ def _read_jsonl(text: str, path: str, domain: str) -> list[Persona]:
         if isinstance(entry, dict) and isinstance(entry.get("id"), str):
             first_line.setdefault(entry["id"], number)
         if faults:
-            problems += [f"line {number}: {fault}" for fault in faults]
+            problems += [Fault("line", number, fault) for fault in faults]
         else:
             personas.append(
                 Persona(
@@ -161,9 +187,7 @@ def _object_faults(entry: Any, domain: str) -> list[str]:
     else:
         faults += [f"key 'facts': {fault}" for slot in facts for fault in _text_faults(facts, slot)]
     for key in sorted(entry.keys() - set(_KEYS)):
-        near = difflib.get_close_matches(key, _KEYS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(_KEYS)}"
-        faults.append(f"unknown key {key!r}; {hint}")
+        faults.append(f"unknown key {key!r}" + did_you_mean(key, _KEYS, f"known keys are {', '.join(_KEYS)}"))
     return faults
 
 
@@ -181,16 +205,17 @@ def _read_benchmark(text: str, path: str, domain: str) -> list[Persona]:
             "write the personas as JSONL for another domain"
         )
     personas: list[Persona] = []
-    problems: list[str] = []
+    problems: list[Fault] = []
     for index, entry in enumerate(entries):
         faults, name, description = shape(entry)
-        problems += [f"entry {index}: {fault}" for fault in faults]
+        problems += [Fault("entry", index, fault) for fault in faults]
         if not faults:
             instruction = role_play_instruction(description, domain)
             personas.append(Persona(f"{domain}-{index}", instruction, domain=domain, name=name))
     if problems and not personas:
         others = [name for name, other in _SHAPES.items() if not any(other(entry)[0] for entry in entries)]
-        problems += [f"all entries: expected those of domain {domain!r}, got those of {name!r}" for name in others]
+        wrong = (f"all entries: expected those of domain {domain!r}, got those of {name!r}" for name in others)
+        problems += [Fault("", 0, why) for why in wrong]
     return _all_or_nothing(personas, problems, path)
 
 
@@ -235,10 +260,9 @@ def _text_faults(entry: Mapping[str, Any], key: str) -> list[str]:
     return [] if value.strip().strip('"').strip() else [f"key {key!r}: expected text, got an empty string"]
 
 
-def _all_or_nothing(personas: list[Persona], problems: list[str], path: str) -> list[Persona]:
+def _all_or_nothing(personas: list[Persona], problems: list[Fault], path: str) -> list[Persona]:
     if problems:
-        listed = "\n  ".join(problems)
-        raise PersonaError(f"{path}: expected no bad entry, got these; mend them:\n  {listed}")
+        raise PersonaError(f"{path}: expected no bad entry, got these; correct them:", problems)
     if not personas:
         raise PersonaError(f"{path}: expected at least one persona, got none")
     return personas

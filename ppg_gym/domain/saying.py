@@ -1,7 +1,7 @@
-"""Saying a reply of a given kind, in the domain's own words.
+"""Saying a reply of a given kind, in the domain's words: the opposite of reading.
 
-The opposite of reading. It serves whoever needs replies whose kind is known beforehand: the data that the
-embedded model is pretrained on, the check of language against the twin, and the tests.
+For uses that need replies of a known kind: the data that the embedded model is pretrained on, the check of language
+against the twin, and the tests.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def say(reader: Reader, kind: str, conversation: Conversation, rng: np.random.Ge
         got = f"a persona without {slot!r}" if slot else "none in it"
         raise ValueError(
             f"expected a line of the partner that asks about a fact of the persona, got {got}: "
-            f"{conversation.lines[-1].text!r}; ask about one of {', '.join(facts) or 'its facts, of which it has none'}"
+            f"{conversation.lines[-1].text!r}; ask about one of {', '.join(facts) or 'its facts (it has none)'}"
         )
     value = facts[slot]
     entry = domain.replies[kind]
     if kind == "slip":
         entry = domain.replies[entry["like"]]
         value = pick([v for v in domain.slots[slot] if v != value], rng)
-    own = conversation.said()
-    if kind == "repeating" and not own:
+    earlier = conversation.said()
+    if kind == "repeating" and not earlier:
         entry = domain.replies["copying"]
     template = pick(_templates(entry, slot, recall=any(c.value == facts[slot] for c in heard.claims)), rng)
     points = domain.lines.get("points", {}).get(facts.get(domain.options.get("topic", ""), ""), {})
@@ -53,13 +53,13 @@ def say(reader: Reader, kind: str, conversation: Conversation, rng: np.random.Ge
         text=points.get(key, "").rstrip("."),
         points=", ".join(list(points)[:4]).capitalize(),
         statement=domain.statements[slot].format(**facts),
-        previous=pick(own[-3:], rng) if own else "",
+        previous=pick(earlier[-3:], rng) if earlier else "",
         **facts,
     )
 
 
 def _templates(entry: Mapping[str, Sequence[str]], slot: str, *, recall: bool) -> Sequence[str]:
-    """Return a kind's templates for a slot; a kind may speak differently of what was told before."""
+    """Return a kind's templates for a slot; a kind may have others for a fact that was told before."""
     if "ask" in entry:
         entry = entry["recall" if recall else "ask"]  # type: ignore[assignment]
     return entry.get(slot) or entry["any"]

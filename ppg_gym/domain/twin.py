@@ -1,9 +1,9 @@
 """The exact twin of a domain: its rule table as a small tabular Markov decision process.
 
-A domain's partner moves between a handful of states, and its judge scores a reply by the state and by
-the *kind* of the reply. Both read one :class:`~ppg_gym.domain.loading.RuleTable`; so does this module, which
-computes by enumeration what language can only sample: the best reachable value, and the value that every
-policy class converges to with infinite data. Nothing here sees a word of text.
+A domain's partner moves between a handful of states, and its judge scores a reply by the state and by the *kind* of
+the reply. Both use one :class:`~ppg_gym.domain.loading.RuleTable`; so does this module, which computes exactly what
+language can only sample: the best reachable value, and the value that every policy class converges to with infinite
+data. Nothing here sees a word of text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Twin:
         states: Names; the first is the initial state.
         kinds: Names of the actions.
         score: [S, A], the reward of kind ``a`` in state ``s``, in [0, 1].
-        step: [S, A] of int, the state that follows.
+        step: [S, A] of int, the next state.
     """
 
     states: tuple[str, ...]
@@ -123,7 +123,7 @@ class Twin:
             mask: [n, n] boolean policy class.
             start: Initial policy [n, S, A]; uniform when None.
             steps: Gradient steps.
-            step_size: Of plain gradient ascent on the logits.
+            step_size: Step size of plain gradient ascent on the logits.
         """
         n = mask.shape[0]
         shape = (n, len(self.states), len(self.kinds))

@@ -1,23 +1,22 @@
-"""Judges: who can score a reply, and how one is made from its name and plain options."""
+"""Judges score replies: which ones there are, and how one is made from its name and plain options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ppg_gym import plugins as named
+from ppg_gym import plugins
 from ppg_gym.conversation import Conversation, Persona, Verdict
 
 JUDGES = {
     "facts": "ppg_gym.judges.facts:FactsJudge",
     "llm": "ppg_gym.judges.llm:LLMJudge",
     "nli": "ppg_gym.judges.nli:NLIJudge",
-    "learned": "ppg_gym.judges.learned:LearnedJudge",
 }
 
 
 class JudgeError(RuntimeError):
-    """A judge gave no score for a reply; carries the verdict."""
+    """A judge gave a reply no score; ``verdict`` says why."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(
@@ -28,18 +27,18 @@ class JudgeError(RuntimeError):
 
 
 class FailureRateError(RuntimeError):
-    """Too many replies were not scored; the message shows examples."""
+    """Too many replies have no score; the message shows examples."""
 
 
 class Judge(Protocol):
-    """Scores the newest reply of many conversations at once. Holds nothing of a conversation.
+    """Scores the newest reply of many conversations at once, and keeps nothing between calls.
 
-    A judge that spends its time waiting for a server says so with an attribute ``waits = True``; the partner
-    then speaks meanwhile. One that holds connections has a method ``close()``.
+    An attribute ``waits = True`` says that it spends its time waiting for a server; the partner then speaks at the same
+    time. A judge with connections has a method ``close()``.
     """
 
     def check(self, persona: Persona) -> None:
-        """Raise a ValueError when this judge can not judge replies of this persona."""
+        """Raise a ValueError when this judge cannot judge this persona's replies."""
         ...
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
@@ -48,11 +47,11 @@ class Judge(Protocol):
 
 
 def make(name: str, domain: str, options: Mapping[str, Any]) -> Judge:
-    """Return a judge by name: one of ``JUDGES``, or anybody's own as ``package.module:Class``.
+    """Return a judge by name: one of ``JUDGES``, or your own as ``package.module:Class``.
 
     Raises:
-        ValueError: An unknown name (the nearest one is offered), or an option that the judge does not take.
-        ModuleNotFoundError: The judge's extra is not installed; the message holds the install command.
+        ValueError: An unknown name (the message offers the nearest one), or an option that the judge does not take.
+        ModuleNotFoundError: The judge's extra is not installed; the message has the install command.
     """
-    made: Judge = named.make("judge", name, JUDGES, domain, options)
+    made: Judge = plugins.make("judge", name, JUDGES, domain, options)
     return made

@@ -1,7 +1,7 @@
 """The facts judge: scores a reply by the persona's structured facts and the domain's rule table.
 
-Deterministic and offline. It knows the words of its domain only (its slots): a truthful
-reply in words from outside that vocabulary is not recognised.
+Deterministic and offline. It knows the words of its domain's facts only: a truthful reply in other words is not
+recognised.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _WHY = {
     "vague": "The reply stays vague: it does not name the {slot} ({fact}).",
     "off_topic": "The reply is not about {slot}.",
 }
-_OTHERWISE = "The reply is of the kind {kind} on the {slot} ({fact})."  # a kind of the domain's own without [why]
+_OTHERWISE = "The reply is of the kind {kind} on the {slot} ({fact})."  # for a domain's kinds without [why]
 
 
 class FactsJudge:
     """Judges by reading: contradiction 0, every trick low, the rest by the state of the conversation.
 
     Args:
-        domain: Name of an embedded domain, or the path of one's own.
+        domain: Name of an embedded domain, or the path of your own.
         options: None are taken.
     """
 
@@ -46,7 +46,7 @@ class FactsJudge:
         """Refuse a persona whose facts are not this domain's.
 
         Raises:
-            ValueError: The persona lacks structured facts, or has some that the domain does not know.
+            ValueError: A fact is missing, or has a value that the domain does not know.
         """
         slots = self._reader.domain.slots
         wrong = [s for s in slots if persona.facts.get(s) not in slots[s]]
@@ -68,8 +68,8 @@ def _verdict(source: str, reading: Reading) -> Verdict:
     domain = load(source)
     slot, fact = reading.slot or "question", reading.fact or "unknown"
     if reading.kind == "slip":
-        said = f"claims {reading.said}" if reading.said else "denies it"
-        why = f"The persona's {slot} is {fact}; the reply {said}."
+        says = f"claims {reading.claimed}" if reading.claimed else "denies it"
+        why = f"The persona's {slot} is {fact}; the reply {says}."
     else:
         why = domain.why.get(reading.kind) or _WHY.get(reading.kind) or _OTHERWISE.replace("{kind}", reading.kind)
         why = why.format(slot=slot, fact=fact)

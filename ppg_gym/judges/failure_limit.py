@@ -12,13 +12,13 @@ WINDOW, FEW, SHOWN = 1000, 200, 3
 
 
 class FailureLimit:
-    """Stops the environment when too many of the last ``WINDOW`` replies were not scored.
+    """Stops the environment when too many of the last ``WINDOW`` replies have no score.
 
-    Until ``FEW`` replies were judged, as many failures are let pass as would be of ``FEW``, so that one bad call at
-    the start stops nothing.
+    Until ``FEW`` replies have been judged, it allows as many failures as among ``FEW``, so that one bad call at the
+    start stops nothing.
 
     Args:
-        rate: Largest share of failures, in [0, 1]; 1 switches the limit off.
+        rate: Largest share of failures allowed, in [0, 1]; 1 switches the limit off.
 
     Raises:
         ValueError: A rate outside [0, 1].
@@ -28,11 +28,11 @@ class FailureLimit:
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
             raise ValueError(f"expected max_failure_rate to be a number in [0, 1], got {rate!r}")
         self.rate = rate
-        self._causes: deque[str | None] = deque(maxlen=WINDOW)  # None: scored
-        self._examples: dict[str, str] = {}  # cause -> its last reply; the newest cause is the last
+        self._causes: deque[str | None] = deque(maxlen=WINDOW)  # None for a scored reply
+        self._examples: dict[str, str] = {}  # cause -> its last reply, the newest cause last
 
     def count(self, conversation: Conversation, verdict: Verdict) -> None:
-        """Note one verdict on the newest line of a conversation.
+        """Count the verdict on the newest line of a conversation.
 
         Raises:
             FailureRateError: There were too many failures.
@@ -52,5 +52,5 @@ class FailureLimit:
             shown = (f"{times[why]} × {why} (last: {reply})" for why, reply in self._examples.items() if times[why])
             raise FailureRateError(
                 f"expected at most {self.rate:.0%} of replies without a score, got {failures} of the last {judged};"
-                f" mend the judge, or raise max_failure_rate. The last causes: {'; '.join(shown)}"
+                f" repair the judge, or raise max_failure_rate. The last causes: {'; '.join(shown)}"
             )

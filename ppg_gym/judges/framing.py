@@ -1,8 +1,8 @@
-"""Framing: how texts that nobody vouches for are put before a judging model, and read back.
+"""Framing: how untrusted texts are shown to a judging model, and read back.
 
-The texts become one JSON object between two fence lines that hold a code. Three things keep a text inside:
-JSON escapes its quotes and line breaks, so that no text begins a line of its own; the code is a hash of all
-texts that occurs in none of them; every text is sanitised, so that none ends a chat turn. Knows no metric.
+The texts become one JSON object between two fence lines with a code. Three things keep a text inside: JSON escapes its
+quotes and line breaks, so that no text can begin a line; the code is a hash of all texts and occurs in none of them;
+every text is sanitised, so that none can end a chat turn. Knows no metric.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def clean(fields: Mapping[str, Any], limit: int = LIMIT) -> dict[str, Any]:
     """Return the fields with every text in them sanitised.
 
     Args:
-        fields: Name -> text, number, truth value, or a list or mapping of such. Names are identifiers.
+        fields: Name -> text, number, truth value, or a list or mapping of these. Names are identifiers.
         limit: Most characters of a text.
 
     Raises:
-        ValueError: A name that is no identifier.
-        TypeError: A value of another type.
+        ValueError: A name is not an identifier.
+        TypeError: A value is of another type.
     """
     for name in fields:
         if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
@@ -64,13 +64,13 @@ def _clean(value: Any, limit: int) -> Any:
 
 
 def frame(fields: Mapping[str, Any], task: str, limit: int = LIMIT) -> Messages:
-    """Return the messages that put fields before a model: the rules, then the data.
+    """Return the messages that show fields to a model: the rules, then the data.
 
-    The same fields give the same messages, so that a cache finds them.
+    The same fields give the same messages, so that a cache can find the answer.
 
     Args:
-        fields: As for :func:`clean`, which they go through.
-        task: What the model is to do and how to answer; trusted. :data:`DATA_RULES` is put after it.
+        fields: As for :func:`clean`, which is applied to them.
+        task: What the model is to do and how to answer; trusted. :data:`DATA_RULES` follow it.
         limit: Most characters of a text.
     """
     data = json.dumps(clean(fields, limit), ensure_ascii=False, indent=1)
@@ -86,8 +86,7 @@ def parse(messages: Messages) -> dict[str, Any]:
     """Return the fields that :func:`frame` put into its messages.
 
     Raises:
-        ValueError: Not such messages: not exactly one opening and one closing fence with one code around one
-            JSON object.
+        ValueError: Anything but one opening and one closing fence with the same code around one JSON object.
     """
     lines = messages[-1]["content"].split("\n")
     fences = [(at, line) for at, line in enumerate(lines) if re.fullmatch(r"----- .*data \w+ -----", line)]

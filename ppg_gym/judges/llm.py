@@ -1,21 +1,19 @@
-"""The LLM judge: a chat model says whether a reply is consistent, framed, answered to a schema, read strictly.
+"""The LLM judge: a chat model says whether a reply is consistent, from framed data, in an answer that is read strictly.
 
-The metrics follow Abdulhai et al., "Consistently Simulating Human Personas with Multi-Turn Reinforcement
-Learning" (arXiv 2511.00222). A call that fails or an answer that can not be read is never a number.
+The metrics follow Abdulhai et al., "Consistently Simulating Human Personas with Multi-Turn Reinforcement Learning"
+(arXiv 2511.00222). A call that fails or an answer that cannot be read is never a number.
 
-What costs no call, and is a rule rather than the model's verdict, scores 0: a reply of control tokens alone (kind
-``meta``), and what :mod:`ppg_gym.judges.rules` calls silence, copying and repeating.
+Some replies score 0 by rule and cost no call: control tokens alone (kind ``meta``), and what
+:mod:`ppg_gym.judges.rules` calls silence, copying and repeating.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from ppg_gym.conversation import Conversation, Line, Persona, Status, Verdict
@@ -23,12 +21,15 @@ from ppg_gym.domain import loading as domains
 from ppg_gym.judges import framing, questions, verdicts
 from ppg_gym.judges.rules import rule_verdict
 from ppg_gym.llm import background
-from ppg_gym.llm.client import Chat, ChatClient, Request
+from ppg_gym.llm.chat import Chat, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.llm.sharing import lease, release
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import number, one_of, whole, wrong
 from ppg_gym.sanitise import holds_control, plain
 
-WARM = 0.7  # temperature of several samples, and of a new try at an answer that could not be read
+WARM = 0.7  # temperature for several samples, and for a new try after an answer that could not be read
 BETWEEN = "\n-----\n"  # stands between several answers in `Verdict.raw`
 
 T = TypeVar("T")
@@ -39,26 +40,25 @@ class JudgeOptions:
     """The judge's own options; the client's are :class:`~ppg_gym.llm.settings.ClientSettings`.
 
     Attributes:
-        metric: ``prompt-to-line`` (the reply does not contradict the persona's description), ``line-to-line`` (nor
-            any of the persona's own earlier lines that are shown; a first line has none, so it scores 1 unless it
-            is a trick, with the kind ``first_line``), or ``qa`` (the share of the questions about the persona that
-            the reply touches and answers in agreement).
+        metric: ``prompt-to-line`` (the reply does not contradict the persona's description), ``line-to-line`` (it does
+            not contradict the persona's earlier lines that are shown; a first line has none, so it scores 1 unless it
+            is a trick, with the kind ``first_line``), or ``qa`` (of the questions about the persona that the reply
+            touches, the share that it answers in agreement).
         scale: ``binary``, or ``graded``: 1 to 5, scored (grade - 1) / 4. ``qa`` is a share and has no grades.
         samples: Odd number of answers per reply. The score is their median: for ``binary`` the majority, for
-            ``graded`` a grade that was given, which one gullible sample can not move. Every sample has to be read.
-        retries: New samples in place of each answer that can not be read.
-        history: Earlier lines shown, of both speakers.
-        max_chars: Length of each text at most; longer ones are cut with a mark.
+            ``graded`` one of the grades, which a single gullible sample cannot move. Every sample has to be readable.
+        retries: Most new samples for an answer that cannot be read.
+        history: Most earlier lines shown, of both speakers.
+        max_chars: Most characters of each text; longer ones are cut with a mark.
         temperature: None: 0 for one sample, else ``WARM``.
-        max_tokens: Length of an answer at most.
-        max_rationale: Characters of the rationale at most, as ``maxLength`` of the schema: keeps a talkative model
-            within ``max_tokens`` where the server honours it (vLLM does; OpenAI refuses the keyword); None: not sent.
-        schema: Whether the JSON schema goes to the server: ``always``, ``never``, or ``auto`` (if it honours it).
-        questions: For ``qa``: questions per persona at most.
-        untouched: For ``qa``: the score of a reply that touches no question, with the kind ``untouched``. The share
-            is 0/0 there: no failure, as nothing went wrong, and neither 1, which would pay for never saying
-            anything of oneself, nor 0, which would punish a greeting. The middle keeps the order: a fact told
-            truly, no fact, a contradiction.
+        max_tokens: Most tokens of an answer.
+        max_rationale: Most characters of the rationale, sent as ``maxLength`` in the schema: keeps a talkative model
+            within ``max_tokens`` where the server honours it (vLLM does; OpenAI refuses the keyword). None: not sent.
+        schema: Whether the JSON schema goes to the server: ``always``, ``never``, or ``auto`` (if it honours schemas).
+        questions: For ``qa``: most questions per persona.
+        untouched: For ``qa``: the score of a reply that touches no question, with the kind ``untouched``. Its share
+            would be 0/0. A score of 1 would pay for never saying anything about oneself, 0 would punish a greeting;
+            the middle keeps the order: a fact told truly, no fact, a contradiction.
 
     Raises:
         ValueError: A value of the wrong type or range.
@@ -79,45 +79,32 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                near = get_close_matches(str(value), known, n=1)
-                raise _wrong(name, f"one of {', '.join(known)}", value, f"; did you mean {near[0]!r}?" if near else "")
+            one_of(_WHOSE, name, getattr(self, name), known)
         least = {"samples": 1, "retries": 0, "history": 0, "max_chars": 100, "max_tokens": 16, "questions": 1}
         for name, at_least in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < at_least:
-                raise _wrong(name, f"a whole number of at least {at_least}", value)
-        if self.max_rationale is not None and (type(self.max_rationale) is not int or self.max_rationale < 1):
-            raise _wrong("max_rationale", "a whole number of at least 1 or none", self.max_rationale)
+            whole(_WHOSE, name, getattr(self, name), at_least)
+        if self.max_rationale is not None:
+            whole(_WHOSE, "max_rationale", self.max_rationale)
         if self.samples % 2 == 0:
-            raise _wrong("samples", "an odd number", self.samples)
-        if not _number(self.untouched) or not 0.0 <= self.untouched <= 1.0:
-            raise _wrong("untouched", "a number in [0, 1]", self.untouched)
-        if self.temperature is not None and (not _number(self.temperature) or not 0.0 <= self.temperature <= 2.0):
-            raise _wrong("temperature", "a number in [0, 2] or none", self.temperature)
+            raise wrong(_WHOSE, "samples", "an odd number", self.samples)
+        number(_WHOSE, "untouched", self.untouched, 1)
+        if self.temperature is not None:
+            number(_WHOSE, "temperature", self.temperature, 2)
         if self.samples > 1 and self.temperature == 0:
-            raise _wrong("temperature", "a number above 0 for several samples, which would all be the same", 0)
+            raise wrong(_WHOSE, "temperature", "a number above 0 for several samples, which would all be the same", 0)
         if self.metric == "qa" and self.scale != "binary":
-            raise _wrong("scale", "'binary' for the metric 'qa', which is a share", self.scale)
+            raise wrong(_WHOSE, "scale", "'binary' for the metric 'qa', which is a share", self.scale)
         if self.metric == "line-to-line" and self.history < 2:
-            raise _wrong("history", "at least 2 for the metric 'line-to-line'", self.history)
+            raise wrong(_WHOSE, "history", "at least 2 for the metric 'line-to-line'", self.history)
 
 
+_WHOSE = "judge_options"
 _CHOICES = {"metric": verdicts.METRICS, "scale": verdicts.SCALES, "schema": ("auto", "always", "never")}
-_OWN = tuple(field.name for field in dataclasses.fields(JudgeOptions))
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _wrong(name: str, expected: str, got: object, hint: str = "") -> ValueError:
-    return ValueError(f"judge_options[{name!r}]: expected {expected}, got {got!r}{hint}")
+_NAMES = tuple(field.name for field in dataclasses.fields(JudgeOptions))
 
 
 class _Case(NamedTuple):
-    """What there is to know for judging one reply."""
+    """All that is needed to judge one reply."""
 
     messages: framing.Messages
     own_lines: tuple[int, ...]  # numbers of the persona's earlier lines shown
@@ -125,7 +112,7 @@ class _Case(NamedTuple):
 
 
 class _Read(NamedTuple, Generic[T]):
-    """What became of a question: what was read from an answer, or the status and the reason why nothing was."""
+    """What was read from an answer, or the status and the reason why nothing was."""
 
     value: T | None
     texts: tuple[str, ...]
@@ -137,13 +124,13 @@ class LLMJudge:
     """Judges by asking a chat model; all conversations of a call are asked about at once.
 
     Args:
-        domain: Name of a domain; its scenario is told to the model.
-        options: The client's settings and the judge's own (:class:`JudgeOptions`).
-        chat: Who answers; None for a client made from the settings, which are needed only then.
+        domain: Name of a domain; the model is told its scenario.
+        options: The client's settings and :class:`JudgeOptions`.
+        chat: The chat model to ask; None for a client made from the settings, which are needed only then.
 
     Attributes:
-        chat: Who answers; its ``counts`` tell what judging has cost.
-        options: The judge's own options.
+        chat: The chat model; its ``counts`` tell what judging has cost.
+        options: The judge's options.
 
     Raises:
         ValueError: An option is unknown, missing or not what it should be.
@@ -153,15 +140,11 @@ class LLMJudge:
 
     def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
         if chat is None or "base_url" in options:
-            settings, own = ClientSettings.take(options, "judge_options", _OWN)
+            settings, rest = ClientSettings.take(options, _WHOSE, _NAMES)
         else:
-            own = dict(options)
-            for name in own.keys() - set(_OWN):
-                near = get_close_matches(str(name), _OWN, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(_OWN)}"
-                raise ValueError(f"judge_options: expected no option {name!r}; {hint}")
-        self.options = JudgeOptions(**own)
-        chosen = self.options
+            rest = dict(options)
+            refuse_unknown(_WHOSE, rest, _NAMES)
+        self.options = chosen = JudgeOptions(**rest)
         self._task = verdicts.task(chosen.metric, chosen.scale, domains.load(domain).scenario)
         self._shape = verdicts.schema(chosen.metric, chosen.scale, chosen.max_rationale)
         self._question_shape = questions.schema(chosen.questions)
@@ -187,7 +170,7 @@ class LLMJudge:
             )
 
     def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
-        """Return one verdict per conversation; a failed one leaves the others alone.
+        """Return one verdict per conversation; a failed call costs the other conversations nothing.
 
         Raises:
             ValueError: A conversation does not end with a line of the policy.
@@ -200,14 +183,14 @@ class LLMJudge:
         return background.run(self._judge(conversations))
 
     def close(self) -> None:
-        """Give the client back, once; a chat that was given belongs to the giver."""
+        """Give the client back, once; a chat that was passed in is left to its owner."""
         client, self._own_client = self._own_client, None
         if client is not None:
             release(client)
 
     async def _judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
-        found = [by_rule(conversation) for conversation in conversations]
-        left = [i for i, verdict in enumerate(found) if verdict is None]
+        ruled = [by_rule(conversation) for conversation in conversations]
+        left = [i for i, verdict in enumerate(ruled) if verdict is None]
         failed: dict[str, Verdict] = {}
         if self.options.metric == "qa":
             new = dict.fromkeys(conversations[i].persona.instruction for i in left)
@@ -217,7 +200,7 @@ class LLMJudge:
         asked = [i for i in left if conversations[i].persona.instruction not in failed]
         given = dict(zip(asked, await _all([self._ask(conversations[i]) for i in asked]), strict=True))
         return [
-            found[i] or given.get(i) or failed[conversation.persona.instruction]
+            ruled[i] or given.get(i) or failed[conversation.persona.instruction]
             for i, conversation in enumerate(conversations)
         ]
 
@@ -241,8 +224,8 @@ class LLMJudge:
             for i, line in shown
         ]
         fields["reply"] = {"line": reply[0], "text": reply[1].text}
-        own = tuple(i for i, line in shown if line.speaker == "policy")
-        return _Case(framing.frame(fields, self._task, self.options.max_chars), own, len(made))
+        own_lines = tuple(i for i, line in shown if line.speaker == "policy")
+        return _Case(framing.frame(fields, self._task, self.options.max_chars), own_lines, len(made))
 
     async def _sample(self, case: _Case, number: int) -> _Read[verdicts.Opinion]:
         def read(text: str, finish: str) -> verdicts.Opinion:
@@ -256,7 +239,7 @@ class LLMJudge:
         return await self._until_read(request, self._shape, read)
 
     async def _make_questions(self, instruction: str) -> Verdict | None:
-        """Make the questions about a persona; return the verdict on its replies if that fails."""
+        """Make the questions about a persona; if that fails, return the verdict that all its replies get."""
         chosen, shape = self.options, self._question_shape
         request = Request(
             questions.messages(instruction, chosen.questions, chosen.max_chars),
@@ -269,16 +252,15 @@ class LLMJudge:
         self._questions[instruction] = made.value
         return None
 
-    async def _until_read(
-        self, request: Request, shape: Mapping[str, Any], read: Callable[[str, str], T]
-    ) -> _Read[T]:
-        """Ask until an answer can be read, ``retries`` times anew; a call that fails is not asked again here."""
+    async def _until_read(self, request: Request, shape: Mapping[str, Any], read: Callable[[str, str], T]) -> _Read[T]:
+        """Ask until an answer can be read, up to ``retries`` more times; failed calls are repeated by the client."""
         schema = self.options.schema
         if schema == "always" or (schema == "auto" and await self.chat.structured()):
             request = dataclasses.replace(request, schema=shape)
         texts: list[str] = []
         reason = ""
         for attempt in range(1 + self.options.retries):
+            # Numbers that no other sample of this question has: the cache would else give the same answer again.
             sample = request.sample + attempt * self.options.samples
             temperature = max(request.temperature, WARM) if attempt else request.temperature
             seed = sample if temperature else None
@@ -296,17 +278,16 @@ class LLMJudge:
 
 
 def by_rule(conversation: Conversation) -> Verdict | None:
-    """Return the verdict on a newest line that needs no model, or None; see the module's docstring."""
+    """Return the verdict on a newest line that needs no model, else None; see the module's docstring."""
     reply = conversation.lines[-1].text
-    said = plain(reply, max(len(reply), 100))
-    if holds_control(reply) and not any(char.isalnum() for char in said):
+    text = plain(reply, max(len(reply), 100))
+    if holds_control(reply) and not any(char.isalnum() for char in text):
         return Verdict("scored", 0.0, "The reply holds control tokens and nothing else.", "meta")
-    spoken = Conversation(conversation.persona, (*conversation.lines[:-1], Line("policy", said)))
-    return rule_verdict(spoken)
+    return rule_verdict(Conversation(conversation.persona, (*conversation.lines[:-1], Line("policy", text))))
 
 
 def _together(samples: Sequence[_Read[verdicts.Opinion]]) -> Verdict:
-    """Return the verdict of all samples: their median, or the first failure among them."""
+    """Return the verdict of all samples: their median, or the first failure if there is one."""
     raw = BETWEEN.join(text for sample in samples for text in sample.texts)
     opinions = [sample.value for sample in samples if sample.value is not None]
     if len(opinions) < len(samples):
@@ -322,7 +303,7 @@ def _together(samples: Sequence[_Read[verdicts.Opinion]]) -> Verdict:
 
 
 async def _all(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Return all results; when one raises, cancel the others and wait for them before raising."""
+    """Return all results; when one raises, cancel the others and wait for them first."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
         return list(await asyncio.gather(*tasks))

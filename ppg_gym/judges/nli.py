@@ -1,9 +1,9 @@
 """The NLI judge: a sequence classifier trained on natural language inference looks for contradictions.
 
-Every sentence of the persona (or every recent line of one's own) is a premise, the reply is the hypothesis, and the
+Every sentence of the persona (or every recent line it said) is a premise, the reply is the hypothesis, and the
 likeliest contradiction counts (as in Dialogue NLI, Welleck et al., arXiv 1811.00671, where persona sentences are the
 premises). The model runs in this process; code that comes with a model is never run. What only *looks* consistent to
-such a model (silence, copies, repetitions) is scored by rule before.
+such a model (silence, copies, repetitions) is scored by rule first.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ from typing import Any, NamedTuple
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.domain.parsing import spoken
 from ppg_gym.extras import need
-from ppg_gym.judges.options import check_options, one_of, positive
 from ppg_gym.judges.rules import apply_rules, persona_sentences
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import one_of, whole, wrong
 
 METRICS = ("prompt-to-line", "line-to-line", "both")
 SCALES = ("graded", "binary")
-_KNOWN = ("model", "device", "batch_size", "metric", "scale", "max_premises", "window")
+_WHOSE = "judge_options"
+_DEFAULTS: dict[str, Any] = {
+    "model": None, "device": None, "batch_size": 32, "metric": METRICS[0], "scale": SCALES[0], "max_premises": 64,
+    "window": 8,
+}  # fmt: skip
 _OFFSET = frozenset(("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod", "mpnet", "longformer"))
-"""Model types whose positions start after the padding index, so that two of them hold no token."""
+"""Model types whose positions start after the padding index, which leaves two fewer for tokens."""
 
 _GIVE = "give a classifier that is trained on natural language inference"
-
 _PROBE_SECONDS = 10.0
 
 Pair = tuple[str, str]
@@ -42,7 +46,7 @@ class _Classifier(NamedTuple):
         model: In evaluation mode, on its device.
         tokenizer: Its tokenizer.
         contradiction: Index of the label.
-        limit: Tokens that a pair may have.
+        limit: Most tokens of a pair.
         device: Where the model is.
     """
 
@@ -54,7 +58,7 @@ class _Classifier(NamedTuple):
 
 
 class _Finding(NamedTuple):
-    """What the model says of one pair: the contradiction's probability, and whether no label is likelier."""
+    """What the model says about one pair: the contradiction's probability, and whether no label is likelier."""
 
     probability: float
     likeliest: bool
@@ -65,9 +69,10 @@ class NLIJudge:
 
     Options: ``model`` (a folder or a name on the Hugging Face hub, required), ``device`` (None: cuda where there is
     one, else cpu), ``batch_size`` (32 pairs), ``metric`` (``prompt-to-line``: against every sentence of the persona;
-    ``line-to-line``: against own earlier lines; ``both``), ``scale`` (``graded``; ``binary``: 0 when contradiction is
-    the likeliest label for any premise, else 1), ``max_premises`` (64 sentences of a longer persona: those that share
-    most words with the reply, rare ones first), ``window`` (8 own lines that a reply is held against).
+    ``line-to-line``: against the persona's earlier lines; ``both``), ``scale`` (``graded``; ``binary``: 0 when
+    contradiction is the likeliest label for any premise, else 1), ``max_premises`` (64 sentences of a longer persona:
+    those that share most words with the reply, rare words counting more), ``window`` (8 earlier lines that a reply is
+    compared with).
 
     Args:
         domain: Name of the domain; the judge is the same in all of them.
@@ -81,17 +86,21 @@ class NLIJudge:
     waits = False
 
     def __init__(self, domain: str, options: Mapping[str, Any]) -> None:
-        check_options("nli", options, _KNOWN, required=("model",))
+        refuse_unknown(_WHOSE, options, _DEFAULTS)
+        chosen = {**_DEFAULTS, **options}
+        for name, known in (("metric", METRICS), ("scale", SCALES)):
+            one_of(_WHOSE, name, chosen[name], known)
+        for name in ("batch_size", "max_premises", "window"):
+            whole(_WHOSE, name, chosen[name])
+        if not isinstance(chosen["model"], str) or not chosen["model"]:
+            raise wrong(_WHOSE, "model", "a folder or the name of a model on the hub", chosen["model"])
+        if chosen["device"] is not None and not isinstance(chosen["device"], str):
+            raise wrong(_WHOSE, "device", "a text or None", chosen["device"])
         self.domain = domain
-        self._metric = one_of("nli", "metric", options.get("metric", METRICS[0]), METRICS)
-        self._scale = one_of("nli", "scale", options.get("scale", SCALES[0]), SCALES)
-        self._batch_size = positive("nli", "batch_size", options.get("batch_size", 32))
-        self._max_premises = positive("nli", "max_premises", options.get("max_premises", 64))
-        self._window = positive("nli", "window", options.get("window", 8))
-        device = options.get("device")
-        if device is not None and not isinstance(device, str):
-            raise ValueError(f"expected judge_options['device'] of the nli judge to be a text or None, got {device!r}")
-        self._classifier = _load(options["model"], device)
+        self._metric, self._scale = chosen["metric"], chosen["scale"]
+        self._batch_size, self._max_premises = chosen["batch_size"], chosen["max_premises"]
+        self._window = chosen["window"]
+        self._classifier = _load(chosen["model"], chosen["device"])
 
     def check(self, persona: Persona) -> None:
         """Refuse a persona that gives no premise.
@@ -111,13 +120,13 @@ class NLIJudge:
         premises = {i: self._premises(conversations[i]) for i in open_}
         pieces = {i: self._pieces(conversations[i].lines[-1].text) for i in open_}
         pairs = {i: [(premise, piece) for premise in premises[i] for piece in pieces[i]] for i in open_}
-        found = self._classify(sorted({pair for group in pairs.values() for pair in group}))
+        findings = self._classify(sorted({pair for group in pairs.values() for pair in group}))
         for i in open_:
-            verdicts[i] = self._verdict([(pair, found[pair]) for pair in pairs[i]])
+            verdicts[i] = self._verdict([(pair, findings[pair]) for pair in pairs[i]])
         return [verdict for verdict in verdicts if verdict is not None]
 
     def _premises(self, conversation: Conversation) -> list[str]:
-        """Return what the newest reply is held against."""
+        """Return what the newest reply is compared with."""
         chosen: list[str] = []
         if self._metric != "line-to-line":
             chosen += self._nearest(persona_sentences(conversation.persona.instruction), conversation.lines[-1].text)
@@ -130,8 +139,8 @@ class NLIJudge:
             return sentences
         words = [set(spoken(sentence)) for sentence in sentences]
         common = Counter(word for sentence in words for word in sentence)
-        said = set(spoken(reply))
-        shared = [sum(1 / common[word] for word in said & sentence) for sentence in words]
+        reply_words = set(spoken(reply))
+        shared = [sum(1 / common[word] for word in reply_words & sentence) for sentence in words]
         order = sorted(range(len(sentences)), key=lambda i: -shared[i])[: self._max_premises]
         return [sentences[i] for i in sorted(order)]
 
@@ -147,11 +156,11 @@ class NLIJudge:
         return self._pieces(" ".join(words[:half])) + self._pieces(" ".join(words[half:]))
 
     def _classify(self, pairs: Sequence[Pair]) -> dict[Pair, _Finding]:
-        """Return what the model says of every pair; batches hold pairs of like length."""
+        """Return what the model says about every pair; pairs of similar length share a batch, to save padding."""
         torch = need("torch", "nli")
         model, tokenizer, contradiction, limit, device = self._classifier
         order = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-        found: dict[Pair, _Finding] = {}
+        findings: dict[Pair, _Finding] = {}
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             encoded = tokenizer(
@@ -166,18 +175,18 @@ class NLIJudge:
                 logits = model(**encoded.to(device)).logits.float()
             probabilities = logits.softmax(-1)[:, contradiction].tolist()
             likeliest = (logits.argmax(-1) == contradiction).tolist()
-            found.update(zip(batch, map(_Finding, probabilities, likeliest), strict=True))
-        return found
+            findings.update(zip(batch, map(_Finding, probabilities, likeliest), strict=True))
+        return findings
 
-    def _verdict(self, found: Sequence[tuple[Pair, _Finding]]) -> Verdict:
-        if not found:
+    def _verdict(self, findings: Sequence[tuple[Pair, _Finding]]) -> Verdict:
+        if not findings:
             return Verdict("scored", 1.0, "There is no earlier line that the reply could contradict.")
-        if not all(math.isfinite(finding.probability) for _, finding in found):
+        if not all(math.isfinite(finding.probability) for _, finding in findings):
             return Verdict("error", None, "The NLI model gave logits that are not finite.")
-        (premise, _), worst = max(found, key=lambda item: item[1].probability)
+        (premise, _), worst = max(findings, key=lambda item: item[1].probability)
         score = 1.0 - worst.probability
         if self._scale == "binary":
-            score = 0.0 if any(finding.likeliest for _, finding in found) else 1.0
+            score = 0.0 if any(finding.likeliest for _, finding in findings) else 1.0
         quoted = premise if len(premise) <= 80 else premise[:79] + "…"
         why = f"The likeliest contradiction ({worst.probability:.2f}) is with {quoted.rstrip('.!?')!r}."
         return Verdict("scored", min(max(score, 0.0), 1.0), why)
@@ -191,8 +200,8 @@ def _load(name: str, device: str | None) -> _Classifier:
     if Path(name).is_absolute() or name.startswith((".", "~")) or Path(name).exists():
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            found = "no config.json in it" if folder.is_dir() else "no such folder"
-            raise ValueError(f"{where}: expected a folder with a Hugging Face model, got {found}; check the path")
+            got = "no config.json in it" if folder.is_dir() else "no such folder"
+            raise ValueError(f"{where}: expected a folder with a Hugging Face model, got {got}; check the path")
         name = str(folder)
     else:
         name = _on_hub(name, where)
@@ -249,10 +258,10 @@ def _contradiction(id2label: Mapping[Any, str], where: str) -> int:
         ValueError: The labels are not those of natural language inference.
     """
     names = {int(index): re.sub(r"[^a-z]", "", str(label).lower()) for index, label in id2label.items()}
-    found = [index for index, name in names.items() if name in ("contradiction", "contradicts", "contradictory")]
-    if len(found) != 1 or not any(name in ("entailment", "entails", "entailed") for name in names.values()):
+    places = [index for index, name in names.items() if name in ("contradiction", "contradicts", "contradictory")]
+    if len(places) != 1 or not any(name in ("entailment", "entails", "entailed") for name in names.values()):
         raise ValueError(
             f"{where}: expected labels named contradiction and entailment in the config's id2label, got"
             f" {list(id2label.values())}; {_GIVE}, or write its label names into config.json"
         )
-    return found[0]
+    return places[0]

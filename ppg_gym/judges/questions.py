@@ -1,6 +1,6 @@
-"""Questions and answers about a persona: made once per persona by a model, for the ``qa`` metric.
+"""Questions and answers about a persona, which a model makes once per persona for the ``qa`` metric.
 
-Only says what to ask and how the answer is read; asking and keeping are the judge's.
+Only the prompt and the reading of the answer are here; the judge asks, and keeps what it got.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def read(text: str, finish: str, shape: Mapping[str, Any]) -> tuple[Question, ..
     """Return the questions that an answer holds.
 
     Raises:
-        UnparsedError: It is not what :func:`schema` says, a text is empty, or a question comes twice.
+        UnparsedError: It does not fit the schema, a text is empty, or a question comes twice.
     """
-    found = tuple(
+    pairs = tuple(
         Question(plain(item["question"], LONGEST), plain(item["answer"], LONGEST))
         for item in verdicts.read(text, finish, shape)["questions"]
     )
-    if not all(question and answer for question, answer in found):
+    if not all(question and answer for question, answer in pairs):
         raise verdicts.UnparsedError("expected a text for every question and answer, got an empty one")
-    if len({question.casefold() for question, _ in found}) < len(found):
+    if len({question.casefold() for question, _ in pairs}) < len(pairs):
         raise verdicts.UnparsedError("expected different questions, got one twice")
-    return found
+    return pairs

@@ -1,8 +1,8 @@
-"""What a judge that reads meaning would call consistent and no listener would: verdicts by rule, no model asked.
+"""Verdicts by rule on replies that are consistent and still bad, without asking a model.
 
-Silence contradicts nothing, a copied persona sentence is entailed by the persona, and a line that was consistent
-once is consistent every time. A judge that scores consistency alone asks here first. Deterministic, any domain,
-any language that puts spaces between its words; nothing here knows facts.
+Silence contradicts nothing, a copied persona sentence follows from the persona, and a line that was consistent once is
+so every time. A judge that scores consistency alone asks here first. Deterministic, for any domain and any language
+with spaces between its words; nothing here knows facts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ppg_gym.conversation import Conversation, Verdict
 from ppg_gym.domain.parsing import spoken
 from ppg_gym.domain.personas import role_play_instruction
 
-LONG = 6  # words from which on a copy or a repetition is no coincidence
-OWN = 12  # the same for a copied sentence in the first person: "I run a dog obedience school." is an answer
-SHORT = 3  # words below which a line may come again as often as it likes: "Yes.", "I do."
-REPEAT_WINDOW = 6  # own lines that a repetition is looked for in
+LONG = 6  # a copy or repetition of this many words or more is no coincidence
+FIRST_PERSON = 12  # the same for a copied sentence in the first person: "I run a dog obedience school." is an answer
+SHORT = 3  # a line of fewer words may come again as often as it likes: "Yes.", "I do."
+REPEAT_WINDOW = 6  # how many of the persona's last lines are searched for a repetition
 
-_FIRST_PERSON = frozenset(("i", "my", "me", "we", "our"))
+_I = frozenset(("i", "my", "me", "we", "our"))
 _BREAK = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\s*\n\s*")
 _WRAPPERS = tuple(role_play_instruction("", domain).strip() for domain in ("chatting", "education", "therapy", ""))
 
@@ -31,25 +31,25 @@ def rule_verdict(conversation: Conversation) -> Verdict | None:
     """Return a verdict with score 0 when the newest reply is silence, a copy or a repetition, else None.
 
     - ``silence``: no letter and no digit.
-    - ``copying``: holds a sentence of the instruction word for word, case and punctuation aside: of at least 6 words,
-      or of 12 when the instruction itself speaks in the first person.
-    - ``repeating``: 6 words or more that one of the 6 own lines before says word for word, or 3 to 5 words that two
-      of them say: whoever is asked again may answer the same once, and with a word or two at any time.
+    - ``copying``: holds a sentence of the instruction word for word, case and punctuation aside: one of at least 6
+      words, or of 12 when the sentence speaks in the first person.
+    - ``repeating``: 6 words or more that are one of the persona's last 6 lines word for word, or 3 to 5 words that are
+      two of them. Asked the same again, one may answer the same once, and with a word or two at any time.
 
     Args:
         conversation: Ends with a line of the policy.
     """
-    own = conversation.said()
-    said = _cached_words(own[-1])
-    if not said:
+    *earlier, reply = conversation.said()
+    words = _cached_words(reply)
+    if not words:
         return Verdict("scored", 0.0, "The reply holds no words.", "silence")
-    if len(said) >= LONG:
-        flat = f" {' '.join(said)} "
+    if len(words) >= LONG:
+        flat = f" {' '.join(words)} "
         if any(sentence in flat for sentence in _long_sentences(conversation.persona.instruction)):
             return Verdict("scored", 0.0, "The reply copies a sentence of the persona's instruction.", "copying")
-    if len(said) >= SHORT:
-        before = sum(_cached_words(line) == said for line in own[-1 - REPEAT_WINDOW : -1])
-        if before >= (1 if len(said) >= LONG else 2):
+    if len(words) >= SHORT:
+        before = sum(_cached_words(line) == words for line in earlier[-REPEAT_WINDOW:])
+        if before >= (1 if len(words) >= LONG else 2):
             why = "The reply repeats one of the persona's recent lines word for word."
             return Verdict("scored", 0.0, why, "repeating")
     return None
@@ -63,13 +63,13 @@ def apply_rules(conversations: Sequence[Conversation]) -> tuple[list[Verdict | N
 
 @functools.lru_cache(maxsize=4096)
 def sentences(text: str) -> tuple[str, ...]:
-    """Return the sentences of a text; a line break ends one too. Whatever holds no words is dropped."""
+    """Return the sentences of a text that hold words; a line break ends a sentence too."""
     return tuple(part for part in (piece.strip() for piece in _BREAK.split(text)) if spoken(part))
 
 
 @functools.lru_cache(maxsize=4096)
 def persona_sentences(instruction: str) -> tuple[str, ...]:
-    """Return the sentences about the persona: without those that only wrap it into a role play."""
+    """Return the sentences about the persona, without those that wrap it into a role play."""
     for wrapper in _WRAPPERS:
         if instruction.startswith(wrapper):
             return sentences(instruction.removeprefix(wrapper))
@@ -79,5 +79,5 @@ def persona_sentences(instruction: str) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=4096)
 def _long_sentences(instruction: str) -> tuple[str, ...]:
     words = (spoken(sentence) for sentence in sentences(instruction))
-    least = ((sentence, LONG if _FIRST_PERSON.isdisjoint(sentence) else OWN) for sentence in words)
+    least = ((sentence, LONG if _I.isdisjoint(sentence) else FIRST_PERSON) for sentence in words)
     return tuple(f" {' '.join(sentence)} " for sentence, long in least if len(sentence) >= long)

@@ -1,8 +1,8 @@
 """What a judging model is asked to answer, and how strictly its answer is read.
 
-One JSON schema per metric goes to the server, into the prompt as words, and through the validator here, whether
-or not the server promised to keep it. An answer that is not exactly such an object is unparsed; nothing is
-guessed from its words. Nothing here may call a model.
+The JSON schema of a metric goes to the server, is told in words in the prompt, and is checked here whether or not the
+server promised to keep to it. An answer that is not exactly such an object is unparsed; nothing is guessed from its
+words. Nothing here may call a model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _KEYS = (
 
 
 class UnparsedError(ValueError):
-    """An answer that is not exactly what was asked for; the message says what is wrong with it."""
+    """An answer that is not exactly what was asked for; the message says in what way."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class Opinion:
 
     Attributes:
         score: In [0, 1].
-        kind: ``consistent``, ``contradiction`` or, graded, ``unclear``; ``meta`` (it addresses the judge);
-            ``empty`` (it says nothing); ``first_line`` (no earlier line to contradict); ``untouched`` (no
-            question of the persona was touched).
-        rationale: The model's reason, sanitised and capped.
+        kind: ``consistent``, ``contradiction`` or, when graded, ``unclear``; ``meta`` (it addresses the judge);
+            ``empty`` (it says nothing); ``first_line`` (no earlier line to contradict); ``untouched`` (it touches no
+            question about the persona).
+        rationale: The model's reason, sanitised and shortened.
     """
 
     score: float
@@ -110,25 +110,25 @@ class Opinion:
 
 
 def task(metric: str, scale: str, scenario: str) -> str:
-    """Return what the model is to do and how it is to answer."""
-    own = _OWN_KEYS[metric, scale]
-    return "\n\n".join((_ROLE.format(scenario=scenario), _QUESTION[metric], _KEYS.format(own=own)))
+    """Return the prompt that says what to do and how to answer."""
+    asked = _OWN_KEYS[metric, scale]
+    return "\n\n".join((_ROLE.format(scenario=scenario), _QUESTION[metric], _KEYS.format(own=asked)))
 
 
 def schema(metric: str, scale: str, longest: int | None = None) -> dict[str, Any]:
     """Return the JSON schema of a verdict, the rationale first and of at most ``longest`` characters."""
     grade = {"type": "integer", "enum": list(GRADES)}
-    own: dict[str, Any]
+    asked: dict[str, Any]
     if metric == "qa":
-        own = {"touched": {"type": "array", "items": closed({"question": _WHOLE, "agrees": _TRUTH})}}
+        asked = {"touched": {"type": "array", "items": closed({"question": _WHOLE, "agrees": _TRUTH})}}
     elif metric == "line-to-line":
-        own = {"conflicting_lines": {"type": "array", "items": _WHOLE}}
+        asked = {"conflicting_lines": {"type": "array", "items": _WHOLE}}
         if scale == "graded":
-            own["grade"] = grade
+            asked["grade"] = grade
     else:
-        own = {"grade": grade} if scale == "graded" else {"contradicts": _TRUTH}
+        asked = {"grade": grade} if scale == "graded" else {"contradicts": _TRUTH}
     why = _TEXT if longest is None else {**_TEXT, "maxLength": longest}
-    return closed({"rationale": why, **own, "addresses_judge": _TRUTH, "says_something": _TRUTH})
+    return closed({"rationale": why, **asked, "addresses_judge": _TRUTH, "says_something": _TRUTH})
 
 
 def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,16 +144,16 @@ def closed(properties: Mapping[str, Any]) -> dict[str, Any]:
 def read(text: str, finish: str, shape: Mapping[str, Any]) -> dict[str, Any]:
     """Return the one JSON object that an answer consists of, checked against its schema.
 
-    A reasoning block before the object is dropped, and one code fence around it is allowed. Prose around it is
-    not: a model that only quotes an object out of the data would seem to answer with it.
+    A reasoning block before the object is dropped, and one code fence around it is allowed. Prose around it is not: a
+    model that merely quotes an object from the data would seem to answer with it.
 
     Args:
         text: The model's answer.
-        finish: Why the model stopped; ``length`` means that the answer is truncated.
-        shape: What :func:`schema` gives.
+        finish: Why the model stopped; ``length`` means that the answer was cut off.
+        shape: The schema, from :func:`schema`.
 
     Raises:
-        UnparsedError: The answer was truncated, or is anything else.
+        UnparsedError: The answer was cut off, or is anything else than that object.
     """
     if finish == "length":
         raise UnparsedError("the answer was cut off at max_tokens")
@@ -168,21 +168,21 @@ def read(text: str, finish: str, shape: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UnparsedError(f"expected one JSON object and nothing else, got {plain(text, 60)!r}") from error
     _check(value, shape, "the answer")
-    found: dict[str, Any] = value
-    return found
+    answer: dict[str, Any] = value
+    return answer
 
 
 def opinion(answer: Mapping[str, Any], own_lines: Collection[int], questions: int, untouched: float) -> Opinion:
-    """Turn a checked answer into a score: above 0 only for a reply that is no trick.
+    """Turn a checked answer into a score, which is 0 for every trick.
 
     Args:
         answer: From :func:`read`; its keys tell the metric and the scale.
-        own_lines: Numbers of the persona's earlier lines that the model was shown.
-        questions: How many questions it was shown.
+        own_lines: Numbers of the persona's earlier lines that the model saw.
+        questions: How many questions it saw.
         untouched: The score of a reply that touches none of them.
 
     Raises:
-        UnparsedError: The answer names a line or a question that does not exist, or contradicts itself.
+        UnparsedError: The answer names a line or question that does not exist, or contradicts itself.
     """
     why = " ".join(plain(answer["rationale"], RATIONALE).split())
     score, kind = _consistency(answer, own_lines, questions, untouched)
@@ -209,7 +209,7 @@ def _consistency(
         wrong = sorted(set(conflicts) - set(own_lines))
         if wrong:
             raise UnparsedError(f"expected numbers of the persona's earlier lines, got {wrong}"[:200])
-        if not own_lines:  # nothing to contradict, whatever the grade
+        if not own_lines:  # there is nothing to contradict, no matter what the grade is
             return 1.0, "first_line"
     if "grade" in answer:
         grade = answer["grade"]
@@ -244,10 +244,10 @@ def _check(value: Any, shape: Mapping[str, Any], where: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise UnparsedError(f"expected every key once, got {[key for key, _ in pairs]}"[:200])
-    return found
+    return value
 
 
 def _no_constant(name: str) -> NoReturn:

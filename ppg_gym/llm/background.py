@@ -1,7 +1,7 @@
-"""One event loop per process, in a thread of its own, so that code without a loop can wait for coroutines.
+"""One event loop per process, in its own thread, so that code without a loop can wait for coroutines.
 
-Connections outlive the calls that opened them only when their loop does; whoever opens some here hands them to
-``adopt`` and they are closed before the interpreter ends.
+Connections live only as long as their loop, so one loop lasts for the whole process. Hand what you open on it to
+``adopt``, and it is closed before the interpreter ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Closable(Protocol):
-    """Something to close on the loop that it was made on."""
+    """Something that must be closed on the loop it was made on."""
 
     async def aclose(self) -> None:
         """Close it; a second time does nothing."""
@@ -27,7 +27,7 @@ class Closable(Protocol):
 
 
 class _Background:
-    """The loop, its thread, and what is to be closed before they end."""
+    """The loop, its thread, and the things to close before they end."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -76,11 +76,11 @@ def run(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | Non
     An exception in the waiting thread (``KeyboardInterrupt``) cancels the coroutine, and is raised once it has ended.
 
     Args:
-        coroutine: What to run.
-        loop: Another running loop in place of the background one.
+        coroutine: The work to do.
+        loop: A running loop to use instead of the background one.
 
     Returns:
-        What the coroutine returns.
+        The coroutine's result.
 
     Raises:
         RuntimeError: Called on that loop itself, where waiting would never end.
@@ -108,19 +108,19 @@ def run(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop | Non
         loop.call_soon_threadsafe(lambda: tasks[0].cancel())
         ended.wait()
         if not tasks[0].cancelled():
-            tasks[0].exception()  # looked at, so that nothing warns: the interruption is what is raised
+            tasks[0].exception()  # retrieve it, or asyncio warns; what we raise is the interruption
         raise
     return tasks[0].result()
 
 
 def adopt(closable: Closable) -> None:
-    """Close this before the interpreter ends; only what lives on the background loop is taken."""
+    """Have this closed before the interpreter ends; does nothing on any other loop than the background one."""
     if _current is not None and _current.loop is _running():
         _current.adopted.add(closable)
 
 
 def close_on(loop: asyncio.AbstractEventLoop, pid: int, closable: Closable) -> None:
-    """Close something on its loop without waiting, from any thread; what a parent process made is left alone."""
+    """Close something on its loop without waiting, from any thread; leave alone what a parent process made."""
     if pid != os.getpid():
         keep(closable)
         return
@@ -148,9 +148,9 @@ def _running() -> asyncio.AbstractEventLoop | None:
 
 
 def keep(thing: object) -> None:
-    """Never let go of something, not even when the interpreter ends: it belongs to the parent of this process.
+    """Keep something alive for ever, even past the interpreter's end: it belongs to the parent of this process.
 
-    To close an inherited connection or loop would disturb the parent, and to drop it would warn.
+    Closing an inherited connection or loop would disturb the parent, and dropping it would warn.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 

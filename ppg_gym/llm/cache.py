@@ -1,7 +1,7 @@
 """Nothing is paid for twice: answers on disk, which several processes may share, and requests under way.
 
-The key is made of everything that shapes an answer. Neither a key of a server nor a request's text is stored, and
-nothing is pickled.
+An answer's key is a digest of everything that shapes it. No server key and no request text is stored, and nothing is
+pickled.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 from ppg_gym.extras import need
 from ppg_gym.llm.chat import BudgetError, CacheError, EndpointError
 
-SHORT_LIVED = 7 * 24 * 3600.0  # seconds: for what an update of the server may change
+SHORT_LIVED = 7 * 24 * 3600.0  # seconds: for facts that an update of the server may change
 
 T = TypeVar("T")
 
 
-def digest(what: Any) -> str:
+def digest(value: Any) -> str:
     """Return the SHA-256 of a JSON value in canonical form."""
-    text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -50,14 +50,14 @@ class AnswerCache:
         folder: True for the user's folder, or a path.
 
     Raises:
-        CacheError: The folder can not be made, read or written.
+        CacheError: The folder cannot be made, read or written.
     """
 
     def __init__(self, folder: bool | str, whose: str) -> None:
         diskcache = need("diskcache", "llm")
 
         class Disk(diskcache.JSONDisk):  # type: ignore[misc, name-defined]
-            """JSON only: what was pickled by another hand is not read."""
+            """Reads JSON only: unpickling a file that somebody else put there would run their code."""
 
             def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
                 if mode == diskcache.core.MODE_PICKLE:
@@ -73,13 +73,14 @@ class AnswerCache:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._cache = diskcache.Cache(str(path), disk=Disk, timeout=10, cull_limit=0)
             self._cache.set("writable", True)
-            self._cache.cull()  # once, not with every write: what has expired, and the oldest beyond 1 GB
-            self._cache.close()  # this thread's connection; the one that asks opens its own
+            # Culling (the expired, and the oldest beyond 1 GB) slows writes down: once here instead of at every write.
+            self._cache.cull()
+            self._cache.close()  # this thread's connection; the thread that asks opens its own
         except self._errors as error:
             raise self._broken(error) from error
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return what is stored under a key, if anything is."""
+        """Return the object stored under a key, None when there is none."""
         try:
             value = self._cache.get(key)
         except self._errors as error:
@@ -100,25 +101,25 @@ class AnswerCache:
     def _broken(self, error: BaseException) -> CacheError:
         return CacheError(
             f"expected a folder for cached answers that can be read and written, got {self.folder!r}:"
-            f" {error or type(error).__name__}; delete or mend it, name another one with {self._whose}['cache'], or"
+            f" {error or type(error).__name__}; delete or repair it, name another one with {self._whose}['cache'], or"
             f" set {self._whose}['cache'] to false"
         )
 
 
 class Flights:
-    """What is under way on one loop: the first who asks for something does it, the others get what came of it."""
+    """Work under way on one loop: the first to ask for something does it, and the others wait for the outcome."""
 
     def __init__(self) -> None:
         self._flying: dict[str, asyncio.Future[tuple[Any, Exception | None] | None]] = {}
 
     async def share(self, key: str, do: Callable[[], Awaitable[T]]) -> tuple[T, bool]:
-        """Return the outcome, and whether it came from somebody else's flight."""
+        """Return the outcome, and whether somebody else's work gave it."""
         while (flying := self._flying.get(key)) is not None:
             outcome = await asyncio.shield(flying)
-            if outcome is None:  # whoever did it was cancelled: the next one does it
+            if outcome is None:  # its owner was cancelled: the next one in line does the work
                 continue
             value, error = outcome
-            if error is not None:
+            if error is not None:  # a new exception for each: a shared one would collect all their tracebacks
                 raise type(error)(*error.args) from error
             return value, True
         flight = self._flying[key] = asyncio.get_running_loop().create_future()

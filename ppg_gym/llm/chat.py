@@ -1,6 +1,6 @@
-"""What passes between a chat model and those who ask it: request, answer, counts, errors.
+"""Requests to a chat model and its answers, counts and errors: plain data and one protocol.
 
-Plain data and one protocol; nothing here may import a client library. Import the names from ``ppg_gym.llm.client``.
+Nothing here may import a client library.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Status = Literal["ok", "timeout", "refused", "error"]
 
 
 class EndpointError(RuntimeError):
-    """The endpoints can not serve at all: none is reachable, the model is not served, or the key is wrong."""
+    """The endpoints cannot serve at all: none is reachable, the model is not served, or the key is wrong."""
 
 
 class BudgetError(RuntimeError):
@@ -21,7 +21,7 @@ class BudgetError(RuntimeError):
 
 
 class CacheError(RuntimeError):
-    """The folder of cached answers can not be used."""
+    """The folder of cached answers cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Request:
     Attributes:
         messages: ``{"role": …, "content": …}``, oldest first.
         temperature: 0 is greedy.
-        max_tokens: Length of the answer at most.
+        max_tokens: Most tokens of the answer.
         seed: Sampling seed, for servers that take one.
-        schema: JSON schema of the answer; sent only to a server that honours it.
-        sample: Tells samples of one question apart in the cache; not sent.
+        schema: JSON schema of the answer; sent only to a server that honours schemas.
+        sample: Tells several samples of one question apart in the cache; not sent.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
         status: ``ok``, or how the request failed.
@@ -69,8 +69,8 @@ class Counts:
     """What a client has done so far.
 
     Attributes:
-        calls: Calls sent, each one paid for: ``failures`` of them failed, the others gave a text.
-        retries: The calls that repeated a failed one.
+        calls: Calls sent and paid for; ``failures`` of them failed, the others gave a text.
+        retries: Calls that repeated a failed one.
         failures: Calls without a text: no answer, a malformed one, an empty one, a refusal.
         cached: Answers that cost no call.
         prompt_tokens: As reported by the servers.
@@ -86,12 +86,12 @@ class Counts:
 
 
 class Chat(Protocol):
-    """Somebody who answers requests: what a judge and a partner need of a chat model."""
+    """Answers requests: all that a judge or a partner needs from a chat model."""
 
     counts: Counts
 
     async def ask(self, request: Request) -> Answer:
-        """Return the answer; a call that failed is an answer too.
+        """Return the answer; a failed call gives an answer too, with its status.
 
         Raises:
             BudgetError: The budget is used up.

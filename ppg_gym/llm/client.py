@@ -1,4 +1,4 @@
-"""The chat client: asks a chat model through its endpoints, and answers every request with text or a typed failure.
+"""The chat client: asks a chat model through its endpoints, and answers every request with a text or a typed failure.
 
 Retries, cache, budget and the first look at the endpoints are here; single calls are in ``endpoints``.
 """
@@ -13,32 +13,20 @@ import os
 import random
 import time
 import weakref
-from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.extras import need
 from ppg_gym.llm import background
 from ppg_gym.llm.cache import SHORT_LIVED, AnswerCache, Flights, digest
-from ppg_gym.llm.chat import Answer, BudgetError, CacheError, Chat, Counts, EndpointError, Request, Status
+from ppg_gym.llm.chat import Answer, BudgetError, Counts, EndpointError, Request
 from ppg_gym.llm.endpoints import CallError, Completion, Endpoint, Pool
 from ppg_gym.llm.settings import ClientSettings
+from ppg_gym.nearest import did_you_mean
 
-__all__ = [
-    "Answer",
-    "BudgetError",
-    "CacheError",
-    "Chat",
-    "ChatClient",
-    "Counts",
-    "EndpointError",
-    "Request",
-    "Status",
-]
-
-FIRST_PAUSE = 0.25  # seconds before the second call; doubles with every further one, half of it at random
+FIRST_PAUSE = 0.25  # seconds before the second call; doubles every time, and half of it is random
 LONGEST_PAUSE = 30.0
-PATIENCE = 2.0  # seconds for an endpoint to come up, at the first look
-GLANCE = 10.0  # seconds for the list of models, at most
+PATIENCE = 2.0  # seconds that an endpoint gets to come up, at the first look
+GLANCE = 10.0  # most seconds to wait for the list of models
 
 _PROBE = Request(
     messages=({"role": "user", "content": "Is snow white? Say one short sentence."},),
@@ -54,7 +42,11 @@ _log = logging.getLogger("ppg_gym.llm")
 
 
 class _Bound:
-    """What of a client belongs to one event loop of one process."""
+    """The part of a client that belongs to one event loop of one process: connections and calls under way.
+
+    Connections cannot move to another loop, and a forked child must not use (or close) those of its parent. So a
+    client makes a new one of these wherever it finds itself.
+    """
 
     def __init__(self, client: ChatClient) -> None:
         self.pid = os.getpid()
@@ -69,13 +61,13 @@ class _Bound:
 
     @property
     def pool(self) -> Pool:
-        """The endpoints; made when the first call needs them."""
+        """The endpoints; made for the first call."""
         if self._pool is None:
             self._pool = Pool(self._settings)
         return self._pool
 
     async def aclose(self) -> None:
-        """Close the connections, to the endpoints and to the cache."""
+        """Close the connections to the endpoints and to the cache."""
         self.forget.detach()
         pool, self._pool = self._pool, None
         if pool is not None:
@@ -85,21 +77,21 @@ class _Bound:
 
 
 class ChatClient:
-    """Asks one model, on one event loop at a time; made for ``background.run``. On another loop: ``aclose`` in time.
+    """Asks one model, on one event loop at a time; made for ``background.run``. On a loop of your own, ``aclose`` it.
 
-    An answer that is cached costs nothing. Identical requests that are under way together cost one call when the
-    cache is on. Endpoints are looked at once, before the first call.
+    A cached answer costs nothing. With the cache on, identical requests under way at the same time cost one call. The
+    endpoints are checked once, before the first call.
 
     Args:
-        settings: Where and how.
+        settings: Endpoints, model and limits.
 
     Attributes:
-        settings: As given.
-        counts: What was done so far.
-        cache: The answers on disk, if they are kept.
+        settings: The settings.
+        counts: What the client has done so far.
+        cache: The answers on disk; None when they are not kept.
 
     Raises:
-        CacheError: The folder of cached answers can not be used.
+        CacheError: The folder of cached answers cannot be used.
         ModuleNotFoundError: The extra ``[llm]`` is not installed.
     """
 
@@ -111,11 +103,11 @@ class ChatClient:
         self.counts = Counts()
         self.cache = AnswerCache(settings.cache, settings.whose) if settings.cache else None
         self._bound: _Bound | None = None
-        self._seen = False  # the endpoints were looked at
+        self._seen = False  # whether the endpoints have been checked
         self._structured: bool | None = None
-        self._unmetered = False  # a server does not report its tokens
-        self._proven: set[str] = set()  # URLs that have answered as a chat server does
-        self._said: set[str] = set()  # why the schema could not be tried
+        self._unmetered = False  # whether a server leaves out its token counts
+        self._proven: set[str] = set()  # URLs that have answered like a chat server
+        self._warned: set[str] = set()  # reasons why the schema could not be tried
         self._random = random.Random()
 
     def __repr__(self) -> str:
@@ -126,8 +118,8 @@ class ChatClient:
 
         Raises:
             BudgetError: A call is needed and the budget is used up.
-            CacheError: The folder of cached answers can not be used any more.
-            EndpointError: At the first call: no endpoint can serve the model, or what answers is no chat server.
+            CacheError: The folder of cached answers cannot be used any more.
+            EndpointError: At the first call: no endpoint can serve the model, or what answers is not a chat server.
         """
         schema = request.schema is not None and await self.structured()
         cache = self.cache
@@ -153,13 +145,13 @@ class ChatClient:
         return answer
 
     async def structured(self) -> bool:
-        """Return whether the server honours a JSON schema: found out with one call, and kept in the cache for a week.
+        """Return whether the server honours a JSON schema; one call finds out, and the cache keeps it for a week.
 
-        A probe that fails for another reason (no answer) is False for now, and repeated the next time.
+        A probe that fails for another reason (no answer) counts as no, and is tried again the next time.
 
         Raises:
             BudgetError: The probe's call is beyond the budget.
-            CacheError: The folder of cached answers can not be used any more.
+            CacheError: The folder of cached answers cannot be used any more.
             EndpointError: No endpoint can serve the model.
         """
         if self._structured is None:
@@ -167,7 +159,7 @@ class ChatClient:
         return self._structured
 
     async def aclose(self) -> None:
-        """Close the connections, on the loop that they belong to; the next request opens others."""
+        """Close the connections, on their loop; the next request opens others."""
         bound, self._bound = self._bound, None
         if bound is not None:
             await bound.aclose()
@@ -181,7 +173,7 @@ class ChatClient:
             background.run(self.aclose(), bound.loop)
 
     def _bind(self) -> _Bound:
-        """Return what belongs to the running loop; made anew after a fork, or when the loop before has ended."""
+        """Return the part for the running loop; a new one after a fork, or when the last loop has ended."""
         bound, loop = self._bound, asyncio.get_running_loop()
         if bound is not None and bound.loop is loop:
             return bound
@@ -192,7 +184,7 @@ class ChatClient:
         return bound
 
     def _leave(self) -> None:
-        """Let go of connections whose loop has ended or belongs to the parent process."""
+        """Drop connections whose loop has ended or belongs to the parent process."""
         if self._bound is not None:
             self._bound.forget.detach()
             if self._bound.pid != os.getpid():
@@ -210,8 +202,8 @@ class ChatClient:
         """Return a text after as many calls as it takes.
 
         Raises:
-            CallError: The last call's, when all have failed or none could help.
-            EndpointError: No endpoint can serve the model, or what answers has never spoken JSON.
+            CallError: That of the last call, when all have failed or another would not help.
+            EndpointError: No endpoint can serve the model, or the answers are not even JSON.
         """
         if not self._seen:
             await self._bind().flights.share("look", self._look)
@@ -224,7 +216,9 @@ class ChatClient:
 
         async def call() -> Completion:
             nonlocal first, calls
-            if first is not None:  # made outside, as the calls that need no second one are many
+            if first is not None:
+                # Most calls succeed at once: the first is made above without tenacity, whose loop costs time, and only
+                # its failure is handed in here.
                 failure, first = first, None
                 raise failure
             calls += 1
@@ -246,7 +240,7 @@ class ChatClient:
             self._check_budget()
             counts.calls += 1
             counts.retries += again
-            counts.failures += 1  # until it has given a text
+            counts.failures += 1  # taken back once there is a text; anything raised counts
             done = await endpoint.complete(body)
             answered = True
             self._proven.add(endpoint.url)
@@ -271,7 +265,7 @@ class ChatClient:
         return self._tenacity.AsyncRetrying(stop=stop, wait=self._pause, retry=retry, reraise=True)
 
     def _pause(self, state: Any) -> float:
-        """Return the seconds before the next call: exponential, half of it at random."""
+        """Return the seconds before the next call: exponential and half random, so that callers spread out."""
         longest: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(state.attempt_number - 1, 30))
         return longest * self._random.uniform(0.5, 1.0)
 
@@ -281,7 +275,7 @@ class ChatClient:
         if settings.max_total_tokens is not None and self._unmetered:
             raise BudgetError(
                 f"{settings.whose}['max_total_tokens']: expected a server that reports its tokens, got an answer"
-                " without usage; set max_calls in place of it"
+                " without usage; set max_calls instead"
             )
         for name, made, most in (
             ("max_calls", counts.calls, settings.max_calls),
@@ -302,7 +296,7 @@ class ChatClient:
             self.counts.completion_tokens += done.tokens[1]
 
     async def _look(self) -> None:
-        """Look at every endpoint once: does it answer, does it serve the model?"""
+        """Check every endpoint once: does it answer, and does it serve the model?"""
         began = time.monotonic()
         settings, endpoints = self.settings, self._bind().pool.endpoints
         seen = await asyncio.gather(*(self._look_at(endpoint) for endpoint in endpoints))
@@ -320,11 +314,10 @@ class ChatClient:
             _log.warning("%s; going on with the other endpoints", failure.reason)
         for endpoint, models in zip(endpoints, seen, strict=True):
             if isinstance(models, list) and models and settings.model not in models:
-                near = get_close_matches(settings.model, models, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"it serves {', '.join(models[:5])}"
+                hint = did_you_mean(settings.model, models, f"it serves {', '.join(models[:5])}")
                 raise EndpointError(
                     f"expected {endpoint.url} to serve {settings.whose}['model'] = {settings.model!r}, got no such"
-                    f" model; {hint}"
+                    f" model{hint}"
                 )
         self._seen = True
 
@@ -347,8 +340,8 @@ class ChatClient:
                 honoured = _fits((await self._complete(_PROBE, schema=True)).text)
             except CallError as failure:
                 if failure.code not in (400, 404, 422):
-                    level = logging.DEBUG if failure.reason in self._said else logging.WARNING
-                    self._said.add(failure.reason)
+                    level = logging.DEBUG if failure.reason in self._warned else logging.WARNING
+                    self._warned.add(failure.reason)
                     _log.log(level, "could not try a JSON schema, which is not sent for now: %s", failure.reason)
                     return False
                 honoured = False
@@ -380,7 +373,7 @@ def _worth_repeating(error: BaseException) -> bool:
 
 
 def _fits(text: str) -> bool:
-    """Return whether a text is JSON by the schema of the probe."""
+    """Return whether a text is JSON that fits the probe's schema."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The endpoints of one model: one call to one of them, and which of them is next.
+"""The endpoints of one model: a single call to one of them, and the choice of the next one.
 
 A call ends in a completion or in a CallError that says whether to try again. Nothing here counts, caches or repeats.
 """
@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NoReturn
@@ -21,51 +21,43 @@ from typing import Any, Literal, NoReturn
 from ppg_gym.extras import need
 from ppg_gym.llm.settings import ClientSettings
 
-FIRST_REST = 0.1  # seconds; doubles with every failure in a row
+FIRST_REST = 0.1  # seconds that an endpoint rests after a failure; doubles with every failure in a row
 LONGEST_REST = 30.0
 LONGEST_RETRY_AFTER = 60.0
-IDLE = 3.0  # seconds before an idle connection is dropped; servers drop theirs after 5 s and more
+IDLE = 3.0  # seconds before we drop an idle connection; servers do after 5 s or more, and a call in that moment is lost
 
 _log = logging.getLogger("ppg_gym.llm")
 
 
+@dataclass(eq=False)
 class CallError(Exception):
     """A call without a usable answer.
 
     Attributes:
-        status: The status of the answer if this call was the last one.
+        status: The answer's status, should this be the last call.
         reason: One sentence; never holds a key.
-        again: Whether another call may do better.
+        again: Whether another call may succeed.
         lost: Whether the endpoint itself is in trouble.
-        after: Seconds that the server asks to wait, if it does.
+        after: Seconds that the server asks us to wait, if it does.
         code: The HTTP status, if there was one.
-        foreign: Whether what answered speaks no JSON at all: probably something else than a chat server.
+        foreign: Whether the answer is not JSON at all, so that it is probably not a chat server.
     """
 
-    def __init__(
-        self,
-        status: Literal["timeout", "refused", "error"],
-        reason: str,
-        *,
-        again: bool = False,
-        lost: bool = False,
-        after: float | None = None,
-        code: int | None = None,
-        foreign: bool = False,
-    ) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.reason = reason
-        self.again = again
-        self.lost = lost
-        self.after = after
-        self.code = code
-        self.foreign = foreign
+    status: Literal["timeout", "refused", "error"]
+    reason: str
+    again: bool = field(default=False, kw_only=True)
+    lost: bool = field(default=False, kw_only=True)
+    after: float | None = field(default=None, kw_only=True)
+    code: int | None = field(default=None, kw_only=True)
+    foreign: bool = field(default=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A well-formed answer of a server, its text possibly empty; ``tokens`` is None when it reports no usage."""
+    """A well-formed answer of a server; the text may be empty, and ``tokens`` is None when it reports no usage."""
 
     text: str
     finish: str
@@ -83,11 +75,11 @@ class Endpoint:
         self.streak = 0
         self.rested_at = -math.inf
         self.rest_until = -math.inf
-        self.asked_until = -math.inf  # the server's own wish (Retry-After): no success shortens it
+        self.asked_until = -math.inf  # what the server asked for (Retry-After): no success shortens it
         self._settings = settings
         self._key = os.environ.get(settings.api_key_env, "")
         self._openai = openai
-        # The connection pool never limits below `concurrency`: a call holds a place of the Pool before it needs one.
+        # Only `Pool` limits calls; the connection pool is larger, so that no call ever waits in both.
         size = settings.concurrency + 8
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=size, max_keepalive_connections=size, keepalive_expiry=IDLE
@@ -96,11 +88,11 @@ class Endpoint:
             base_url=url,
             api_key=self._key or "EMPTY",
             max_retries=0,
-            # One clock for the whole call (below), none per read: a server that dribbles bytes must end too.
+            # One clock for the whole call (below), none per read: a server that sends a byte at a time must time out.
             timeout=openai.Timeout(None, connect=settings.timeout),
             http_client=openai.DefaultAioHttpClient(limits=limits),
         )
-        # The headers that describe this machine are of no use to the server, and every header costs time.
+        # The server has no use for headers that describe this machine, and every header costs time.
         self._client = client.with_options(default_headers={name: openai.Omit() for name in client.platform_headers()})
 
     async def complete(self, body: bytes) -> Completion:
@@ -112,7 +104,7 @@ class Endpoint:
         Raises:
             CallError: No answer, an error, or a malformed answer.
         """
-        # The client's low-level method: building its typed objects would double the time per call.
+        # The low-level method: building the library's typed objects would double the time per call.
         text = await self._call("post", "/chat/completions", self._settings.timeout, content=body)
         try:
             return _parse(text)
@@ -125,7 +117,7 @@ class Endpoint:
             raise CallError("error", reason, again=True, foreign=foreign) from None
 
     async def models(self, timeout: float) -> list[str] | None:
-        """Return the names of the served models; None when the server has no readable list of them.
+        """Return the names of the served models; None when the server has no list that we can read.
 
         Raises:
             CallError: No answer, or an error.
@@ -135,7 +127,7 @@ class Endpoint:
             return [str(model["id"]) for model in listed["data"]]
         except (ValueError, TypeError, LookupError):
             return None
-        except CallError as failure:  # a server without such a path is no reason to stop
+        except CallError as failure:  # many servers lack this path, and work all the same
             if failure.code is None or failure.code in (401, 403) or (failure.code >= 500 and failure.code != 501):
                 raise
             return None
@@ -161,13 +153,13 @@ class Endpoint:
         except TimeoutError:
             reason = f"{self.url} gave no answer within {timeout:g} s"
         except Exception as error:
-            # Whatever the libraries raise is a failed call. They report a lost connection as a timeout, too: the
-            # innermost cause tells.
+            # Anything the libraries raise is a failed call. They report a lost connection as a timeout too, but its
+            # innermost cause tells the two apart.
             cause: BaseException = error
             while (deeper := cause.__cause__ or cause.__context__) is not None:
                 cause = deeper
             if not isinstance(cause, TimeoutError):
-                reason = f"{self.url} can not be reached: {self.scrub(str(cause)) or type(cause).__name__}"
+                reason = f"{self.url} cannot be reached: {self.scrub(str(cause)) or type(cause).__name__}"
                 raise CallError("error", reason, again=True, lost=True) from None
             reason = f"{self.url} gave no answer within {timeout:g} s"
         raise CallError("timeout", reason, again=True, lost=True)
@@ -175,7 +167,7 @@ class Endpoint:
     def _refused(self, error: Any) -> NoReturn:
         code: int = error.status_code
         body = error.body
-        said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+        message = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
         variable, whose = self._settings.api_key_env, self._settings.whose
         if code in (401, 403):
             state = "holds the key that was sent" if self._key else "is not set"
@@ -187,7 +179,7 @@ class Endpoint:
         else:
             hint = ""
         again = code in (408, 409, 429) or code >= 500
-        reason = f"{self.url} answered with status {code}: {self.scrub(str(said or ''))}{hint}"
+        reason = f"{self.url} answered with status {code}: {self.scrub(str(message or ''))}{hint}"
         after = _retry_after(error.response.headers.get("retry-after", "")) if again else None
         raise CallError("error", reason, again=again, lost=code >= 500, after=after, code=code) from None
 
@@ -195,7 +187,8 @@ class Endpoint:
 class Pool:
     """Hands out endpoints: the least loaded first, those in trouble after a rest, none beyond its limit.
 
-    While other endpoints are well, one that comes back from a rest gets a single call at a time until one succeeds.
+    While other endpoints are well, one that comes back from a rest gets one call at a time until a call succeeds: many
+    calls at once would all be lost if it were still down.
     """
 
     def __init__(self, settings: ClientSettings) -> None:
@@ -206,7 +199,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
 
     async def take(self) -> Endpoint:
-        """Return the endpoint for the next call, waiting for one in order of arrival; give it back with ``done``."""
+        """Return the endpoint for the next call, first come first served; give it back with ``done``."""
         if not self._waiting and (endpoint := self._next()):
             endpoint.load += 1
             return endpoint
@@ -216,6 +209,7 @@ class Pool:
         try:
             return await place
         except asyncio.CancelledError:
+            # An endpoint may have been handed out between the cancellation and now: give it to the next in line.
             if place.done() and not place.cancelled():
                 place.result().load -= 1
             else:
@@ -228,15 +222,15 @@ class Pool:
         """Take an endpoint back after a call.
 
         Args:
-            endpoint: As given out.
-            began: When, in the loop's time.
+            endpoint: From `take`.
+            began: When the call began, in the loop's time.
             failure: How the call failed, if it did.
-            answered: Whether the server answered at all; false for a call that was cancelled.
+            answered: Whether the server answered at all; false for a cancelled call.
         """
         now = self._loop.time()
         endpoint.load -= 1
         if failure is not None and failure.lost:
-            if began >= endpoint.rested_at:  # calls that were in flight together fail together: one rest for all
+            if began >= endpoint.rested_at:  # calls in flight together fail together, and count as one failure
                 endpoint.streak += 1
                 rest = min(LONGEST_REST, FIRST_REST * 2.0 ** min(endpoint.streak - 1, 30))
                 endpoint.rested_at, endpoint.rest_until = now, now + rest
@@ -260,7 +254,7 @@ class Pool:
         return min(free, key=lambda e: e.load) if free else None
 
     def _open(self) -> Iterator[Endpoint]:
-        """Yield the endpoints with a place left, also those at rest."""
+        """Yield the endpoints that could take another call, whether at rest or not."""
         well = any(e.streak == 0 for e in self.endpoints)
         return (e for e in self.endpoints if e.load < (1 if well and e.streak else self._limit))
 
@@ -306,7 +300,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _retry_after(header: str) -> float | None:
-    """Return the seconds of a Retry-After header, which are a number or a date; None for neither."""
+    """Return the seconds of a Retry-After header, given as a number or a date; None for anything else."""
     try:
         seconds = float(header)
     except ValueError:

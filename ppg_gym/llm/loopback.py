@@ -1,8 +1,8 @@
 """A chat server on this machine, for tests, benchmarks and trying things offline.
 
-OpenAI-compatible as far as the client goes: ``GET /v1/models`` and ``POST /v1/chat/completions`` over HTTP/1.1 with
-keep-alive. A function gives the answers, and the faults. ``python -m ppg_gym.llm.loopback --latency 0.1`` serves one
-constant text from a process of its own and prints its URL.
+It speaks as much of the OpenAI protocol as the client uses: ``GET /v1/models`` and ``POST /v1/chat/completions`` over
+HTTP/1.1 with keep-alive. A function makes up the answers, and the faults. ``python -m ppg_gym.llm.loopback --latency
+0.1`` serves one constant text from its own process and prints its URL.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found"
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer with more to it than its text.
+    """An answer that is more than a text: an error, a header, a delay.
 
     Attributes:
-        status: The HTTP status; from 400 on, ``text`` is the error's message.
+        status: The HTTP status; at 400 and above, ``text`` is the error's message.
         text: The assistant's text.
         headers: Further headers.
-        body: The raw body in place of the usual JSON.
+        body: The raw body, instead of the usual JSON.
         hang: Seconds to wait first, on top of the server's latency.
-        close: Close the connection in place of an answer.
+        close: Close the connection instead of answering.
         drip: Seconds between one byte of the body and the next.
     """
 
@@ -57,14 +57,15 @@ _Respond = Callable[[bytes, bytes, bytes], _Wire]  # request line, other header 
 
 
 class Loopback:
-    """A chat server on 127.0.0.1 in a thread of its own; a context manager.
+    """A chat server on 127.0.0.1 in its own thread; a context manager.
 
     Args:
-        answer: The request's JSON body -> the assistant's text, or a Reply. Called in the server's thread; what it
-            raises becomes an answer with status 500.
+        answer: Gives the assistant's text, or a Reply, for a request's JSON body. Called in the server's thread; an
+            exception becomes an answer with status 500.
         latency: Seconds from request to answer.
-        model: What ``/v1/models`` lists; None: there is no such path.
-        key: Answer 401 to requests without this key.
+        model: The models that ``/v1/models`` lists; with None there is no such path.
+        key: Requests without this key are answered with 401.
+        port: 0 for any free port.
 
     Attributes:
         url: ``http://127.0.0.1:PORT/v1``, once entered.
@@ -79,6 +80,7 @@ class Loopback:
         latency: float = 0.0,
         model: str | Sequence[str] | None = "loopback",
         key: str | None = None,
+        port: int = 0,
     ) -> None:
         self.url = ""
         self.requests: list[dict[str, Any]] = []
@@ -87,7 +89,7 @@ class Loopback:
         self._answer = answer
         self._latency = latency
         self._models = [model] if isinstance(model, str) else model
-        self._key = key
+        self._key, self._port = key, port
         self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="loopback", daemon=True)
@@ -108,8 +110,11 @@ class Loopback:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(_listen(self._loop, self._respond, self._connections, 0))
-        self.url = _url(server)
+        made = self._loop.create_server(
+            lambda: _Connection(self._loop, self._respond, self._connections), "127.0.0.1", self._port, backlog=1024
+        )
+        server = self._loop.run_until_complete(made)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         self._ready.set()
         self._loop.run_forever()
         server.close()
@@ -209,14 +214,14 @@ def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0) -> _Wi
     elif reply.status >= 400:
         body = json.dumps({"error": {"message": reply.text, "type": "loopback", "code": reply.status}}).encode()
     else:
-        said = len(reply.text.split())
+        written = len(reply.text.split())
         completion = {
             "id": "loopback",
             "object": "chat.completion",
             "created": 0,
             "model": model,
             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply.text}}],
-            "usage": {"prompt_tokens": words, "completion_tokens": said, "total_tokens": words + said},
+            "usage": {"prompt_tokens": words, "completion_tokens": written, "total_tokens": words + written},
         }
         body = json.dumps(completion).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **reply.headers}
@@ -224,32 +229,6 @@ def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0) -> _Wi
     lines += [f"{name}: {value}" for name, value in headers.items()]
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
     return _Wire(head, body, latency + reply.hang, reply.close, reply.drip)
-
-
-async def _listen(
-    loop: asyncio.AbstractEventLoop, respond: _Respond, connections: set[_Connection], port: int
-) -> asyncio.Server:
-    return await loop.create_server(lambda: _Connection(loop, respond, connections), "127.0.0.1", port, backlog=1024)
-
-
-def _url(server: asyncio.Server) -> str:
-    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-
-
-async def _forever(port: int, latency: float, text: str, model: str) -> None:
-    listed = _wire(Reply(body=json.dumps({"object": "list", "data": [{"id": model, "object": "model"}]}).encode()), "")
-    constant = _wire(Reply(text=text), model, latency=latency)
-    missing = _wire(Reply(404, "no such path"), "")
-
-    def respond(line: bytes, headers: bytes, body: bytes) -> _Wire:
-        if line.startswith(b"POST /v1/chat/completions "):
-            return constant
-        return listed if line.startswith(b"GET /v1/models ") else missing
-
-    server = await _listen(asyncio.get_running_loop(), respond, set(), port)
-    print(_url(server), flush=True)
-    async with server:
-        await server.serve_forever()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -260,10 +239,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", default='{"score": 1.0}', help="the assistant's text")
     parser.add_argument("--model", default="loopback", help="the name of the model")
     given = parser.parse_args(arguments)
-    try:
-        asyncio.run(_forever(given.port, given.latency, given.text, given.model))
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+    def answer(body: dict[str, Any]) -> str:
+        server.requests.clear()  # nobody looks at them here, and a long run would fill the memory
+        return str(given.text)
+
+    with Loopback(answer, given.latency, given.model, port=given.port) as server:
+        print(server.url, flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 if __name__ == "__main__":

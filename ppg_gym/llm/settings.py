@@ -10,9 +10,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
+
+from ppg_gym.nearest import refuse_unknown
+from ppg_gym.options import whole, wrong
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -22,17 +24,17 @@ class ClientSettings:
     """Settings of a chat client.
 
     Attributes:
-        base_url: OpenAI-compatible endpoints that serve the same model, each like ``http://localhost:8000/v1``.
-        model: The name the endpoints serve it under.
-        timeout: Seconds per call.
-        attempts: Calls per answer at most, the first included.
-        concurrency: Calls in flight per endpoint at most.
-        api_key_env: Name of the environment variable that holds the key; unset is right for a server without keys.
+        base_url: OpenAI-compatible endpoints that serve the same model, such as ``http://localhost:8000/v1``.
+        model: The name under which the endpoints serve it.
+        timeout: Most seconds per call.
+        attempts: Most calls per answer, the first included.
+        concurrency: Most calls in flight per endpoint.
+        api_key_env: Name of the environment variable with the key; leave it unset for a server without keys.
         cache: True for the user's cache folder, False for no cache, or a folder.
         max_calls: Budget of calls; cached answers are free.
-        max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls that are in flight
-            when it is used up are not stopped.
-        whose: What the options are called where they were given, for messages.
+        max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls in flight when it
+            runs out are not stopped.
+        whose: Name of the options these came from, for messages.
 
     Raises:
         ValueError: A value of the wrong type or range.
@@ -58,46 +60,41 @@ class ClientSettings:
             )
         urls = (self.base_url,) if isinstance(self.base_url, str) else self.base_url
         if not isinstance(urls, list | tuple) or not urls or not all(isinstance(url, str) for url in urls):
-            raise self._wrong("base_url", "an endpoint's URL or a list of them", type(self.base_url).__name__)
+            raise wrong(self.whose, "base_url", "an endpoint's URL or a list of them", type(self.base_url).__name__)
         urls = tuple(self._url(url) for url in urls)
         if len(set(urls)) < len(urls):
-            raise self._wrong("base_url", "every endpoint once", ", ".join(urls))
+            raise wrong(self.whose, "base_url", "every endpoint once", ", ".join(urls))
         object.__setattr__(self, "base_url", urls)
         if not isinstance(self.model, str) or not self.model.strip():
-            raise self._wrong("model", "the name of a served model", self.model)
+            raise wrong(self.whose, "model", "the name of a served model", self.model)
         seconds = self.timeout
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-            raise self._wrong("timeout", "seconds above 0", seconds)
-        if not math.isfinite(seconds) or seconds <= 0:
-            raise self._wrong("timeout", "seconds above 0", seconds)
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise wrong(self.whose, "timeout", "seconds above 0", seconds)
         for name in ("attempts", "concurrency", "max_calls", "max_total_tokens"):
-            value = getattr(self, name)
-            if value is None and name.startswith("max_"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise self._wrong(name, "a whole number of at least 1", value)
+            if getattr(self, name) is not None or not name.startswith("max_"):
+                whole(self.whose, name, getattr(self, name))
         if not isinstance(self.cache, bool | str) or self.cache == "":
-            raise self._wrong("cache", "true, false or a folder", self.cache)
+            raise wrong(self.whose, "cache", "true, false or a folder", self.cache)
 
     @classmethod
     def take(
         cls, options: Mapping[str, Any], whose: str, known: Iterable[str] = ()
     ) -> tuple[ClientSettings, dict[str, Any]]:
-        """Split plain options into the client's settings and the caller's own.
+        """Split plain options into the client's settings and the caller's.
 
         Args:
-            options: All JSON.
+            options: Plain JSON values by name.
             whose: ``"judge_options"`` or ``"partner_options"``.
-            known: Names of the caller's own options.
+            known: Names of the options that are the caller's.
 
         Returns:
-            The settings, and those of the options that are named in ``known``.
+            The client's settings, and the options named in ``known``.
 
         Raises:
-            ValueError: An unknown name (the nearest one is offered), a missing one, or a bad value.
+            ValueError: An unknown name (the message offers the nearest one), a missing one, or a bad value.
         """
-        mine = [field.name for field in dataclasses.fields(cls) if field.name != "whose"]
-        own = set(known)
+        settings_names = [field.name for field in dataclasses.fields(cls) if field.name != "whose"]
+        callers = set(known)
         if "api_key" in options:
             name = options.get("api_key_env", cls.api_key_env)
             variable = name if isinstance(name, str) and _ENV_NAME.fullmatch(name) else cls.api_key_env
@@ -105,16 +102,12 @@ class ClientSettings:
                 f"{whose}['api_key']: expected no key among the options, which are written to files; put it into the"
                 f" environment variable {variable}, or name another variable with {whose}['api_key_env']"
             )
-        for name in options:
-            if name not in mine and name not in own:
-                near = get_close_matches(str(name), [*mine, *own], n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options are {', '.join(sorted({*mine, *own}))}"
-                raise ValueError(f"{whose}: expected no option {name!r}; {hint}")
+        refuse_unknown(whose, options, sorted({*settings_names, *callers}))
         for name, example in (("base_url", "'http://localhost:8000/v1'"), ("model", "the name the server lists")):
             if name not in options:
                 raise ValueError(f"{whose}: expected {name!r}, got none; set it to {example}")
-        settings = cls(**{name: options[name] for name in mine if name in options}, whose=whose)
-        return settings, {name: value for name, value in options.items() if name in own}
+        settings = cls(**{name: options[name] for name in settings_names if name in options}, whose=whose)
+        return settings, {name: value for name, value in options.items() if name in callers}
 
     def _url(self, url: str) -> str:
         try:
@@ -129,8 +122,5 @@ class ClientSettings:
                 f" environment variable {self.api_key_env}"
             )
         if parts.scheme not in ("http", "https") or not host or re.search(r"[\s\x00-\x1f]", url.strip()):
-            raise self._wrong("base_url", "a URL such as 'http://localhost:8000/v1'", url)
+            raise wrong(self.whose, "base_url", "a URL such as 'http://localhost:8000/v1'", url)
         return url.strip().rstrip("/")
-
-    def _wrong(self, name: str, expected: str, got: object) -> ValueError:
-        return ValueError(f"{self.whose}[{name!r}]: expected {expected}, got {got!r}")

@@ -1,7 +1,7 @@
 """One client for equal settings in a process: one budget, one limit of concurrency, one set of connections.
 
-A run makes several environments (training, evaluation, one per conversation): they share what they ask with. A
-judge and a partner have a client each, as their settings are given under different names.
+A run makes several environments (training, evaluation, one per conversation), and they share clients. A judge and a
+partner have one each, as their settings come under different names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _users: WeakKeyDictionary[ChatClient, int] = WeakKeyDictionary()
 
 
 def lease(settings: ClientSettings) -> ChatClient:
-    """Return the client of these settings, made if there is none; give it back with ``release``.
+    """Return the client of these settings, a new one if there is none; give it back with ``release``.
 
     Raises:
-        CacheError: The folder of cached answers can not be used.
+        CacheError: The folder of cached answers cannot be used.
         ModuleNotFoundError: The extra ``[llm]`` is not installed.
     """
     with _lock:
@@ -33,7 +33,7 @@ def lease(settings: ClientSettings) -> ChatClient:
 
 
 def release(client: ChatClient) -> None:
-    """Give a client back; the last one closes its connections. Its counts, and so its budget, go on."""
+    """Give a client back; the last user closes its connections. Its counts, and so its budget, live on."""
     with _lock:
         _users[client] = max(0, _users.get(client, 0) - 1)
         if _users[client]:

@@ -1,4 +1,4 @@
-"""The other speaker: who it can be, and how one is made from its name and plain options."""
+"""Partners are the other speaker: which ones there are, and how one is made from its name and plain options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ppg_gym import plugins as named
+from ppg_gym import plugins
 from ppg_gym.conversation import Conversation
 
 PARTNERS = {
@@ -18,9 +18,9 @@ PARTNERS = {
 
 
 class Said(NamedTuple):
-    """A partner's line and how it came about.
+    """A partner's line and its status.
 
-    Any status but ``ok`` truncates the conversation: the text is empty, and the status names the partner's fault.
+    Any status but ``ok`` truncates the conversation: the text is empty, and the status says how the partner failed.
     """
 
     text: str
@@ -28,24 +28,24 @@ class Said(NamedTuple):
 
 
 class Partner(Protocol):
-    """Speaks the next line of many conversations at once. Holds nothing of a conversation.
+    """Speaks the next line of many conversations at once, and keeps nothing between calls.
 
-    Attributes ``waits`` and ``hears_verdicts`` say that it spends its time waiting for a server, and that it
-    must have the verdict on the last reply; both are False when they are missing. One that holds connections
-    has a method ``close()``; one that waits may have ``abandon()``, called from another thread while ``speak`` waits.
+    An attribute ``waits = True`` says that it spends its time waiting for a server, ``hears_verdicts = True`` that it
+    needs the verdict on the last reply. A partner with connections has a method ``close()``; one that waits may have
+    ``abandon()``, which is called from another thread to end a ``speak`` that is waiting.
     """
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
-        """Return one line per conversation, drawing only from that conversation's generator."""
+        """Return one line per conversation, drawn from that conversation's generator only."""
         ...
 
 
 def make(name: str, domain: str, options: Mapping[str, Any]) -> Partner:
-    """Return a partner by name: one of ``PARTNERS``, or anybody's own as ``package.module:Class``.
+    """Return a partner by name: one of ``PARTNERS``, or your own as ``package.module:Class``.
 
     Raises:
-        ValueError: An unknown name (the nearest one is offered), or an option that the partner does not take.
-        ModuleNotFoundError: The partner's extra is not installed; the message holds the install command.
+        ValueError: An unknown name (the message offers the nearest one), or an option that the partner does not take.
+        ModuleNotFoundError: The partner's extra is not installed; the message has the install command.
     """
-    made: Partner = named.make("partner", name, PARTNERS, domain, options)
+    made: Partner = plugins.make("partner", name, PARTNERS, domain, options)
     return made

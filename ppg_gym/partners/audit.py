@@ -1,7 +1,7 @@
 """What can be wrong with a line that a language model says as the partner.
 
-Pure functions over text: no model, no random number, no state. A line is looked at as it stands and is never
-mended, except that a label of the speaker's own in front of it ("Therapist: …") is no part of what is said.
+Pure functions over text: no model, no random number, no state. A line is checked and never repaired, except that the
+speaker's own label in front of it ("Therapist: …") is not counted as part of it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FAULTS = (
     "early_farewell",
     "repetition",
 )
-LONGEST = 16_000  # characters that are looked at
+LONGEST = 16_000  # characters that are checked
 WINDOW = 6  # the partner's own lines that a new one may not repeat
-ALIKE = 0.8  # share of words in common, in order, from which two lines are one
-TIMES = 3  # a sentence that a line says so often is a loop
-SHORT = 12  # words; a shorter line is a repetition only when it is the same
+ALIKE = 0.8  # two lines that share at least this much of their words, in order, count as the same
+TIMES = 3  # a sentence that comes this often in one line is a loop
+SHORT = 12  # words; a shorter line is a repetition only when it is word for word the same
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Roles:
     Attributes:
         own: Labels of the partner, in any case: "therapist".
         other: Labels of the policy's role: "patient", or the persona's name.
-        kinds: Nouns of the policy's role that the partner never claims for itself; a name is none.
-        names: The persona's names, which the partner never claims for itself.
-        flips: Regular expressions of what only the policy's role says of itself.
+        kinds: Nouns of the policy's role, which the partner never calls itself; names do not belong here.
+        names: The persona's names, which the partner never calls itself.
+        flips: Regular expressions for what only the policy's role says about itself.
     """
 
     own: tuple[str, ...]
@@ -55,54 +55,54 @@ class Roles:
 def audit(line: str, conversation: Conversation, roles: Roles, max_words: int = 120) -> str:
     """Return what is wrong with a partner's next line: one of :data:`FAULTS`, or ``ok``.
 
-    Stage directions ("(nods)") are no fault as long as something is said beside them. A line of the partner
-    is always followed by a reply, so every farewell comes too early.
+    Stage directions ("(nods)") are fine as long as something is said beside them. A line of the partner is always
+    followed by a reply, so every farewell comes too early.
 
     Args:
         line: The line as the model gave it.
-        conversation: Before the line.
+        conversation: The conversation before the line.
         roles: Who speaks to whom.
-        max_words: Words that a line may have.
+        max_words: Most words of a line.
     """
     if has_reasoning(line) or _PLANNING.search(line):
         return "leaked_reasoning"
-    if holds_control(line) and plain(line, LONGEST) not in line:  # more than a token that ends the line
+    if holds_control(line) and plain(line, LONGEST) not in line:  # a token at the end alone is harmless
         return "speaks_for_both"
-    said = own_words(line, roles).translate(_APOSTROPHES)
-    if not _speaks(said):
+    spoken = own_words(line, roles).translate(_APOSTROPHES)
+    if not _speaks(spoken):
         return "empty"
-    if len(said.split()) > max_words or len(said) > 12 * max_words:
+    if len(spoken.split()) > max_words or len(spoken) > 12 * max_words:
         return "too_long"
-    if any(pattern.search(said) for pattern in _META):
+    if any(pattern.search(spoken) for pattern in _META):
         return "meta"
-    if fault := _voices(said, roles):
+    if fault := _voices(spoken, roles):
         return fault
-    unquoted = _QUOTED.sub('""', said)
+    unquoted = _QUOTED.sub('""', spoken)
     if _flips(unquoted, roles):
         return "role_flip"
     if any(_farewell(sentence) for sentence in _sentences(unquoted)):
         return "early_farewell"
-    return "repetition" if _repeats(said, conversation) else "ok"
+    return "repetition" if _repeats(spoken, conversation) else "ok"
 
 
 def own_words(line: str, roles: Roles) -> str:
     """Return a line as plain text, without the speaker's own label and without quotes around the whole."""
-    said = _patterns(roles).own_label.sub("", plain(line, LONGEST).strip(), count=1).strip()
+    text = _patterns(roles).own_label.sub("", plain(line, LONGEST).strip(), count=1).strip()
     for left, right in ('""', "“”"):
-        inside = said[1:-1]
-        if said[:1] == left and said[-1:] == right and inside and not {left, right} & set(inside):
-            said = inside.strip()
-    return said
+        inside = text[1:-1]
+        if text[:1] == left and text[-1:] == right and inside and not {left, right} & set(inside):
+            text = inside.strip()
+    return text
 
 
 _APOSTROPHES = str.maketrans("‘’", "''")
 _WORD = re.compile(r"(?<!\w)[^\W\d_]+")
-_FEW = 8  # tokens; in a shorter line, signs among the words mean nothing
+_FEW = 8  # tokens; in a shorter line, signs between the words prove nothing
 _DIRECTIONS = re.compile(r"\*[^*\n]+\*|\([^()\n]+\)|\[[^\[\]\n]+\]")
 _QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))+'(?!\w)")
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"”)*]*\s+|\n+")
 
-# A model that plans aloud speaks of the user, or of what it has to reply.
+# A model that plans aloud talks about the user, or about what it has to reply.
 _PLANNING = re.compile(
     r"<\|channel\|>\s*(?:analysis|commentary)|^\W*(?:(?:okay|ok|alright|hmm|so|well)[,.…]*\s+)?(?:"
     r"the user\b|we (?:need|have|should) to (?:respond|reply|answer|produce|write|continue|play)\b"
@@ -183,20 +183,20 @@ def _any(words: Sequence[str]) -> str:
     return "(?:" + "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) + ")"
 
 
-def _speaks(said: str) -> bool:
-    """Return whether there are words beside stage directions, and more of them than of rows of signs."""
-    spoken = _DIRECTIONS.sub("", said)
-    tokens = spoken.split()
+def _speaks(line: str) -> bool:
+    """Return whether there are words besides stage directions, and not mostly rows of signs."""
+    words = _DIRECTIONS.sub("", line)
+    tokens = words.split()
     signs = sum(not any(map(str.isalnum, token)) for token in tokens)
-    return _WORD.search(spoken) is not None and 2 * signs <= max(len(tokens), _FEW)
+    return _WORD.search(words) is not None and 2 * signs <= max(len(tokens), _FEW)
 
 
-def _voices(said: str, roles: Roles) -> str:
-    """Return the fault of a line with somebody else's label in it, or ""."""
+def _voices(line: str, roles: Roles) -> str:
+    """Return the fault of a line that has somebody else's label in it, or ""."""
     patterns = _patterns(roles)
-    if patterns.second_voice.search(said):
+    if patterns.second_voice.search(line):
         return "speaks_for_both"
-    return "role_flip" if patterns.starts_as_other.search(said) else ""
+    return "role_flip" if patterns.starts_as_other.search(line) else ""
 
 
 def _flips(unquoted: str, roles: Roles) -> bool:
@@ -243,7 +243,7 @@ _CLOSING = re.compile(
 
 
 def _farewell(sentence: str) -> bool:
-    """Return whether a sentence takes leave or closes the meeting; talk about goodbyes does neither."""
+    """Return whether a sentence says goodbye or closes the meeting; talking about goodbyes does neither."""
     return bool(_LEAVING.search(sentence) or _CLOSING.search(sentence))
 
 
@@ -251,14 +251,14 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.casefold())
 
 
-def _repeats(said: str, conversation: Conversation) -> bool:
-    """Return whether a line says again what the partner said lately, what the policy has just said, or itself."""
-    words = _words(said)
-    sentences = Counter(" ".join(_words(sentence)) for sentence in _sentences(said))
+def _repeats(line: str, conversation: Conversation) -> bool:
+    """Return whether a line repeats what the partner said lately, what the policy has just said, or itself."""
+    words = _words(line)
+    sentences = Counter(" ".join(_words(sentence)) for sentence in _sentences(line))
     if any(times >= (TIMES if " " in sentence else 3 * TIMES) for sentence, times in sentences.items()):
         return True
-    own = [line.text for line in conversation.lines if line.speaker == "partner"][-WINDOW:]
-    if any(_alike(words, _words(text)) for text in own):
+    lately = [earlier.text for earlier in conversation.lines if earlier.speaker == "partner"][-WINDOW:]
+    if any(_alike(words, _words(text)) for text in lately):
         return True
     heard = _words(conversation.lines[-1].text) if conversation.lines else []
     return len(heard) >= SHORT // 2 and _alike(words, heard)

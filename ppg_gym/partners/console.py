@@ -9,37 +9,38 @@ from typing import Any
 import numpy as np
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.options import wrong
 from ppg_gym.partners import Said
 from ppg_gym.plugins import refuse_options
 
 
 class ConsolePartner:
-    """Reads the partner's line from standard input, and shows what the judge thought of the reply before it.
+    """Reads the partner's line from standard input, and prints the verdict on the reply before it.
 
     An empty line or end of input ends the conversation.
 
     Args:
-        domain: Not asked about.
-        options: ``show_persona``: whether the person reads, before the first line and on standard error, whom the
-            policy plays; a partner of a study meets a stranger (default: False).
+        domain: Not used.
+        options: ``show_persona``: whether to print, before the first line and on standard error, whom the policy
+            plays. Off by default, as a partner usually meets a stranger.
 
     Raises:
-        ValueError: Another option, or one that is not true or false.
+        ValueError: Another option, or a value that is not true or false.
     """
 
     hears_verdicts = True
 
     def __init__(self, domain: str, options: Mapping[str, Any] | None = None) -> None:
-        own = dict(options or {})
-        show = own.pop("show_persona", False)
-        refuse_options("console partner", own)
+        others = dict(options or {})
+        show = others.pop("show_persona", False)
+        refuse_options("console partner", others)
         if not isinstance(show, bool):
-            raise ValueError(f"partner_options['show_persona']: expected true or false, got {show!r}")
+            raise wrong("partner_options", "show_persona", "true or false", show)
         self._show = show
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Ask for one line per conversation."""
-        said = []
+        lines = []
         for conversation in conversations:
             if self._show and not conversation.lines:
                 print(f"[{conversation.persona.id}] {conversation.persona.instruction}", file=sys.stderr, flush=True)
@@ -50,7 +51,7 @@ class ConsolePartner:
             try:
                 text = input("you> ").strip()
             except EOFError:
-                print()  # what is said next begins a line of its own
+                print()  # so that the next output begins on a new line
                 text = ""
-            said.append(Said(text) if text else Said("", "ended"))
-        return said
+            lines.append(Said(text) if text else Said("", "ended"))
+        return lines

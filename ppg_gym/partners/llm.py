@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible endpoint plays the partner.
 
-It meets the persona as a stranger: it is told its role and what has been said, never the persona's instruction,
-facts or verdicts. Every line is audited; a line with a fault is sampled again, and where the fault stays, or the
-call fails, there is no line. Nothing here may make up, cut or mend a line.
+It meets the persona as a stranger: it is told its role and what has been said, never the persona's instruction, facts
+or verdicts. Every line is audited; a line with a fault is sampled again. If no sample is free of faults, or the call
+fails, there is no line. Nothing here may make up, cut or repair a line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 
 from ppg_gym.conversation import Conversation, Line
 from ppg_gym.llm.background import run
-from ppg_gym.llm.client import Chat, ChatClient, Request
+from ppg_gym.llm.chat import Chat, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.llm.sharing import lease, release
+from ppg_gym.options import number, whole, wrong
 from ppg_gym.partners import Said
 from ppg_gym.partners.audit import audit, own_words
 from ppg_gym.partners.scenes import Scene, scene
@@ -28,6 +30,7 @@ from ppg_gym.sanitise import plain, without_reasoning
 
 HEARD = 4_000  # characters of a reply that reach the partner
 _SEEDS = 2**31
+_WHOSE = "partner_options"
 
 _RULES = """\
 Rules of this conversation:
@@ -44,10 +47,10 @@ class Style:
 
     Attributes:
         temperature: Of sampling.
-        max_tokens: Most tokens of an answer; a line that is cut off there is a fault.
+        max_tokens: Most tokens of an answer; a line that is cut off there has a fault.
         max_words: Most words of a line.
         history: Most lines of the conversation that the model sees; None for all.
-        retries: New samples of a line with a fault.
+        retries: Most new samples for a line with a fault.
 
     Raises:
         ValueError: A value of the wrong type or range, or retries at temperature 0, where every sample is the same.
@@ -60,38 +63,29 @@ class Style:
     retries: int = 3
 
     def __post_init__(self) -> None:
-        warm = self.temperature
-        if isinstance(warm, bool) or not isinstance(warm, int | float) or not 0 <= warm <= 2:
-            raise _wrong("temperature", "a number in [0, 2]", warm)
+        number(_WHOSE, "temperature", self.temperature, 2)
         for name, least in (("max_tokens", 1), ("max_words", 1), ("history", 1), ("retries", 0)):
-            value = getattr(self, name)
-            if name == "history" and value is None:
-                continue
-            if type(value) is not int or value < least:
-                raise _wrong(name, f"a whole number of at least {least}", value)
-        if self.retries and not warm:
-            raise _wrong("retries", "0 at temperature 0, where every sample is the same", self.retries)
-
-
-def _wrong(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"partner_options[{name!r}]: expected {expected}, got {got!r}")
+            if name != "history" or self.history is not None:
+                whole(_WHOSE, name, getattr(self, name), least)
+        if self.retries and not self.temperature:
+            raise wrong(_WHOSE, "retries", "0 at temperature 0, where every sample is the same", self.retries)
 
 
 class LLMPartner:
     """Plays the other speaker of a domain's scenario through a chat model.
 
-    Every line draws one integer from its conversation's generator, however many samples it takes; the samples'
-    seeds derive from it. With a cache, or a server that honours seeds, the same generators give the same lines.
+    Every line draws one integer from its conversation's generator, no matter how many samples it takes; the samples'
+    seeds come from it. With a cache, or a server that honours seeds, the same generators give the same lines.
 
     Args:
         domain: Name of an embedded domain.
         options: The client's settings and those of :class:`Style`.
-        chat: Who answers; None for a client made from the settings.
+        chat: The chat model to ask; None for a client made from the settings.
 
     Attributes:
         lines: Lines asked for.
-        faults: Why there was no line in the end: the fault of the last sample, or how the call failed.
-        retried: Faults of samples that were followed by a good one.
+        faults: Why there was no line: the fault of the last sample, or how the call failed -> how often.
+        retried: Faults of samples that were followed by a good line.
 
     Raises:
         ValueError: An option is not what it should be.
@@ -101,8 +95,8 @@ class LLMPartner:
     hears_verdicts = False
 
     def __init__(self, domain: str, options: Mapping[str, Any], chat: Chat | None = None) -> None:
-        settings, own = ClientSettings.take(options, "partner_options", [field.name for field in fields(Style)])
-        self.style = Style(**own)
+        settings, style = ClientSettings.take(options, _WHOSE, [field.name for field in fields(Style)])
+        self.style = Style(**style)
         self._scene = scene(domain)
         self._client: ChatClient | None = None
         if chat is None:
@@ -114,7 +108,7 @@ class LLMPartner:
         self.retried: Counter[str] = Counter()
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
-        """Return one line per conversation, all asked for at once.
+        """Return one line per conversation; all are asked for at once.
 
         Raises:
             BudgetError: The budget is used up.
@@ -125,13 +119,13 @@ class LLMPartner:
         return run(self._all(seeded)) if seeded else []
 
     def close(self) -> None:
-        """Give the client back, once; a chat that was given belongs to the giver."""
+        """Give the client back, once; a chat that was passed in is left to its owner."""
         client, self._client = self._client, None
         if client is not None:
             release(client)
 
     def abandon(self) -> None:
-        """Cancel what ``speak`` waits for in another thread; it raises ``CancelledError`` there."""
+        """End a ``speak`` that is waiting in another thread; it raises ``CancelledError`` there."""
         for task in list(self._asking):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
@@ -140,7 +134,7 @@ class LLMPartner:
         self._asking.update(tasks)
         try:
             return await asyncio.gather(*tasks)
-        finally:  # what one error ends, ends for all
+        finally:  # when one call raises, the others are no longer wanted
             self._asking.difference_update(tasks)
             for task in tasks:
                 task.cancel()
@@ -150,7 +144,7 @@ class LLMPartner:
         self.lines += 1
         asked = messages(conversation, self._scene, self.style)
         roles = self._scene.roles(conversation.persona)
-        found: list[str] = []
+        faults: list[str] = []
         for sample in range(self.style.retries + 1):
             request = Request(
                 messages=asked,
@@ -167,22 +161,21 @@ class LLMPartner:
             if fault == "ok" and answer.finish == "length":
                 fault = "too_long"
             if fault == "ok":
-                self.retried.update(found)
+                self.retried.update(faults)
                 return Said(own_words(answer.text, roles))
-            found.append(fault)
-        self.faults[found[-1]] += 1
-        return Said("", found[-1])
+            faults.append(fault)
+        self.faults[faults[-1]] += 1
+        return Said("", faults[-1])
 
 
 def messages(conversation: Conversation, played: Scene, style: Style) -> tuple[Mapping[str, str], ...]:
-    """Return what the model is asked: its role, then the lines, its own as ``assistant`` and the policy's as ``user``.
+    """Return the prompt: the model's role, then its own lines as ``assistant`` and the policy's as ``user``.
 
-    The first message after the system's is always the user's, and roles always alternate: lines of one speaker in
-    a row are one message.
+    Chat templates want a user's message first and then strict turns, so lines of one speaker in a row are joined.
 
     Args:
-        conversation: So far.
-        played: Whom the model plays, and where.
+        conversation: The conversation so far.
+        played: The role that the model plays.
         style: How many lines are shown, and how long a new one may be.
     """
     rules = _RULES.format(role=f"the {played.role}", counterpart=played.counterpart, words=style.max_words)
@@ -192,8 +185,8 @@ def messages(conversation: Conversation, played: Scene, style: Style) -> tuple[M
         shown = turns[-style.history :]
         turns = list(dropwhile(lambda turn: turn[0] == "assistant", shown)) or turns[:1]
     joined = ((role, "\n".join(text for _, text in run)) for role, run in groupby(turns, key=lambda turn: turn[0]))
-    said = [("system", "\n\n".join(part for part in parts if part)), *joined]
-    return tuple({"role": role, "content": text} for role, text in said)
+    prompt = [("system", "\n\n".join(part for part in parts if part)), *joined]
+    return tuple({"role": role, "content": text} for role, text in prompt)
 
 
 def _heard(line: Line, played: Scene) -> tuple[str, str]:

@@ -1,17 +1,17 @@
-"""Who a language model plays opposite the persona: the ``[partner]`` table of its domain.
+"""The role that a language model plays opposite the persona: the ``[partner]`` table of a domain.
 
-Reads and validates data. A scene holds nothing of a persona but what a stranger may know.
+Reads and checks data. Of a persona, a scene tells the model only what a stranger may know.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from ppg_gym.conversation import Persona
 from ppg_gym.domain.loading import load
+from ppg_gym.nearest import did_you_mean
 from ppg_gym.partners.audit import Roles
 from ppg_gym.sanitise import plain
 
@@ -20,22 +20,22 @@ _LONGEST = 80  # characters of a name or a topic
 
 @dataclass(frozen=True)
 class Scene:
-    """A role and what goes with it.
+    """The partner's role and the texts for it.
 
     Attributes:
         role: What the partner is: "therapist".
         counterpart: Whom it talks to: "the patient".
         labels: What the partner's lines may be labelled with, besides ``role``.
-        counterparts: The same for the other speaker; the persona's own name is always among them.
-        kinds: Nouns of the other speaker's role that the partner never claims for itself.
-        flips: Regular expressions of what only the other speaker says.
+        counterparts: The same for the other speaker; the persona's name is always one of them.
+        kinds: Nouns of the other speaker's role, which the partner never calls itself.
+        flips: Regular expressions for what only the other speaker says.
         brief: The role in a few sentences.
-        opening: What asks for the first line.
-        silence: What stands for an empty reply.
-        with_name: Said when the persona's name may be known and is; holds ``{name}``.
-        with_topic: Said when the persona's facts name the topic; holds ``{topic}``.
-        without_topic: Said when they do not.
-        topic: The fact that is the topic; from the domain's own options.
+        opening: The message that asks for the first line.
+        silence: The message that stands in for an empty reply.
+        with_name: Told when the persona has a name that the partner may know; holds ``{name}``.
+        with_topic: Told when the persona's facts name the topic; holds ``{topic}``.
+        without_topic: Told when they do not.
+        topic: The slot whose value is the topic; from the domain's options.
     """
 
     role: str
@@ -53,11 +53,11 @@ class Scene:
     topic: str = ""
 
     def known(self, persona: Persona) -> str:
-        """Return what the partner knows of this meeting beyond its role, as sentences."""
+        """Return what the partner knows about this meeting beyond its role, in sentences."""
         name = plain(persona.name, _LONGEST) if self.with_name else ""
         topic = plain(persona.facts.get(self.topic, ""), _LONGEST) if self.with_topic else ""
-        said = (self.with_name.format(name=name) if name else "", self._lesson(topic))
-        return " ".join(sentence for sentence in said if sentence)
+        sentences = (self.with_name.format(name=name) if name else "", self._lesson(topic))
+        return " ".join(sentence for sentence in sentences if sentence)
 
     def _lesson(self, topic: str) -> str:
         return self.with_topic.format(topic=topic) if topic else self.without_topic
@@ -75,10 +75,10 @@ def scene(domain: str) -> Scene:
     """Return the scene of a domain, by what `ppg_gym.domain.loading.load` takes.
 
     Raises:
-        ValueError: There is no such domain, or its table is not one of a scene; the nearest key is offered.
+        ValueError: There is no such domain, or its ``[partner]`` table is wrong; the message offers the nearest key.
     """
-    own = load(domain)
-    return parse(own.partner, own.file, topic=str(own.options.get("topic", "")))
+    loaded = load(domain)
+    return parse(loaded.partner, loaded.file, topic=str(loaded.options.get("topic", "")))
 
 
 def parse(table: Any, where: str, topic: str = "") -> Scene:
@@ -87,7 +87,7 @@ def parse(table: Any, where: str, topic: str = "") -> Scene:
     Args:
         table: The table.
         where: The file, for messages.
-        topic: The fact that is the topic of the conversation, if one is.
+        topic: The slot whose value is the conversation's topic, if there is one.
 
     Raises:
         ValueError: A key that is missing, unknown or of the wrong type, or a pattern that is no regular expression.
@@ -97,8 +97,7 @@ def parse(table: Any, where: str, topic: str = "") -> Scene:
     kinds = {field.name: str(field.type) for field in fields(Scene) if field.name != "topic"}
     for key, value in table.items():
         if key not in kinds:
-            near = get_close_matches(key, kinds, n=1)
-            raise ValueError(f"{where}: unknown key partner.{key}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{where}: unknown key partner.{key}{did_you_mean(key, kinds)}")
         listed = kinds[key] != "str"
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value) if listed else type(value) is str):
             raise ValueError(f"{where}: partner.{key}: expected {'a list of strings' if listed else 'a string'}")
@@ -109,8 +108,7 @@ def parse(table: Any, where: str, topic: str = "") -> Scene:
         try:
             re.compile(pattern)
         except re.error as error:
-            what = f"expected regular expressions, got {pattern!r} ({error})"
-            raise ValueError(f"{where}: partner.flips: {what}") from error
+            got = f"expected regular expressions, got {pattern!r} ({error})"
+            raise ValueError(f"{where}: partner.flips: {got}") from error
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v.strip() for k, v in table.items()}
     return Scene(**given, topic=topic)
-

@@ -1,6 +1,6 @@
 """The embedded partner: it follows the domain's rule table and speaks the domain's lines.
 
-It reads what the policy said (through :mod:`ppg_gym.domain.reading`), never what the judge thought of it.
+It reads the policy's replies (through :mod:`ppg_gym.domain.reading`), never the judge's verdicts.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ppg_gym.plugins import refuse_options
 
 
 def pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    """Return one of the options, each with the same probability."""
+    """Return one of the options, all equally likely."""
     return options[int(rng.random() * len(options))]
 
 
 class ScriptedPartner:
-    """Asks about every fact (or makes every point of the lesson) in turn, in an order drawn anew each round.
+    """Asks about every fact (or makes every point of the lesson) in turn, in a new random order each round.
 
     Args:
-        domain: Name of an embedded domain, or the path of one's own.
+        domain: Name of an embedded domain, or the path of your own.
         options: None are taken.
     """
 
@@ -34,10 +34,10 @@ class ScriptedPartner:
         refuse_options("scripted partner", options)
         self._reader = reader(domain)
         self._domain = self._reader.domain
-        options_of = self._domain.options
-        self._recall_chance = float(options_of.get("recall_chance", 0.0))
-        self._recalled = frozenset(options_of.get("recalled", ()))
-        self._disputes: Mapping[str, str] = options_of.get("disputes", {})
+        rules = self._domain.options
+        self._recall_chance = float(rules.get("recall_chance", 0.0))
+        self._recalled = frozenset(rules.get("recalled", ()))
+        self._disputes: Mapping[str, str] = rules.get("disputes", {})
 
     def speak(self, conversations: Sequence[Conversation], rngs: Sequence[np.random.Generator]) -> list[Said]:
         """Return the next line of every conversation."""
@@ -49,16 +49,16 @@ class ScriptedPartner:
         lines = self._domain.lines
         opening = lines["start"].get(track.state) if not track.readings else None
         prefix = pick(opening or lines["prefix"][track.state], rng)
-        said = ""
+        quoted = ""
         if "points" in lines:
             points = lines["points"][facts[self._domain.options["topic"]]]
             core = points[self._next(tuple(points), track, rng)]
         else:
-            core, said = self._question(track, facts, rng)
+            core, quoted = self._question(track, facts, rng)
         line = f"{prefix} {core}".strip()
         if "{" in line:
-            line = line.format(said=said, **facts)
-        if Line("partner", line) in conversation.lines[-2 * FRESH :]:
+            line = line.format(said=quoted, **facts)
+        if Line("partner", line) in conversation.lines[-2 * FRESH :]:  # said lately: draw again
             return self._line(conversation, rng)
         return line
 
@@ -69,7 +69,7 @@ class ScriptedPartner:
         if track.state in self._disputes:
             slip = next(reading for reading in reversed(track.readings) if reading.kind == "slip")
             question = pick(lines[self._disputes[track.state]][slip.slot], rng)
-            return question.replace("{value}", "{" + slip.slot + "}"), slip.said or "otherwise"
+            return question.replace("{value}", "{" + slip.slot + "}"), slip.claimed or "otherwise"
         told = [r.slot for r in track.readings[:-1] if r.kind in self._recalled]
         if recall and len(told) >= 2 and rng.random() < self._recall_chance:
             slot = pick(told, rng)
@@ -79,7 +79,7 @@ class ScriptedPartner:
 
     @staticmethod
     def _next(topics: tuple[str, ...], track: Track, rng: np.random.Generator) -> str:
-        """Return one of the topics that were brought up least often so far."""
+        """Return one of the topics that have come up least often so far."""
         if not track.asked:
             return pick(topics, rng)
         times = [track.asked.count(topic) for topic in topics]

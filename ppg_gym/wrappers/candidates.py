@@ -1,4 +1,4 @@
-"""Candidate replies and what numbers say of them: for learners that choose a reply instead of writing one.
+"""Candidate replies, and features of them: for learners that pick a reply instead of writing one.
 
 A bank offers a few replies to the partner's newest line; features turn persona, conversation and candidates into an
 array. Nothing here judges a reply, knows the rule table's scores, or needs more than numpy.
@@ -27,9 +27,9 @@ Propose = Callable[[str, str, History, np.random.Generator], Sequence[str]]
 
 MOST_WORDS = 60
 MOST_SHARED = 8
-PASSES = 20  # through all kinds of reply, to find candidates that differ
+PASSES = 20  # times that all kinds of reply are tried, to find candidates that differ
 
-# What holds a sentence together, whatever it is about.
+# The words that hold a sentence together, no matter what it is about.
 _FUNCTION_WORDS = """
     a about again all also am an and any are as at be been but by can could did do does for from had has have he
     her here his how i if in into is it its just let may me my no not now of on one or our she should so some
@@ -40,14 +40,14 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 
 class Scene(NamedTuple):
-    """What features read.
+    """The input of features.
 
     Attributes:
         instruction: The role-play instruction.
         message: The partner's newest line; empty when the conversation is over.
-        history: (partner's line, own reply) of every turn played, oldest first.
+        history: (partner's line, reply) of every turn played, oldest first.
         candidates: N replies on offer.
-        progress: Turns played / turns planned, in [0, 1]; 0 where nobody knows.
+        progress: Turns played / turns planned, in [0, 1]; 0 where the plan is not known.
     """
 
     instruction: str
@@ -69,7 +69,7 @@ class Features(Protocol):
 
 
 class HashedWords:
-    """Bags of hashed words, and how much a candidate has in common with what it should fit.
+    """Bags of hashed words, and how much a candidate shares with persona and conversation.
 
     Layout, with B = ``buckets`` (a word's bucket is its CRC-32 modulo B, the same in every process):
 
@@ -100,7 +100,7 @@ class HashedWords:
         "spread",  # different content words it shares with the instruction, of 8
         "in_message",  # share of its content words that the partner's line has
         "covers_message",  # share of the line's content words that it has
-        "repeats",  # largest overlap (Jaccard) with an own earlier line
+        "repeats",  # largest overlap (Jaccard) with an earlier reply
         "length",  # words, of 60
         "question",  # it ends with a question mark
     )
@@ -114,25 +114,25 @@ class HashedWords:
         self._n = candidates
 
     def __call__(self, scene: Scene) -> Array:
-        """Return the array laid out as the class says."""
+        """Return the array, laid out as in the class's description."""
         row = np.zeros(self.shared + self._n * self.each, dtype=np.float32)
         persona, message = bag(scene.instruction), bag(scene.message)
         heard = message - FUNCTION_WORDS
-        own = [bag(reply) for _, reply in scene.history]
+        earlier = [bag(reply) for _, reply in scene.history]
         row[0] = scene.progress
         row[1 + hashed(scene.instruction, self.buckets)] = 1
         row[1 + self.buckets + hashed(scene.message, self.buckets)] = 1
         for block, candidate in zip(row[self.shared :].reshape(self._n, self.each), scene.candidates, strict=True):
-            said = bag(candidate)
+            words = bag(candidate)
             block[hashed(candidate, self.buckets)] = 1
-            content = said - FUNCTION_WORDS
+            content = words - FUNCTION_WORDS
             block[self.buckets :] = (
                 _share(content, persona),
-                _share(said, persona),
+                _share(words, persona),
                 min(1.0, len(content & persona) / MOST_SHARED),
                 _share(content, heard),
                 _share(heard, content),
-                max((len(said & line) / max(1, len(said | line)) for line in own), default=0.0),
+                max((len(words & line) / max(1, len(words | line)) for line in earlier), default=0.0),
                 min(1.0, length(candidate) / MOST_WORDS),
                 float(candidate.rstrip().endswith("?")),
             )
@@ -153,7 +153,7 @@ def length(text: str) -> int:
 
 @functools.lru_cache(maxsize=8192)
 def hashed(text: str, n: int) -> NDArray[np.int64]:
-    """Return the buckets, 0 to n - 1, that a text's different words fall into."""
+    """Return the buckets, 0 to n - 1, of a text's different words."""
     return np.array(sorted({zlib.crc32(word.encode()) % n for word in bag(text)}), dtype=np.int64)
 
 
@@ -162,11 +162,11 @@ def _share(part: frozenset[str], whole: frozenset[str]) -> float:
 
 
 class DomainBank:
-    """Replies of different kinds in the domain's own words, drawn as the untrained embedded model would speak.
+    """Replies of different kinds in the domain's words, drawn as the untrained embedded model would speak.
 
-    The kinds are drawn without replacement, with the weights of the domain's mixture in the partner's present
-    state, and shuffled: an index means nothing. Texts differ; where the kinds give too few different ones, a kind
-    speaks twice. A line that asks for nothing the domain knows is answered as if it asked for a fact drawn at random.
+    The kinds are drawn without replacement, with the weights of the domain's mixture in the partner's present state,
+    and shuffled, so that an index means nothing. All texts differ; a kind comes twice if the kinds give too few. A line
+    that asks for nothing in the domain is answered as if it asked for a random fact.
 
     Args:
         domain: Name of an embedded domain.
@@ -198,18 +198,18 @@ class DomainBank:
             )
         mix = domain.mix_in(self._reader.track(conversation).state)
         kinds, weights = list(mix), np.array(list(mix.values()))
-        order = np.argsort(rng.exponential(size=len(kinds)) / weights)  # as often first as their weights say
+        order = np.argsort(rng.exponential(size=len(kinds)) / weights)  # each comes first as often as its weight says
         asked = self._asked(conversation, rng)
-        found: dict[str, None] = {}
+        replies: dict[str, None] = {}
         for kind in [kinds[i] for i in order] * PASSES:
-            found[say(self._reader, kind, asked, rng)] = None
-            if len(found) == self._n:
-                texts = list(found)
+            replies[say(self._reader, kind, asked, rng)] = None
+            if len(replies) == self._n:
+                texts = list(replies)
                 return tuple(texts[i] for i in rng.permutation(self._n))
-        raise RuntimeError(f"expected {self._n} different replies, got {len(found)}; ask for fewer candidates")
+        raise RuntimeError(f"expected {self._n} different replies, got {len(replies)}; ask for fewer candidates")
 
     def _asked(self, conversation: Conversation, rng: np.random.Generator) -> Conversation:
-        """Return the conversation, ending with a question about a fact where the partner's line is none."""
+        """Return the conversation; where the partner's line asks for no fact, a question replaces it."""
         domain, line = self._reader.domain, conversation.lines[-1]
         if domain.options.get("default_slot") or self._reader.parse(line.text).cue:
             return conversation
@@ -219,14 +219,14 @@ class DomainBank:
 
 
 def named(thing: str | Callable[..., Any]) -> str:
-    """Return what a spec can hold of a callable: ``module:name``; a string stays as it is."""
+    """Return the name of a callable, ``module:name``, which a spec can hold; a string is returned unchanged."""
     if isinstance(thing, str):
         return thing
     owner = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{owner.__module__}:{owner.__qualname__}"
 
 
-def find(what: str, name: object, known: str) -> Callable[..., Any]:
+def find(role: str, name: object, known: str) -> Callable[..., Any]:
     """Return the callable at ``package.module:name``.
 
     Raises:
@@ -236,11 +236,11 @@ def find(what: str, name: object, known: str) -> Callable[..., Any]:
     try:
         if not path:
             raise ImportError("no module is named before a colon")
-        found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        target: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"expected {what} to be {known!r}, a callable or its name as 'package.module:name', got {name!r}; {error}"
+            f"expected {role} to be {known!r}, a callable or its name as 'package.module:name', got {name!r}; {error}"
         ) from error
-    if not callable(found):
-        raise ValueError(f"expected {what} at {name!r} to be callable, got {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    if not callable(target):
+        raise ValueError(f"expected {role} at {name!r} to be callable, got {type(target).__name__}")
+    return target  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Other views of a conversation: a choice among candidate replies as numbers, and the whole transcript as text.
+"""A choice among candidate replies, as numbers: for learners that pick a reply instead of writing one.
 
-Both wrap any environment with observation ``{"instruction": str, "message": str}`` and string actions. Neither judges
-or changes a reply.
+Wraps any environment with observation ``{"instruction": str, "message": str}`` and string actions. Never judges or
+changes a reply.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from gymnasium.utils import RecordConstructorArgs
 
-from ppg_gym.env import MAX_CHARS, Observation, PersonaChatEnv, check_reply
-from ppg_gym.spaces import Utterance
+from ppg_gym.env import Observation, PersonaChatEnv, check_reply
+from ppg_gym.nearest import not_among
 from ppg_gym.wrappers.candidates import Array, DomainBank, Features, HashedWords, History, Propose, Scene, find, named
+from ppg_gym.wrappers.transcript import check_text, planned_turns
 
 DOMAIN_BANK, HASHED_WORDS = "domain", "words"
 ON_UNJUDGED = ("raise", "nan")
-MOST_CHARS = 2**20
 
 
 class UnjudgedError(RuntimeError):
-    """A reply was not judged, and the learner takes nothing but numbers."""
+    """A reply has no score, and the learner needs one."""
 
 
 class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConstructorArgs):
     """The action is which of N candidate replies is said; the observation is an array.
 
-    Observation: ``Box(0, 1, float32)``: ``layout`` = (shared, N, each) says how many entries belong to nobody, how many
-    candidates there are, and how many entries each has; see :class:`~ppg_gym.wrappers.candidates.HashedWords`.
-    Action: ``Discrete(N)``. Reward and end: the environment's. Info, besides the environment's: ``candidates``,
-    the N replies on offer for the *next* action, and after a step ``reply``, the one that was said. Where nothing is
-    to be answered (the conversation is over, or the partner never opened it), the candidates are empty strings.
+    Observation: ``Box(0, 1, float32)``. ``layout`` = (shared, N, each): how many entries belong to no candidate, how
+    many candidates there are, and how many entries each has; see :class:`~ppg_gym.wrappers.candidates.HashedWords`.
+    Action: ``Discrete(N)``. Reward and end: the environment's. Info, besides the environment's: ``candidates``, the N
+    replies on offer for the *next* action, and after a step ``reply``, the one that was said. Where there is nothing to
+    answer (the conversation is over, or the partner never opened it), the candidates are empty strings.
 
-    **Unjudged replies.** Stable-baselines3 has no mask for a turn: a NaN reward would spoil its networks, any other
-    number would be made up, and a transition handed over can not be taken back. So a reply without a score
-    raises. Use a judge that retries, or the embedded one, which never fails; for evaluation, where nothing learns,
-    ``on_unjudged="nan"`` hands NaN on, to be left out of the mean.
+    **Unjudged replies.** Stable-baselines3 cannot mask a turn: a NaN reward would spoil its networks, any other number
+    would be made up, and a transition once handed over cannot be taken back. So a reply without a score raises. Use a
+    judge that retries, or the embedded one, which never fails. For evaluation, where nothing learns,
+    ``on_unjudged="nan"`` passes NaN on, to be left out of the mean.
 
     Args:
         env: The environment.
         candidates: N, at least 2.
-        bank: ``domain``: replies of different kinds in the words of the embedded domain, drawn from the
-            environment's own generator, in an order that means nothing. Or a function ``propose(instruction, message,
-            history, rng)`` that returns N replies, such as a language model's samples, kept in its order; or its
-            name as ``package.module:function``, which is what a spec can hold.
+        bank: ``domain``: replies of different kinds in the domain's words, drawn from the environment's generator, in
+            an order that means nothing. Or a function ``propose(instruction, message, history, rng)`` that returns N
+            replies, such as a language model's samples, kept in its order; or its name as
+            ``package.module:function``, which a spec can hold.
         features: ``words``, or a class that is made as ``Class(N, **features_options)`` and is a
             :class:`~ppg_gym.wrappers.candidates.Features`; or its name as ``package.module:Class``.
         features_options: Plain options of the features.
@@ -56,13 +56,13 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
 
     Attributes:
         instruction: The role-play instruction of the conversation.
-        history: (partner's line, own reply) of every turn played.
+        history: (partner's line, reply) of every turn played.
         message: The partner's newest line.
         candidates: The replies on offer.
         layout: (shared, N, each).
 
     Raises:
-        ValueError: An option is not what it should be, or the environment is of another kind.
+        ValueError: An option is not what it should be, or the environment does not speak in text.
     """
 
     env: gym.Env[Any, Any]
@@ -85,11 +85,11 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
             on_unjudged=on_unjudged,
         )
         gym.Wrapper.__init__(self, env)
-        _check_text(env)
+        check_text(env)
         if type(candidates) is not int or candidates < 2:
             raise ValueError(f"expected candidates to be an integer of at least 2, got {candidates!r}")
         if on_unjudged not in ON_UNJUDGED:
-            raise ValueError(f"expected on_unjudged out of {', '.join(ON_UNJUDGED)}, got {on_unjudged!r}")
+            raise ValueError(not_among("on_unjudged", on_unjudged, ON_UNJUDGED))
         self._n, self._on_unjudged = candidates, on_unjudged
         if bank == DOMAIN_BANK:
             self._offer = _domain_offer(env, candidates)
@@ -116,19 +116,19 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
         """Say a candidate.
 
         Raises:
-            ValueError: The action is no index of a candidate, or the bank gave something else than N replies.
+            ValueError: The action is not the index of a candidate, or the bank did not give N replies.
             UnjudgedError: The reply has no score, and ``on_unjudged`` is ``raise``.
         """
         if not self.action_space.contains(action):
             raise ValueError(f"expected the action to be an integer from 0 to {self._n - 1}, got {action!r}")
         if not self.candidates:
-            raise RuntimeError("expected a conversation that goes on; call reset() first")
+            raise RuntimeError("expected a conversation that is not over; call reset() first")
         reply = self.candidates[int(action)]
         observation, reward, terminated, truncated, info = self.env.step(reply)
         self.history = (*self.history, (self.message, reply))
         if math.isnan(reward) and self._on_unjudged == "raise":
             raise UnjudgedError(
-                f"expected a score for the reply {reply!r}, got none ({_why(info)}); this learner can not leave a turn "
+                f"expected a score for the reply {reply!r}, got none ({_why(info)}); this learner cannot leave a turn "
                 "out: let the judge retry more often, use judge='facts', or pass on_unjudged='nan' to evaluate"
             )
         seen = self._observe(observation["message"], over=terminated or truncated)
@@ -157,58 +157,6 @@ class ReplySelection(gym.Wrapper[Array, np.int64, Observation, str], RecordConst
         return replies
 
 
-class TranscriptObservation(gym.Wrapper[str, str, Observation, str], RecordConstructorArgs):
-    """The observation is the whole conversation so far, as one string; actions and rewards stay as they are.
-
-    The instruction, an empty line, then one line per utterance, ``partner: …`` and ``you: …``, the newest last. Lines
-    within an utterance are indented, so that nobody can put words into the other's mouth.
-
-    Args:
-        env: The environment.
-        max_chars: Longest admitted transcript; None for what the environment's turns can fill, or 2**20 characters
-            where their number is not known.
-
-    Raises:
-        ValueError: The environment is of another kind, or ``max_chars`` is not a positive integer.
-    """
-
-    env: gym.Env[Any, Any]
-
-    def __init__(self, env: gym.Env[Any, Any], max_chars: int | None = None) -> None:
-        RecordConstructorArgs.__init__(self, max_chars=max_chars)
-        gym.Wrapper.__init__(self, env)
-        _check_text(env)
-        turns = planned_turns(env)
-        known = MAX_CHARS * 5 * (2 * turns + 1) + 20 * (2 * turns + 1) if turns else MOST_CHARS
-        self.observation_space = Utterance(known if max_chars is None else max_chars)
-        self._rows: list[str] = []
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Begin a conversation."""
-        observation, info = self.env.reset(seed=seed, options=options)
-        self._rows = [observation["instruction"], ""]
-        return self._hear(observation["message"]), info
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Say a reply.
-
-        Raises:
-            ValueError: The transcript is longer than admitted.
-        """
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        self._rows.append(_line("you", action))
-        return self._hear(observation["message"]), float(reward), terminated, truncated, info
-
-    def _hear(self, message: str) -> str:
-        if message:
-            self._rows.append(_line("partner", message))
-        text = "\n".join(self._rows)
-        if text not in self.observation_space:
-            most = getattr(self.observation_space, "max_length", "?")
-            raise ValueError(f"expected a transcript of at most {most} characters, got {len(text)}; raise max_chars")
-        return text
-
-
 def select_replies(
     candidates: int = 4,
     bank: str | Propose = DOMAIN_BANK,
@@ -217,20 +165,20 @@ def select_replies(
     on_unjudged: str = "raise",
     **kwargs: Any,
 ) -> ReplySelection:
-    """Return ``ReplySelection`` around a new PersonaChat-v0, which takes every other keyword argument."""
+    """Return ``ReplySelection`` around a new PersonaChat-v0, which gets all other keyword arguments."""
     env = PersonaChatEnv(**kwargs)
     return ReplySelection(env, candidates, bank, features, features_options, on_unjudged)
 
 
 def _domain_offer(env: gym.Env[Any, Any], candidates: int) -> Propose:
-    """Return the proposals of the embedded domain's bank for the conversation that an environment holds."""
+    """Return a function that proposes replies from the domain's bank for the environment's present conversation."""
     base = env.unwrapped
     if not isinstance(base, PersonaChatEnv):
         raise ValueError(
             f"expected PersonaChat-v0 for the domain's bank, got {type(base).__name__}; "
             "pass bank= with a function that proposes replies"
         )
-    bank = DomainBank(base.game.domain.source, candidates)
+    bank = DomainBank(base.simulator.domain.source, candidates)
 
     def propose(instruction: str, message: str, history: History, rng: np.random.Generator) -> tuple[str, ...]:
         conversation = base._conversation
@@ -238,25 +186,6 @@ def _domain_offer(env: gym.Env[Any, Any], candidates: int) -> Propose:
         return bank(conversation, rng) if conversation and opened else ("",) * candidates
 
     return propose
-
-
-def planned_turns(env: gym.Env[Any, Any]) -> int | None:
-    """Return how many turns a conversation is planned to have, None where the environment does not say."""
-    limit = getattr(env.unwrapped, "max_turns", None) or (env.spec.max_episode_steps if env.spec else None)
-    return int(limit) if limit else None
-
-
-def _check_text(env: gym.Env[Any, Any]) -> None:
-    spaces = getattr(env.observation_space, "spaces", {})
-    if not {"instruction", "message"} <= set(spaces) or env.action_space.dtype != np.dtype(str):
-        raise ValueError(
-            'expected an environment with observation {"instruction": str, "message": str} and string actions, got '
-            f"{env.observation_space} and {env.action_space}"
-        )
-
-
-def _line(speaker: str, text: str) -> str:
-    return f"{speaker}: " + "\n    ".join(text.splitlines() or [""])
 
 
 def _why(info: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ppg_agents import cli
-from ppg_agents.commands import main as commands
+from ppg_agents.commands.options import settings
 from ppg_agents.policy import Policy
 
 TOY = """
@@ -95,7 +95,14 @@ def test_doctor_without_click_stops_in_silence_when_its_reader_has_gone() -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--policy-class", "k-step"], "needs --lookahead K"),
+        (["train", "--policy-class", "k-step"], "policy_class: k-step needs lookahead; write 'k-step 3'"),
+        (["train", "--policy-class", "gredy"], "got 'gredy'; did you mean 'greedy'?"),
+        (["train", "--policy-class", "full", "--lookahead", "3"], "got full; drop --lookahead or take k-step"),
+        (["train", "--policy-class", "[[1, 0.5], [0]]"], "expected rows of 2 columns, got 1 columns in row 1"),
+        (["train", "--policy-class", "[[1, NaN], [0, 1]]"], "expected finite weights, got nan at row 0, column 1"),
+        (["train", "--policy-class", "[[1, 0.5], [2, 1]]"], "got 2.0 at row 1, column 0 (1 below the diagonal)"),
+        (["train", "--policy-class", "[[1, 0.5], [0, 1]]"], "expected a matrix for n = 8 turns, got 2 rows"),
+        (["train", "--policy-class", "nowhere:masks"], "expected a function at 'nowhere:masks', got ModuleNotFound"),
         (["train", "--set", "lora.rnk=8"], "unknown setting 'lora.rnk'; did you mean lora.rank?"),
         (["train", "--set", "batch=x"], "batch: expected int, got 'x'"),
         (["train", "--config", "nothing.toml"], "nothing.toml"),
@@ -169,6 +176,73 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
     assert {line["domain"] for line in lines} == {"CliToy-v0"}
 
 
+OWN_CLASSES = """
+import numpy as np
+
+def discounted(n):
+    return np.triu(0.5 ** np.maximum(np.arange(n) - np.arange(n)[:, None], 0))
+
+def backwards(n):
+    return np.tril(np.ones((n, n)))
+
+def broken(n):
+    return [1, 2][n]
+"""
+
+
+def learned(folder: Path) -> list[dict[str, object]]:
+    """Return what a run has logged, less the time it took."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+
+
+def test_a_matrix_and_a_function_of_one_s_own_train(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    Path("own_classes.py").write_text(OWN_CLASSES)
+    settings = Path("toy.toml").read_text()
+    Path("own.toml").write_text(f'policy_class = "own_classes:discounted"\n{settings}')
+    Path("matrix.toml").write_text(f"policy_class = [[1, 0.5], [0, 1]]\n{settings}")
+    small = ["--iterations", "1", "--set", "env.max_turns=2", "--set", "evaluation.conversations=0"]
+    runs = {
+        "discount": [*toy, "--set", "discount=0.5"],
+        "flag": [*toy, "--policy-class", "[[1, 0.5], [0, 1]]"],
+        "file": ["--config", "matrix.toml"],
+        "function": ["--config", "own.toml"],
+        "full": toy,
+        "ones": [*toy, "--policy-class", "[[1, 1], [0, 1]]"],
+    }
+    for name, flags in runs.items():
+        assert cli.main(["train", *flags, *small, "--out", name]) == 0
+    for name in runs:
+        same = Path("full" if name in ("full", "ones") else "discount")
+        assert learned(Path(name)) == learned(same)
+        weights = "checkpoints/1/adapter_model.safetensors"
+        assert (Path(name) / weights).read_bytes() == (same / weights).read_bytes()
+    assert learned(Path("full")) != learned(Path("discount"))
+    assert cli.main(["train", "--resume", "flag", "--iterations", "2"]) == 0
+    assert cli.main(["inspect", "function"]) == 0
+    capfd.readouterr()
+    for name, message in {
+        "backwards": "own_classes:backwards: expected an upper triangular matrix, got 1.0 at row 1, column 0",
+        "broken": "own_classes:broken: expected a matrix for n = 2 turns, got IndexError",
+        "nothing": "expected a function at 'own_classes:nothing', got AttributeError",
+    }.items():
+        assert cli.main(["train", *toy, *small, "--policy-class", f"own_classes:{name}", "--out", "wrong"]) == 1
+        assert f"policy_class: {message}" in capfd.readouterr().err
+        assert not Path("wrong").exists()
+
+
+def test_a_run_of_an_older_version_goes_on(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    small = ["--iterations", "1", "--set", "env.max_turns=2", "--set", "evaluation.conversations=0"]
+    assert cli.main(["train", *toy, *small, "--policy-class", "k-step", "--lookahead", "2", "--out", "run"]) == 0
+    written = Path("run/config.toml").read_text()
+    assert 'policy_class = "k-step 2"' in written
+    Path("run/config.toml").write_text(written.replace('"k-step 2"', '"k-step"\nlookahead = 2'))
+    assert cli.main(["train", "--resume", "run", "--iterations", "2"]) == 0
+    assert Path("run/config.toml").read_text() == written.replace("iterations = 1", "iterations = 2")
+    assert cli.main(["train", "--resume", "run", "--lookahead", "1"]) == 1
+    assert "policy_class: was 'k-step 2', got 'k-step 1'" in capfd.readouterr().err
+
+
 def test_ctrl_c_says_how_to_go_on(
     toy: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,12 +297,12 @@ def test_the_end_of_input_ends_the_line_too(
 
 def test_an_endpoint_implies_the_llm_judge_and_another_judge_begins_without_options(tmp_path: Path) -> None:
     flags = {"judge_url": ("http://a/v1", "http://b/v1"), "judge_model": "m", "no_cache": True, "domain": None}
-    config = commands.settings(None, ("env.judge_options.timeout=5",), flags)
+    config = settings(None, ("env.judge_options.timeout=5",), flags)
     urls = ["http://a/v1", "http://b/v1"]
     assert config.env.judge == "llm"
     assert config.env.judge_options == {"base_url": urls, "model": "m", "timeout": 5, "cache": False}
     assert (config.env.partner, config.env.partner_options) == ("scripted", {})
     file = tmp_path / "config.toml"
     file.write_text('[env]\njudge = "llm"\njudge_options = {base_url = "http://a/v1", model = "m"}\n', encoding="utf-8")
-    assert commands.settings(file, (), {"judge": "facts"}).env.judge_options == {}
-    assert commands.settings(file, (), {"no_cache": True}).env.judge_options["cache"] is False
+    assert settings(file, (), {"judge": "facts"}).env.judge_options == {}
+    assert settings(file, (), {"no_cache": True}).env.judge_options["cache"] is False

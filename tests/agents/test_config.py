@@ -6,10 +6,12 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from ppg_agents import config as configs
 from ppg_agents.config import ConfigError, TrainConfig
@@ -25,18 +27,19 @@ from ppg_agents.config import ConfigError, TrainConfig
         ({"batch": True}, "batch: expected int, got True"),
         ({"batch": 2.5}, "batch: expected int, got 2.5"),
         ({"lora": 3}, "lora: expected a table, got 3"),
-        ({"segments": 3}, "segments: expected a list of int, got 3"),
+        ({"segments": 3}, "segments: expected a list of lengths such as [3, 3, 2], got 3"),
         ({"offline": {"files": [1]}}, "offline.files[0]: expected str, got 1"),
-        ({"policy_class": "k_step"}, "expected one of 'full', 'greedy', 'k-step', 'segment', 'auto', got 'k_step'"),
-        ({"policy_class": "k_step"}, "did you mean 'k-step'?"),
-        ({"policy_class": "k-step"}, "--lookahead"),
-        ({"policy_class": "segment"}, "--segments"),
-        ({"lookahead": 2}, "--policy-class k-step"),
-        ({"segments": [2]}, "--policy-class segment"),
-        (
-            {"policy_class": "segment", "segments": [3, 0]},
-            "segments: expected lengths of at least 1, got [3, 0]",
-        ),
+        ({"policy_class": "k_step"}, "policy_class: expected full, greedy, k-step 3, segment 3,3,2, a matrix or "),
+        ({"policy_class": "k_step"}, "got 'k_step'; did you mean 'k-step 3'?"),
+        ({"policy_class": "k-step"}, "policy_class: k-step needs lookahead; write 'k-step 3'"),
+        ({"policy_class": "greedy", "lookahead": 2}, "lookahead: belongs to the policy class k-step, got greedy; drop"),
+        ({"lookahead": 2, "segments": [2]}, "segments: belongs to the policy class segment, got 2-step; drop "),
+        ({"policy_class": "segment", "segments": [3, 0]}, "segments: expected segments[1] to be an integer >= 1"),
+        ({"lookahead": 0}, "lookahead: expected lookahead to be an integer >= 1, got 0"),
+        ({"policy_class": [[1, 1], [0.5, 1]]}, "policy_class: expected an upper triangular matrix, got 0.5 at row 1"),
+        ({"policy_class": [[1, float("inf")], [0, 1]]}, "policy_class: expected finite weights, got inf at row 0"),
+        ({"policy_class": [["x"]]}, "policy_class: expected a number or a boolean, got 'x' at row 0, column 0"),
+        ({"policy_class": True}, "a matrix or module:function (for a run also auto), got True"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"batch": 6, "group": 4}, "batch: expected a multiple of group = 4, got 6"),
         ({"baseline": "leave-one-out", "group": 1}, "group >= 2"),
@@ -79,6 +82,52 @@ def test_set_reads_toml_values_and_names_what_is_no_assignment() -> None:
         configs.parse_assignments(["lora.rank"])
     with pytest.raises(ConfigError, match="seed: expected a table, got 1"):
         configs.load(None, {"seed": 1, "seed.x": 2})
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"policy_class": "k-step", "lookahead": 3}, "k-step 3"),
+        ({"lookahead": 3}, "k-step 3"),
+        ({"policy_class": "segment", "segments": [3, 3, 2]}, "segment 3,3,2"),
+        ({"segments": [3, 3, 2]}, "segment 3,3,2"),
+        ({"policy_class": "auto"}, "auto"),
+        ({"policy_class": 3}, "k-step 3"),
+        ({}, "full"),
+    ],
+)
+def test_lookahead_and_segments_become_part_of_the_policy_class(older: dict[str, object], newer: str) -> None:
+    written = configs.to_dict(configs.from_dict(older))
+    assert written["policy_class"] == newer
+    assert not {"lookahead", "segments"} & set(written)
+    assert configs.differences(configs.from_dict(older), configs.from_dict({"policy_class": newer})) == []
+
+
+def test_a_flag_s_policy_class_takes_the_place_of_the_file_s_whichever_way_both_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    for older in ('"segment"\nsegments = [3, 3]', '"k-step 5"', '"k-step"'):
+        file.write_text(f"policy_class = {older}")
+        for flags, label in (({"lookahead": 3}, "3-step"), ({"policy_class": "greedy"}, "greedy")):
+            assert configs.load(file, flags).label == label
+    with pytest.raises(ConfigError, match=r"run.toml: policy_class: k-step needs lookahead"):
+        configs.load(file)
+
+
+matrices = st.integers(1, 4).flatmap(
+    lambda n: hnp.arrays(float, (n, n), elements=st.floats(-1e9, 1e9) | st.sampled_from([0.0, 1.0])).map(np.triu)
+)
+named = st.sampled_from(["full", "greedy", "auto", "my.module:masks.discounted"])
+lengths = st.lists(st.integers(1, 9), min_size=1).map(lambda sizes: "segment " + ",".join(map(str, sizes)))
+
+
+@given(planning=named | st.integers(1, 9) | lengths | matrices)
+def test_a_policy_class_survives_toml(planning: object) -> None:
+    config = configs.from_dict({"policy_class": planning})
+    again = configs.from_dict(tomllib.loads(tomli_w.dumps(configs.to_dict(config))))
+    assert again == config
+    assert hash(again.policy_class) == hash(config.policy_class)
+    if isinstance(planning, np.ndarray):
+        np.testing.assert_array_equal(again.policy_class.mask(len(planning)), planning)  # type: ignore[union-attr]
 
 
 @given(

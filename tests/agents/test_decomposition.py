@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ppg_agents.decomposition import decompose
+from ppg_agents.credit import decompose
 
 
 def test_by_hand() -> None:

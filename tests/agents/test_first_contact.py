@@ -17,9 +17,10 @@ import torch
 import ppg_gym  # noqa: F401  (registers PersonaChat-v0)
 from ppg_agents import building, cli
 from ppg_agents.commands import main as commands
-from ppg_agents.runs.curve import _figure, draw_consistency, draw_turns
+from ppg_agents.plotting import new_figure
+from ppg_agents.runs.curve import draw_consistency, draw_turns
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 
@@ -94,7 +95,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no endpoint": (("evaluate", "tiny", "--judge", "llm"), "give --judge-url URL and --judge-model NAME"),
     "no partner's model": (("train", "--partner-url", "http://h/v1"), "give --partner-model NAME"),
     "no judge's folder": (("train", "--judge", "nli"), "give --set env.judge_options.model=FOLDER"),
-    "judge, no folder": (("judge", "attack", "--judge", "learned"), "give --judge-option path=FOLDER"),
+    "judge, no folder": (("judge", "attack", "--judge", "nli"), "give --judge-option model=FOLDER"),
     "judge, no endpoint": (("judge", "attack", "--judge-model", "m"), "give --judge-url too"),
     "judge, no model": (("judge", "attack", "--judge-url", "http://h/v1"), "give --judge-model NAME"),
     "doctor, no endpoint": (("doctor", "--partner-model", "m"), "give --partner-url too"),
@@ -253,7 +254,7 @@ def test_conversations_of_one_turn_are_drawn() -> None:
     """Warnings are errors here: matplotlib takes an array of one row of one for a number."""
     one = json.loads('{"persona_consistency": 0.5, "ci95": [0.4, 0.6], "reachable": null}')
     one |= {"per_turn": [0.5], "per_turn_ci95": [[0.4, 0.6]]}
-    left, right = _figure().subplots(1, 2)
+    left, right = new_figure(11, 4.6).subplots(1, 2)
     draw_turns(left, {"before": one, "after": one})
     draw_consistency(right, [], {"before": one, "after": one})
     assert len(left.patches) == 2

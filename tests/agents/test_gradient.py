@@ -167,7 +167,7 @@ CLASSES: dict[str, tuple[c.Mask, list[set[int]]]] = {
     "2-step": (c.k_step(4, 2), [{0, 1}, {1, 2}, {2, 3}, {3}]),
     "3-step": (c.k_step(4, 3), [{0, 1, 2}, {1, 2, 3}, {2, 3}, {3}]),
     "segment": (c.segment(4, [1, 3]), [{0}, {1, 2, 3}, {2, 3}, {3}]),
-    "custom": (c.custom(CUSTOM), [{0, 2}, {2, 3}, set(), {3}]),
+    "custom": (c.PolicyClass.parse(CUSTOM).mask(4), [{0, 2}, {2, 3}, set(), {3}]),
 }
 
 

@@ -18,14 +18,16 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from markdown_it import MarkdownIt
 
 from ppg_agents import cli
 from ppg_agents.commands import inspect as inspect_commands
 from ppg_agents.commands import main as commands
 from ppg_agents.config import OfflineSettings, TrainConfig
+from ppg_agents.credit import PolicyClass
 from ppg_agents.evaluate import summarise
-from ppg_agents.horizon.choice import Candidate, default_candidates
+from ppg_agents.horizon.choice import default_candidates
 from ppg_agents.inspect import method as methods_in_words
 from ppg_agents.inspect import page, sample, source, text
 from ppg_agents.inspect.report import write_report
@@ -70,7 +72,7 @@ def evaluate(run: Run, when: str, iteration: int, *rewards: float) -> None:
 def run(tmp_path: Path) -> Run:
     """Return a run of three iterations of two conversations, one verdict of which failed."""
     made = Run.create(
-        tmp_path / "run", TrainConfig(batch=2, iterations=3, model="none", policy_class="k-step", lookahead=2)
+        tmp_path / "run", TrainConfig(batch=2, iterations=3, model="none", policy_class=PolicyClass("k-step", 2))
     )
     for i in range(3):
         lost = turn(math.nan, "timeout", i) if i == 1 else turn(0.3, version=i)
@@ -158,21 +160,29 @@ def test_hostile_markdown() -> None:
 def test_counted_rewards_are_the_rows_of_the_mask(n: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(1, n))
     lengths = (first, n - first) if first < n else (n,)
-    for candidate in (
+    weights = data.draw(hnp.arrays(float, (n, n), elements=st.sampled_from([0.0, 1.0, 0.5, -2.0])))
+    for planning in (
         *default_candidates(n),
-        Candidate("segment", segments=lengths),
-        Candidate("k-step", lookahead=n + 3),
+        PolicyClass("segment", segments=lengths),
+        PolicyClass("k-step", n + 3),
+        PolicyClass.parse(np.triu(weights)),
+        PolicyClass.parse(np.triu(weights > 0)),
     ):
-        ends = np.array(page.counted(candidate, n))[:, None]
-        column = np.arange(n)
-        np.testing.assert_array_equal((column >= column[:, None]) & (column < ends), candidate.mask(n))
+        counted = page.counted(planning, n)
+        read = np.zeros((n, n))
+        for t, end in enumerate(counted.ends):
+            read[t, t:end] = counted.weights[t] if counted.weights else 1
+        np.testing.assert_array_equal(read, planning.mask(n))
 
 
 def test_classes_hold_the_run_s_own_once_and_end_with_full_planning() -> None:
-    kept = page.classes([Candidate("k-step", lookahead=3)], 6)
-    assert list(kept) == ["greedy", "2-step", "3-step", "4-step", "5-step", "segment 3,3", "full"]
-    assert list(page.classes([Candidate("segment", segments=(4, 2))], 6))[-2:] == ["segment 4,2", "full"]
-    assert list(page.classes([Candidate("greedy")], 1)) == ["greedy"]
+    def labels(own: str, n: int) -> list[str]:
+        return [str(one) for one in page.classes([PolicyClass.parse(own)], n).values()]
+
+    assert labels("3-step", 6) == ["greedy", "2-step", "3-step", "4-step", "5-step", "segment 3,3", "full"]
+    assert labels("segment 4,2", 6)[-2:] == ["segment 4,2", "full"]
+    assert labels("[[1, 0.5], [0, 1]]", 2) == ["greedy", "custom 2x2", "full"]
+    assert labels("greedy", 1) == ["greedy"]
 
 
 def test_the_own_class_of_an_automatic_run_is_the_one_chosen_then() -> None:
@@ -213,7 +223,7 @@ def test_a_run_s_page_holds_the_run(run: Run) -> None:
     data = contents(run.folder)
     assert (run.folder / "report.html").is_file()
     assert [c["iteration"] for c in data["conversations"]] == [1, 1, 2, 2, 3, 3]
-    assert data["classes"][data["own"]] == {"label": "2-step", "ends": [2, 2]}
+    assert data["classes"][data["own"]] == {"label": "2-step", "ends": [2, 2], "weights": None}
     assert data["counts"]["statuses"] == [["scored", 8], ["timeout", 1]]
     assert data["pairs"] == [[0, 4]]
     lost = data["conversations"][2]["turns"][1]
@@ -319,7 +329,7 @@ def test_odd_conversations_and_runs_can_be_shown(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(RunError, match="empty file"):
         contents(tmp_path / "empty.jsonl")
-    with pytest.raises(RunError, match=r"did you mean .*run\?"):
+    with pytest.raises(RunError, match=r"did you mean .*run'\?"):
         contents(tmp_path / "runn")
 
 
@@ -480,11 +490,12 @@ def test_logged_dialogues_are_read_without_tokens(tmp_path: Path, monkeypatch: p
         return LoggedDialogue("therapy", Persona(f"id{i}", f"You are {i}.", domain="therapy"), turns, "f.json", i, 1)
 
     monkeypatch.setattr(offline, "read_files", lambda _: ([dialogue(i) for i in range(10)], []))
-    config = replace(TrainConfig(), offline=OfflineSettings(files=("f.json",)), policy_class="segment", segments=(2, 1))
+    segments = PolicyClass("segment", segments=(2, 1))
+    config = replace(TrainConfig(), offline=OfflineSettings(files=("f.json",)), policy_class=segments)
     run = Run.create(tmp_path / "run", config)
     data = contents(run.folder)
     assert len(data["conversations"]) == 8  # two personas are held out
     assert data["conversations"][0]["turns"][0]["tokens"] == []
     assert data["counts"]["statuses"] == [["scored", 8], ["unparsed", 8]]
-    assert data["classes"][data["own"]] == {"label": "segment 2,1", "ends": [2, 2, 3]}
+    assert data["classes"][data["own"]] == {"label": "segment 2,1", "ends": [2, 2, 3], "weights": None}
     assert data["pairs"] == []

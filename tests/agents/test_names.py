@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from ppg_agents import config as configs
+from ppg_agents.compare.cell import turns_of
 from ppg_agents.compare.plan import Plan, jobs
-from ppg_agents.compare.turns import turns_of
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.inspect.page import data, facts
 from ppg_agents.inspect.report import write_report

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from ppg_agents.config import ConfigError, TrainConfig, from_dict
-from ppg_agents.credit import full, greedy, k_step
+from ppg_agents.credit import PolicyClass, full, greedy, k_step
 from ppg_agents.horizon import planner as planning
-from ppg_agents.horizon.choice import Candidate, Choice
+from ppg_agents.horizon.choice import Choice
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.train import train
 
@@ -34,7 +34,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_named_class_is_never_chosen_anew() -> None:
-    planner = Planner(TrainConfig(policy_class="k-step", lookahead=2), 4)
+    planner = Planner(TrainConfig(policy_class=PolicyClass("k-step", 2)), 4)
     np.testing.assert_array_equal(planner.mask(4), k_step(4, 2))
     assert planner.review([], None, 0) == {}  # type: ignore[arg-type]
 
@@ -46,11 +46,20 @@ def test_auto_begins_with_full_planning_and_remembers_what_a_run_had_come_to() -
     np.testing.assert_array_equal(planner.mask(3), k_step(3, 2))
 
 
+def test_auto_remembers_a_matrix_by_its_name() -> None:
+    matrix = [[1, 0.5, 0], [0, 1, 0.5], [0, 0, 1]]
+    planner = Planner(from_dict({**AUTO, "auto": {"classes": ["greedy", matrix]}}), 3)
+    planner.remember([{"iteration": 1, "horizon_class": "custom 3x3"}])
+    np.testing.assert_array_equal(planner.mask(3), matrix)
+
+
 @pytest.mark.parametrize(
     ("auto", "message"),
     [
-        ({"classes": ["grady"]}, "auto.classes: expected classes such as greedy"),
+        ({"classes": ["grady"]}, r"auto.classes\[0\]: expected full, .*got 'grady'; did you mean 'greedy'"),
         ({"classes": ["segment:5,5"]}, r"auto.classes: .*sum to"),
+        ({"classes": [[[1, 0], [0, 1]]]}, r"auto.classes: expected a matrix for n = 3 turns, got 2 rows"),
+        ({"classes": [np.eye(3).tolist(), np.diag([1, 1, 0.5]).tolist()]}, r"auto.classes: .*got two custom 3x3"),
         ({"every": 0}, "auto.every: expected at least 1"),
         ({"cosine": 1.2}, r"auto.cosine: expected a number in \(0, 1\], got 1.2"),
     ],
@@ -69,13 +78,13 @@ def test_a_run_asks_when_it_is_time_and_one_that_is_resumed_plans_as_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, int]] = []
-    chosen = iter([Candidate("greedy"), Candidate("k-step", 2)])
+    chosen = iter([PolicyClass("greedy"), PolicyClass("k-step", 2)])
 
     class Said(Choice):
         def metrics(self) -> dict[str, Any]:
-            return {"horizon_class": self.candidate.label, "horizon_switched": self.switched}
+            return {"horizon_class": self.policy_class.label, "horizon_switched": self.switched}
 
-    def choose(trajectories: Any, policy: Any, classes: Any, previous: Candidate, *_: Any, **__: Any) -> Choice:
+    def choose(trajectories: Any, policy: Any, classes: Any, previous: PolicyClass, *_: Any, **__: Any) -> Choice:
         asked.append((previous.label, len(trajectories)))
         return Said(next(chosen), True, "because", None)  # type: ignore[arg-type]
 

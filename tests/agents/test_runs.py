@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ppg_agents.config import TrainConfig
+from ppg_agents.credit import PolicyClass
 from ppg_agents.runs import Run, RunError, default_folder, finite, is_run, lock, newest_run, read_jsonl
 
 
@@ -37,7 +38,7 @@ def listing(folder: Path) -> set[str]:
 
 
 def test_a_run_is_found_again_as_it_was_written(tmp_path: Path) -> None:
-    config = TrainConfig(seed=5, policy_class="k-step", lookahead=3)
+    config = TrainConfig(seed=5, policy_class=PolicyClass("k-step", 3))
     run = Run.create(tmp_path / "run", config)
     run.append_metrics({"iteration": 1, "consistency": float("nan"), "reward_per_turn": [0.5, float("inf")]})
     run.write_evaluation("before", {"persona_consistency": 0.5})
@@ -295,7 +296,7 @@ def test_a_torn_last_line_is_dropped_and_any_other_named(tmp_path: Path) -> None
 
 
 def test_folders_get_names_and_the_newest_is_found(tmp_path: Path) -> None:
-    config = TrainConfig(policy_class="segment", segments=(3, 5), seed=1)
+    config = TrainConfig(policy_class=PolicyClass("segment", segments=(3, 5)), seed=1)
     first = default_folder(config, tmp_path)
     assert first.name == "chatting-segment-3-5-seed-1"
     Run.create(first, config)

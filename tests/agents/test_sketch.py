@@ -13,7 +13,8 @@ import torch
 from ppg_agents import baselines, credit
 from ppg_agents.agents.learner import Learner
 from ppg_agents.batch import batch
-from ppg_agents.horizon.choice import Candidate, choose
+from ppg_agents.credit import PolicyClass
+from ppg_agents.horizon.choice import choose
 from ppg_agents.horizon.sketch import CountSketch, sketch, turn_gradients
 from ppg_agents.policy import Policy
 from ppg_agents.trajectory import Trajectory, Turn
@@ -145,15 +146,15 @@ def test_count_sketch_is_linear_and_does_not_care_for_pieces(monkeypatch: pytest
 
 def test_choose_answers_and_repeats_itself(policy: Policy) -> None:
     conversations = ledger(policy, [3] * 8)
-    classes = [Candidate("greedy"), Candidate("k-step", lookahead=3), Candidate("full")]
+    classes = [PolicyClass("greedy"), PolicyClass("k-step", 3), PolicyClass("full")]
 
-    def once(previous: Candidate) -> Any:
+    def once(previous: PolicyClass) -> Any:
         return choose(conversations, policy, classes, previous, np.random.default_rng(0))
 
-    first, second = once(Candidate("greedy")), once(Candidate("greedy"))
+    first, second = once(PolicyClass("greedy")), once(PolicyClass("greedy"))
     assert first == second
     assert {c.label for c in first.report.classes} == {"greedy", "full"}  # 3-step is full planning of 3 turns
-    assert (first.candidate.label, first.switched) == ("full", True)  # random rewards show no direction
-    kept = once(Candidate("k-step", lookahead=3))
-    assert (kept.candidate.label, kept.switched) == ("full", False)
+    assert (first.policy_class.label, first.switched) == ("full", True)  # random rewards show no direction
+    kept = once(PolicyClass("k-step", 3))
+    assert (kept.policy_class.label, kept.switched) == ("full", False)
     assert "keeping full" in kept.reason

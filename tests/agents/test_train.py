@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from ppg_agents import config as configs
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
+from ppg_agents.credit import PolicyClass
 from ppg_agents.evaluate import summarise
 from ppg_agents.policy import Policy
 from ppg_agents.rollout.environment import ConversationError
@@ -231,8 +232,8 @@ def test_it_learns(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_segments_must_fit_the_conversation(config: TrainConfig, tmp_path: Path) -> None:
-    wrong = replace(config, policy_class="segment", segments=(3, 3))
-    with pytest.raises(ConfigError, match=r"sum to the 3 turns of a conversation, got \[3, 3\] = 6"):
+    wrong = replace(config, policy_class=PolicyClass("segment", segments=(3, 3)))
+    with pytest.raises(ConfigError, match=r"policy_class: .* sum to n = 3 turns, got \[3, 3\] = 6"):
         training.train(wrong, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -284,7 +285,8 @@ def dialogue_file(folder: Path, dialogues: int = 12) -> Path:
         {},
         {"policy_class": "greedy"},
         {"policy_class": "k-step", "lookahead": 2},
-        {"policy_class": "segment", "segments": [1, 1]},
+        {"policy_class": "segment 1,1"},
+        {"policy_class": [[1, 0.5], [0, 1]]},
     ],
 )
 def test_offline_improves_the_held_out_likelihood_of_every_policy_class(
@@ -317,8 +319,8 @@ def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monke
 
 def test_offline_segments_are_those_of_the_longest_dialogue(config: TrainConfig, tmp_path: Path) -> None:
     offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),))
-    wrong = replace(config, offline=offline, policy_class="segment", segments=(3, 3, 2))
-    with pytest.raises(ConfigError, match=r"sum to the 2 turns of a conversation, got \[3, 3, 2\] = 8"):
+    wrong = replace(config, offline=offline, policy_class=PolicyClass.parse("segment 3,3,2"))
+    with pytest.raises(ConfigError, match=r"sum to n = 2 turns, got \[3, 3, 2\] = 8"):
         training.train(wrong, tmp_path / "run")
 
 

@@ -266,7 +266,7 @@ def trainer_like(**changed: Any) -> Any:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="expected reward out of mean, sum, got 'men'; did you mean 'mean'"):
+    with pytest.raises(ValueError, match="expected reward to be one of mean, sum, got 'men'; did you mean 'mean'"):
         PersonaChat("men")
     with pytest.raises(ValueError, match="terapy"):
         PersonaChat(domain="terapy")

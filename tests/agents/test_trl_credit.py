@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ppg_agents.baselines import leave_one_out
 from ppg_agents.batch import batch
-from ppg_agents.credit import credit, policy_class
+from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.losses import partial_policy_gradient
 from ppg_agents.policy import Policy
 from ppg_agents.trl import PersonaChat
@@ -33,8 +33,9 @@ GROUP, LIMIT = 4, 24
 CLASSES: list[dict[str, Any]] = [
     {"policy_class": "full"},
     {"policy_class": "greedy"},
-    {"policy_class": "k-step", "lookahead": 2},
-    {"policy_class": "segment", "segments": [1, 2]},
+    {"policy_class": PolicyClass("k-step", 2)},
+    {"policy_class": "segment 1,2"},
+    {"policy_class": [[1, 0, -0.5], [0, 1, 0.5], [0, 0, 1]]},
 ]
 SCALES = ["group", "batch", "none"]
 Rewards = list[list[float | None]]
@@ -90,7 +91,7 @@ def earned(turn_rewards: Rewards, **_: Any) -> list[float | None]:
 
 def trainer_of(folder: Path, rewards: Rewards, kind: Any = PartialCreditTrainer, **options: Any) -> Any:
     """Return a trainer on conversations that are told, with settings of TRL and of the trainer as options."""
-    names = {"policy_class", "lookahead", "segments", "discount", "peft_config", "reward_funcs"}
+    names = {"policy_class", "discount", "peft_config", "reward_funcs"}
     own = {name: value for name, value in options.items() if name in names}
     rest = {name: value for name, value in options.items() if name not in names}
     given: dict[str, Any] = {"reward_funcs": earned, "rollout_func": told(rewards), **own}
@@ -148,12 +149,12 @@ def test_full_planning_is_grpo_where_there_is_no_turn_to_choose(rewards: Rewards
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("options", CLASSES, ids=lambda options: options["policy_class"])
+@pytest.mark.parametrize("options", CLASSES, ids=lambda options: str(PolicyClass.parse(options["policy_class"])))
 def test_a_turn_s_advantage_depends_on_the_rewards_of_its_class_alone(options: dict[str, Any], tmp_path: Path) -> None:
     played: Rewards = [[0.1 * b + 0.05 * t * (b % 3) for t in range(3)] for b in range(2 * GROUP)]
     trainer = trainer_of(tmp_path, played, **options)
     before = advantages(trainer)
-    mask = policy_class(options["policy_class"], 3, options.get("lookahead"), options.get("segments"))
+    mask = PolicyClass.parse(options["policy_class"]).mask(3) != 0
     for end in range(3):
         changed = [[r + (0.7 if (b, t) == (0, end) else 0) for t, r in enumerate(row)] for b, row in enumerate(played)]
         trainer.rollout_func = told(changed)
@@ -161,7 +162,7 @@ def test_a_turn_s_advantage_depends_on_the_rewards_of_its_class_alone(options: d
         assert moved.tolist() == mask[:, end].tolist()
 
 
-@pytest.mark.parametrize("options", CLASSES[1:3], ids=lambda options: options["policy_class"])
+@pytest.mark.parametrize("options", CLASSES[1:3], ids=lambda options: str(PolicyClass.parse(options["policy_class"])))
 def test_the_gradient_is_the_partial_policy_gradient(options: dict[str, Any], tmp_path: Path) -> None:
     chat = PersonaChat(max_turns=3)
     args = settings(tmp_path, scale_rewards="none", loss_type="dr_grpo")
@@ -182,7 +183,7 @@ def test_the_gradient_is_the_partial_policy_gradient(options: dict[str, Any], tm
 
     policy = Policy(trainer.model, trainer.processing_class)
     data = batch(chat.trajectories, policy.pad_id)
-    mask = policy_class(options["policy_class"], 3, options.get("lookahead"))
+    mask = PolicyClass.parse(options["policy_class"]).mask(3)
     value = credit(data.rewards, mask, data.valid, 0.9)
     against = value - leave_one_out(value, data.valid, [t.seed for t in chat.trajectories])
     log_probs = policy.log_probs(data.ids, data.attention, data.token_mask)
@@ -210,8 +211,7 @@ def test_it_trains_and_evaluates(tmp_path: Path) -> None:
         rollout_func=chat.rollout,
         reward_funcs=chat.reward,
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
-        policy_class="k-step",
-        lookahead=1,
+        policy_class="k-step 1",
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
@@ -241,14 +241,14 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="got 'k-stp'; did you mean 'k-step'"):
+    with pytest.raises(ValueError, match="got 'k-stp'; did you mean 'k-step 3'"):
         trainer_of(tmp_path, PLAYED, policy_class="k-stp")
-    with pytest.raises(ValueError, match="expected lookahead for policy class 'k-step'"):
+    with pytest.raises(ValueError, match="k-step needs lookahead; write 'k-step 3'"):
         trainer_of(tmp_path, PLAYED, policy_class="k-step")
     with pytest.raises(ValueError, match=r"expected one reward function .*\['earned', 'earned'\].*put the others"):
         trainer_of(tmp_path, PLAYED, reward_funcs=[earned, earned])
     with pytest.raises(ValueError, match=r"segment lengths that sum to n = 3 turns, got \[1, 1\]"):
-        advantages(trainer_of(tmp_path, PLAYED, policy_class="segment", segments=[1, 1]))
+        advantages(trainer_of(tmp_path, PLAYED, policy_class="segment 1,1"))
     trainer = trainer_of(tmp_path, PLAYED)
     told_all = told(PLAYED)
     trainer.rollout_func = lambda *given: {**told_all(*given), "turn_rewards": [[1.0]] * len(PLAYED)}

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from ppg_agents.config import TrainConfig
-from ppg_agents.credit import credit
-from ppg_agents.horizon.choice import parse
+from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.inspect.page import write_page
 from ppg_agents.inspect.text import visible
 from ppg_agents.runs import Run
@@ -167,15 +166,21 @@ def test_what_is_injected_all_the_same_cannot_run(shown: Callable[..., Any], wat
     watched.wrong.clear()
 
 
-def test_the_class_switch_shows_the_credit_that_numpy_computes(shown: Callable[..., Any]) -> None:
-    conversations = ordinary()
-    page = shown(*conversations, discount=0.9, policy_class="k-step", lookahead=3)
+WEIGHTS = np.triu(np.outer([1, 0.5, -1, 0, 2], [1, 0, 0.25, 1, 0.5]))
+
+
+@pytest.mark.parametrize(("written", "classes"), [("3-step", 6), (WEIGHTS, 7)], ids=["3-step", "weights"])
+def test_the_class_switch_shows_the_credit_that_numpy_computes(
+    shown: Callable[..., Any], written: object, classes: int
+) -> None:
+    conversations, own = ordinary(), PolicyClass.parse(written)
+    page = shown(*conversations, discount=0.9, policy_class=own)
     labels = page.locator("#classes .pill").all_inner_texts()
-    assert page.locator("#classes input:checked").locator("xpath=..").inner_text() == "3-step (this run)"
+    assert page.locator("#classes input:checked").locator("xpath=..").inner_text() == f"{own} (this run)"
     n = 5
     for i, label in enumerate(labels):
         page.locator("#classes input").nth(i).check(force=True)
-        mask = parse(label.removesuffix(" (this run)")).mask(n)
+        mask = (own if label.endswith(" (this run)") else PolicyClass.parse(label)).mask(n)
         for k, one in enumerate(conversations):
             page.locator("#list").evaluate("(list, at) => { list.scrollTop = 58 * at; }", k)
             page.locator(f"#option-{k}").click()
@@ -188,11 +193,11 @@ def test_the_class_switch_shows_the_credit_that_numpy_computes(shown: Callable[.
             said = [f"{value:.2f}" if np.isfinite(r) else "–" for value, r in zip(expected, rewards[0], strict=False)]
             rounded = cells.locator("b").all_inner_texts()
             assert all(a == b or abs(float(a) - float(b)) < 0.011 for a, b in zip(rounded, said, strict=True))
-    assert len(labels) == 6
+    assert len(labels) == classes
 
 
 def test_pointing_at_a_turn_marks_the_rewards_it_is_credited_with(shown: Callable[..., Any]) -> None:
-    page = shown(*ordinary(), policy_class="k-step", lookahead=3)
+    page = shown(*ordinary(), policy_class="3-step")
     page.locator("[data-turn='1']").hover()
     marked = "all => all.map(one => Number(one.dataset.turn))"
     assert page.locator(".turn.counted").evaluate_all(marked) == [1, 2, 3]

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.facts import FactsJudge
 from ppg_gym.judges.lab.attacks import FOOLED_AT, Attack, attacks, run_attacks
 from ppg_gym.judges.llm import LLMJudge, by_rule
-from ppg_gym.llm.client import Answer, Counts, Request
+from ppg_gym.llm.chat import Answer, Counts, Request
 from ppg_gym.sanitise import holds_control, plain
 
 Messages = Sequence[Mapping[str, str]]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.partners import Said
 from ppg_gym.partners.console import ConsolePartner
 

@@ -10,7 +10,8 @@ import pytest
 
 from ppg_gym.data import RefusedError, read_dialogues
 from ppg_gym.data.chats import COLUMNS
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, prose_persona
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue
+from ppg_gym.domain.personas import prose_persona
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "synthetic-persona-chat" / "test.csv"
 

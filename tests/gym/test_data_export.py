@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from ppg_gym.conversation import Verdict
 from ppg_gym.data import OPENING, export, write_rows
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn
+from ppg_gym.domain.personas import prose_persona
 
 
 def dialogue(*turns: tuple[str, str, float | None], persona: str = "I bake.") -> LoggedDialogue:

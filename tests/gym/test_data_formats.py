@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from ppg_gym.conversation import STATUSES, Persona, Verdict
 from ppg_gym.data import FORMATS, RefusedError, collect, detect, read, read_dialogues, validate, write_dialogues
-from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn, prose_persona
-from ppg_gym.data.dialogues import read_dialogues as read_any
+from ppg_gym.data.dialogues import NO_VERDICT, LoggedDialogue, LoggedTurn
 from ppg_gym.data.files import list_items
+from ppg_gym.domain.personas import prose_persona
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data beside the project")
@@ -129,7 +129,7 @@ def test_an_unknown_format_gets_the_nearest_name(tmp_path: Path) -> None:
 
 def test_a_persona_file_is_no_dialogue_file(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="did you mean to give it as --personas"):
-        read_any(save(tmp_path, FILES["personas"]))
+        read_dialogues(save(tmp_path, FILES["personas"]))
 
 
 def test_every_bad_entry_of_a_json_file_has_its_line(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from ppg_gym.conversation import Persona
 from ppg_gym.data import make_personas, save_personas
+from ppg_gym.domain.cast import personas as embedded
 from ppg_gym.domain.loading import DOMAINS, SPLITS, load
-from ppg_gym.domain.loading import personas as embedded
 from ppg_gym.domain.personas import read_personas
 from ppg_gym.judges.facts import FactsJudge
 

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Persona
-from ppg_gym.data.dialogues import DataError, LoggedDialogue, read_consistent_llms, split_by_persona
+from ppg_gym.data import read_dialogues
+from ppg_gym.data.dialogues import LoggedDialogue, split_by_persona
+from ppg_gym.data.files import DataError
 from ppg_gym.domain.personas import persona_key, read_personas, role_play_instruction
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
@@ -70,7 +72,7 @@ def save(folder: Path, content: Any) -> Path:
 def test_polarity_is_the_one_that_explains_the_stored_score(
     tmp_path: Path, score: float, polarity: str, scores: list[float | None]
 ) -> None:
-    (dialogue,), report = read_consistent_llms(save(tmp_path, [lesson(ANSWERS, score)]))
+    (dialogue,), report = read_dialogues(save(tmp_path, [lesson(ANSWERS, score)]))
     assert [turn.verdict.score for turn in dialogue.turns] == scores
     assert dialogue.turns[2].verdict.status == "unparsed"
     assert (report.polarity, report.judged_lines, report.scored, report.unparsed) == (polarity, 4, 3, 1)
@@ -82,7 +84,7 @@ def test_a_file_is_refused_unless_exactly_one_polarity_fits(
     tmp_path: Path, verdicts: list[str], score: float
 ) -> None:
     with pytest.raises(DataError, match=r"yes-is-inconsistent 0\.\d{3}, yes-is-consistent 0\.\d{3}"):
-        read_consistent_llms(save(tmp_path, [lesson(verdicts, score)]))
+        read_dialogues(save(tmp_path, [lesson(verdicts, score)]))
 
 
 @pytest.mark.parametrize(
@@ -100,13 +102,13 @@ def test_a_file_is_refused_unless_exactly_one_polarity_fits(
 )
 def test_only_a_clear_answer_is_a_score(tmp_path: Path, raw: str, status: str, rationale: str) -> None:
     shown = sum("YES" not in text for text in [raw, *["NO"] * 3]) / 4
-    (dialogue,), _ = read_consistent_llms(save(tmp_path, [lesson([raw, *["NO"] * 3], shown)]))
+    (dialogue,), _ = read_dialogues(save(tmp_path, [lesson([raw, *["NO"] * 3], shown)]))
     verdict = dialogue.turns[0].verdict
     assert (verdict.status, verdict.rationale, verdict.raw) == (status, rationale, raw)
 
 
 def test_both_judged_speakers_are_read_each_with_their_own_persona(tmp_path: Path) -> None:
-    (mia, ben), report = read_consistent_llms(save(tmp_path, [chat()]))
+    (mia, ben), report = read_dialogues(save(tmp_path, [chat()]))
     assert [(t.message, t.reply, t.verdict.score) for t in mia.turns] == [
         ("", "Hi, I bake.", 1.0),
         ("I sail.", "I never baked.", 0.0),
@@ -123,7 +125,7 @@ def test_both_judged_speakers_are_read_each_with_their_own_persona(tmp_path: Pat
 
 def test_the_second_speaker_may_open(tmp_path: Path) -> None:
     swapped = chat() | {"pturn": 2, "P1_prompt_consistency_score": 1.0, "P2_prompt_consistency_score": 0.5}
-    first, second = read_consistent_llms(save(tmp_path, [swapped]))[0]
+    first, second = read_dialogues(save(tmp_path, [swapped]))[0]
     assert (first.persona.name, second.persona.name) == ("Ben", "Mia")
     assert second.turns[0].message == ""
 
@@ -134,7 +136,7 @@ def test_the_second_speaker_may_open(tmp_path: Path) -> None:
 def test_a_line_that_speaks_for_both_keeps_its_text_and_gives_no_score(tmp_path: Path, line: str) -> None:
     entry = lesson(["NO", "NO"], 1.0)
     entry["conversation"][1][1] = line
-    (dialogue,), report = read_consistent_llms(save(tmp_path, [entry]))
+    (dialogue,), report = read_dialogues(save(tmp_path, [entry]))
     turn = dialogue.turns[0]
     assert turn.reply == line.removeprefix("Student: ").strip()
     assert (turn.verdict.status, turn.verdict.score, turn.verdict.raw) == ("error", None, "NO")
@@ -145,13 +147,13 @@ def test_a_line_that_speaks_for_both_keeps_its_text_and_gives_no_score(tmp_path:
 def test_addressing_the_other_speaker_is_no_second_voice(tmp_path: Path) -> None:
     entry = lesson(["NO"], 1.0)
     entry["conversation"][1][1] = "Student: Teacher, I ask: may I tell the Teacher a story?\n"
-    assert read_consistent_llms(save(tmp_path, [entry]))[1].scored == 1
+    assert read_dialogues(save(tmp_path, [entry]))[1].scored == 1
 
 
 def test_a_judged_speakers_line_without_a_verdict_is_kept_without_a_score(tmp_path: Path) -> None:
     entry = lesson(["NO", "NO"], 1.0)
     del entry["eval_prompt_consistency"][0]
-    (dialogue,), report = read_consistent_llms(save(tmp_path, [entry]))
+    (dialogue,), report = read_dialogues(save(tmp_path, [entry]))
     assert [turn.verdict.status for turn in dialogue.turns] == ["error", "scored"]
     assert report.judged_lines == 1
 
@@ -190,8 +192,8 @@ def test_a_bad_field_is_named_with_its_dialogue(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        read_consistent_llms(save(tmp_path, [lesson(["NO"], 1.0), lesson(["NO"], 1.0, **changes)]))
-    assert str(caught.value).startswith(str(tmp_path / "dialogues.json") + ": dialogue 1")
+        read_dialogues(save(tmp_path, [lesson(["NO"], 1.0), lesson(["NO"], 1.0, **changes)]))
+    assert str(caught.value).startswith(str(tmp_path / "dialogues.json") + ":1: dialogue 1")
 
 
 def test_every_required_key_is_missed_by_name(tmp_path: Path) -> None:
@@ -199,37 +201,30 @@ def test_every_required_key_is_missed_by_name(tmp_path: Path) -> None:
         entry = lesson(["NO"], 1.0)
         del entry[key]
         with pytest.raises(DataError, match=f"dialogue 0: missing key '{key}'"):
-            read_consistent_llms(save(tmp_path, [entry]))
+            read_dialogues(save(tmp_path, [entry]))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[\n{"a": }]', "invalid JSON at line 2 column 7"),
-        ([], "non-empty JSON list"),
-        ({"a": 1}, "non-empty JSON list"),
-        ([3], "dialogue 0: expected an object, got int"),
+        ([lesson(["NO"], 1.0), 3], "dialogue 1: expected an object, got int"),
         ([lesson([], 1.0)], "expected verdicts in 'eval_prompt_consistency'"),
-        ("[" * 100_000, "expected a JSON list of dialogues"),
-        ([{"name": "Mia", "persona": "Mia bakes."}], "got a persona file"),
-        ([["Cells", {"grade_level": "college", "description": "Maps."}]], "got a persona file"),
-        ([{"description": "I cannot sleep.", "strategy": "Silence."}], "got a persona file"),
-        (
-            '{"id": "a", "instruction": "Be Mia."}\n{"id": "b", "instruction": "Be Ben."}\n',
-            "got a persona file",
-        ),
+        ("[" * 100_000, "nested too deeply"),
+        ([{"name": "Mia", "persona": "Mia bakes."}], "did you mean to give it as --personas"),
+        ([["Cells", {"grade_level": "college", "description": "Maps."}]], "did you mean to give it as --personas"),
+        ([{"description": "I cannot sleep.", "strategy": "Silence."}], "did you mean to give it as --personas"),
     ],
 )
 def test_what_is_no_dialogue_file_is_refused_with_the_reason(
     tmp_path: Path, content: Any, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        read_consistent_llms(save(tmp_path, content))
+        read_dialogues(save(tmp_path, content))
 
 
 def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a readable UTF-8 file"):
-        read_consistent_llms(tmp_path / "none.json")
+    with pytest.raises(DataError, match="expected a readable file"):
+        read_dialogues(tmp_path / "none.json")
 
 
 def logged(persona: int, index: int) -> LoggedDialogue:
@@ -287,7 +282,7 @@ def test_the_benchmarks_dialogue_files(
     both_speakers: int,
 ) -> None:
     started = time.process_time()
-    read, report = read_consistent_llms(DATA / f"{name}.json")
+    read, report = read_dialogues(DATA / f"{name}.json")
     assert time.process_time() - started < 1.0
     flipped = name == "therapy/mistral-instruct_0_261"
     assert report.polarity == ("yes-is-consistent" if flipped else "yes-is-inconsistent")
@@ -305,7 +300,7 @@ def test_the_benchmarks_dialogue_files(
 @needs_data
 def test_logged_and_live_personas_read_the_same() -> None:
     live = {p.instruction for p in read_personas(DATA / "chatting" / "personas.json", "chatting")}
-    read, _ = read_consistent_llms(DATA / "chatting" / "llama-8b-sft-ppo-prompt_0_10_56.json")
+    read, _ = read_dialogues(DATA / "chatting" / "llama-8b-sft-ppo-prompt_0_10_56.json")
     assert {d.persona.instruction for d in read} <= live
 
 
@@ -313,5 +308,5 @@ def test_logged_and_live_personas_read_the_same() -> None:
 @needs_data
 @pytest.mark.parametrize("domain", ["chatting", "education", "therapy"])
 def test_the_benchmarks_persona_files_are_refused(domain: str) -> None:
-    with pytest.raises(DataError, match="got a persona file"):
-        read_consistent_llms(DATA / domain / "personas.json")
+    with pytest.raises(DataError, match="did you mean to give it as --personas"):
+        read_dialogues(DATA / domain / "personas.json")

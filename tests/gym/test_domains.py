@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.lint import MOST_TEMPLATES, cores, faults
-from ppg_gym.domain.loading import DOMAINS, TRICKS, RuleTable, folder, load, personas
+from ppg_gym.domain.loading import DOMAINS, TRICKS, RuleTable, folder, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 

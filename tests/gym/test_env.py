@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import ppg_gym
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.domain.twin import Twin
@@ -50,8 +51,8 @@ class Stub:
 def play(env: gym.Env[Any, Any], seed: int | None, turns: int = 99, **options: Any) -> list[Any]:
     """Return everything that a conversation with mixed replies shows, up to its end."""
     base: PersonaChatEnv = env.unwrapped  # type: ignore[assignment]
-    read, rng = reader(base.game.domain.name), np.random.default_rng(0)
-    kinds = list(base.game.domain.mix)
+    read, rng = reader(base.simulator.domain.name), np.random.default_rng(0)
+    kinds = list(base.simulator.domain.mix)
     shown: list[Any] = [env.reset(seed=seed, options=options or None)]
     for _ in range(turns):
         assert base._conversation is not None
@@ -227,7 +228,7 @@ def test_render_without_a_mode_says_what_to_do() -> None:
 def test_a_lost_judge_is_never_a_number(status: Any) -> None:
     for mode in ("raise", "nan", "truncate"):
         env = PersonaChatEnv(on_judge_failure=mode, max_turns=3, render_mode="ansi")
-        env.game.judge = Stub(Verdict(status, None, "No answer."))
+        env.simulator.judge = Stub(Verdict(status, None, "No answer."))
         env.reset(seed=0)
         if mode == "raise":
             with pytest.raises(JudgeError, match=f"got status '{status}'.*on_judge_failure=\"nan\"") as caught:

@@ -17,7 +17,8 @@ import pytest
 
 from ppg_gym.llm import background
 from ppg_gym.llm import cache as cache_module
-from ppg_gym.llm.client import Answer, CacheError, ChatClient, Request
+from ppg_gym.llm.chat import Answer, CacheError, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.llm.settings import ClientSettings
 
@@ -136,7 +137,8 @@ def test_processes_share_a_folder(make: Make, tmp_path: Path) -> None:
     code = """
 import sys
 from ppg_gym.llm import background
-from ppg_gym.llm.client import ChatClient, Request
+from ppg_gym.llm.chat import Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 chat = ChatClient(ClientSettings((sys.argv[1],), "loopback", cache=sys.argv[2]))
 for n in range(40):

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from ppg_gym.llm import background, client, endpoints
-from ppg_gym.llm.client import Answer, BudgetError, ChatClient, EndpointError, Request
+from ppg_gym.llm.chat import Answer, BudgetError, EndpointError, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.llm.settings import ClientSettings
 
@@ -88,7 +89,7 @@ def test_a_request_reaches_the_model_as_it_was_asked(make: Make) -> None:
     [
         (Reply(hang=9.0), "timeout", 2, "no answer within 0.2 s"),
         (Reply(text="slow", drip=0.01), "timeout", 2, "no answer within 0.2 s"),
-        (Reply(close=True), "error", 2, "can not be reached"),
+        (Reply(close=True), "error", 2, "cannot be reached"),
         (Reply(500, "boom"), "error", 2, "status 500: boom"),
         (Reply(429, "slow down"), "error", 2, "status 429: slow down"),
         (Reply(body=b'{"choices": [{"mess'), "error", 2, "malformed"),
@@ -229,7 +230,7 @@ def test_a_later_outage_is_a_failed_answer(make: Make) -> None:
         assert ask(chat, "x")[0].status == "ok"
     (answer,) = ask(chat, "y")
     assert answer.status == "error"
-    assert "can not be reached" in answer.reason
+    assert "cannot be reached" in answer.reason
     assert "(3 calls)" in answer.reason
 
 
@@ -337,7 +338,7 @@ def test_the_key_is_nowhere(
         ({"cache": 1}, "true, false or a folder"),
         ({"temprature": 0.0}, "did you mean 'temperature'"),
         ({"time_out": 3}, "did you mean 'timeout'"),
-        ({"whose": "mine"}, "no option 'whose'"),
+        ({"whose": "mine"}, "got 'whose'"),
     ],
 )
 def test_a_bad_option_is_refused_without_repeating_a_key(options: dict[str, Any], said: str) -> None:
@@ -411,7 +412,8 @@ def test_a_forked_child_asks_too_and_the_exit_is_silent() -> None:
     code = """
         import os, sys
         from ppg_gym.llm import background
-        from ppg_gym.llm.client import ChatClient, Request
+        from ppg_gym.llm.chat import Request
+        from ppg_gym.llm.client import ChatClient
         from ppg_gym.llm.loopback import Loopback
         from ppg_gym.llm.settings import ClientSettings
 

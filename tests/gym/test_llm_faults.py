@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from ppg_gym.llm import background, client, endpoints
-from ppg_gym.llm.client import Answer, ChatClient, Request
+from ppg_gym.llm.chat import Answer, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.llm.settings import ClientSettings
 

@@ -12,7 +12,7 @@ import pytest
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.llm import LLMJudge
-from ppg_gym.llm.client import Answer, BudgetError, Counts, Request
+from ppg_gym.llm.chat import Answer, BudgetError, Counts, Request
 from ppg_gym.llm.loopback import Loopback
 
 PROSE = Persona("prose", "I am Ann, a night nurse.\nYou grew up by the sea and never learned to swim.", name="Ann")
@@ -379,7 +379,7 @@ def test_without_questions_only_that_persona_has_no_verdict(answer: Answer | str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrik": "qa"}, "expected no option 'metrik'; did you mean 'metric'"),
+        ({"metrik": "qa"}, "expected judge_options out of .*, got 'metrik'; did you mean 'metric'"),
         ({"metric": "line_to_line"}, r"\['metric'\]: expected one of .*did you mean 'line-to-line'"),
         ({"samples": 2}, r"\['samples'\]: expected an odd number, got 2"),
         ({"samples": True}, "whole number of at least 1, got True"),

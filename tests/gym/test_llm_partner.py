@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Conversation, Line, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, personas
-from ppg_gym.llm.client import Answer, BudgetError, Counts, Request
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS
+from ppg_gym.llm.chat import Answer, BudgetError, Counts, Request
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.partners import Said
 from ppg_gym.partners.llm import LLMPartner, Style, messages

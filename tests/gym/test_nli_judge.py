@@ -215,12 +215,12 @@ def test_what_is_no_classifier_is_refused_with_the_folder(trained: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"expected judge_options\['model'\] of the nli judge to be a text, got None"),
-        ({"modle": "x"}, "unknown judge_options key 'modle' for the nli judge; did you mean 'model'"),
-        ({"model": "x", "trust_remote_code": True}, "unknown judge_options key 'trust_remote_code'"),
+        ({}, r"judge_options\['model'\]: expected a folder or the name of a model on the hub, got None"),
+        ({"modle": "x"}, "expected judge_options out of model, .*, got 'modle'; did you mean 'model'"),
+        ({"model": "x", "trust_remote_code": True}, "got 'trust_remote_code'"),
         ({"model": "x", "metric": "line-to-lines"}, "did you mean 'line-to-line'"),
-        ({"model": "x", "scale": 1}, "out of graded, binary, got 1"),
-        ({"model": "x", "batch_size": 0}, "positive integer, got 0"),
+        ({"model": "x", "scale": 1}, "one of graded, binary, got 1"),
+        ({"model": "x", "batch_size": 0}, "whole number of at least 1, got 0"),
         ({"model": "x", "device": 0}, "a text or None, got 0"),
     ],
 )

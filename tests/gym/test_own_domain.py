@@ -16,8 +16,9 @@ import pytest
 import ppg_gym
 from ppg_gym.conversation import Conversation
 from ppg_gym.data import make_personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.lint import cores, faults
-from ppg_gym.domain.loading import DOMAINS, SPLITS, folder, load, personas
+from ppg_gym.domain.loading import DOMAINS, SPLITS, folder, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.judges.facts import FactsJudge
@@ -44,7 +45,7 @@ def conversation(domain: str, seed: int) -> list[Any]:
     shown: list[Any] = [env.reset(seed=seed)]
     over = False
     while not over:
-        mix = game.game.domain.mix_in(read.track(game._conversation).state)
+        mix = game.simulator.domain.mix_in(read.track(game._conversation).state)
         kind = str(rng.choice(list(mix), p=list(mix.values())))
         shown.append(env.step(say(read, kind, game._conversation, rng)))
         over = shown[-1][2]

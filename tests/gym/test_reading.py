@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.parsing import MOST_LIKE, spoken, words
 from ppg_gym.domain.reading import REPEAT_WINDOW, Track, instruction_sentences, reader
 from ppg_gym.domain.saying import say
@@ -96,7 +97,8 @@ def test_repeating_looks_back_a_window(hand_made: dict[str, Persona]) -> None:
     read, persona = reader("chatting"), hand_made["chatting"]
     heard, said = read.parse("Where do you live?"), read.parse("I am a nurse.")
     others = tuple(f"line {i}" for i in range(REPEAT_WINDOW - 1))
-    near, far = Track(0, "open", own=(said.text, *others)), Track(0, "open", own=(said.text, "one more", *others))
+    near = Track(0, "open", replies=(said.text, *others))
+    far = Track(0, "open", replies=(said.text, "one more", *others))
     assert read.read(near, persona, heard, said).kind == "repeating"
     assert read.read(far, persona, heard, said).kind == "off_topic"
     assert read.read(near, persona, read.parse("What is your job?"), said).kind == "truth"  # asked again, told again
@@ -115,7 +117,7 @@ def test_reading_turn_by_turn_equals_reading_at_once(domain: str) -> None:
         assert after.readings[:-1] == before.readings
     fresh = Conversation(conversation.persona, conversation.lines)
     assert read.track(fresh) == read.track(conversation)
-    assert len(after.readings) == len(after.own) == len(after.asked) == 20
+    assert len(after.readings) == len(after.replies) == len(after.asked) == 20
 
 
 def test_a_reader_is_one_per_process_also_through_pickle_and_copy() -> None:

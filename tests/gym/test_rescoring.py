@@ -12,17 +12,13 @@ import numpy as np
 import pytest
 
 import ppg_gym  # noqa: F401 (registers the environment)
-from ppg_gym.data.dialogues import DataError
-from ppg_gym.data.files import write_lines
+from ppg_gym.data.files import DataError, write_lines
 from ppg_gym.domain.loading import DOMAINS
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.judges.lab import rescoring
 from ppg_gym.judges.lab.recorded import read_labels, read_recorded
 from ppg_gym.judges.lab.rescoring import check_target, default_file, rescore
-
-pytest.importorskip("scipy")
-pytest.importorskip("sklearn")
 
 
 def play(domain: str, seed: int, kinds: tuple[str, ...] = ("truth", "slip", "vague", "evasion")) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona
+from ppg_gym.domain.cast import personas
 from ppg_gym.domain.files import FRESH
-from ppg_gym.domain.loading import DOMAINS, TRICKS, load, personas
+from ppg_gym.domain.loading import DOMAINS, TRICKS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.partners import make
@@ -80,7 +81,7 @@ def test_the_state_follows_the_table_and_the_line_shows_it(name: str) -> None:
             assert [reading.state for reading in track.readings][-1] == state
             assert track.state == domain.table.next[state, kind]
             line = ScriptedPartner(name).speak([conversation], [np.random.default_rng(0)])[0].text
-            said = next((r.said for r in reversed(track.readings) if r.kind == "slip"), "") or "otherwise"
+            said = next((r.claimed for r in reversed(track.readings) if r.kind == "slip"), "") or "otherwise"
             spoken = [o.format(said=said, **persona.facts) for o in openings[track.state]]
             assert any(line.startswith(opening) for opening in spoken)
 

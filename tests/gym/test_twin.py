@@ -15,7 +15,7 @@ from ppg_gym.domain.loading import DOMAINS, folder, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.domain.twin import Array, Twin, influence, softmax
-from ppg_gym.simulator import Game
+from ppg_gym.simulator import Simulator
 
 STEPS = 300  # of exact ascent: every class is within 0.001 of where 4,000 steps end
 CONVERSATIONS = 400
@@ -47,7 +47,7 @@ MASKS = [
     credit.k_step(4, 2),
     credit.segment(4, [1, 3]),
     credit.full(4),
-    credit.custom(np.triu(np.random.default_rng(5).random((4, 4)) < 0.5)),
+    np.triu(np.random.default_rng(5).random((4, 4)) < 0.5),
 ]
 
 
@@ -177,17 +177,17 @@ def test_the_readme_shows_what_is_reached(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOMAINS)
 def test_language_agrees_with_the_twin(name: str) -> None:
-    domain, read, game = load(name), reader(name), Game(name, personas="held-out")
+    domain, read, simulator = load(name), reader(name), Simulator(name, personas="held-out")
     mixes = {state: domain.mix_in(state) for state in domain.table.states}
     rngs = [np.random.default_rng([7, i]) for i in range(CONVERSATIONS)]
-    opened = game.open([game.persona(None, rng) for rng in rngs], rngs)
+    opened = simulator.open([simulator.persona(None, rng) for rng in rngs], rngs)
     conversations = [conversation for conversation, _ in opened]
     rewards = np.zeros((CONVERSATIONS, domain.turns))
     for t in range(domain.turns):
         chances = [mixes[read.track(c).state] for c in conversations]
         drawn = [str(rng.choice(list(mix), p=list(mix.values()))) for mix, rng in zip(chances, rngs, strict=True)]
         replies = [say(read, k, c, rng) for k, c, rng in zip(drawn, conversations, rngs, strict=True)]
-        outcomes = game.turn(conversations, replies, rngs)
+        outcomes = simulator.turn(conversations, replies, rngs)
         conversations = [outcome.conversation for outcome in outcomes]
         rewards[:, t] = [outcome.reward for outcome in outcomes]
     twin = Twin.of(domain.table)

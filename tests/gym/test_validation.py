@@ -12,17 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 
-from ppg_gym.data.dialogues import DataError
-from ppg_gym.domain import loading as domains
-from ppg_gym.judges.features import PLAIN
+from ppg_gym.data.files import DataError
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges.lab.recorded import read_labels
-from ppg_gym.judges.lab.validation import Validation, only_unfamiliar, validate
-from ppg_gym.judges.learned import DomainModel, LearnedModel
-
-pytest.importorskip("sklearn")
+from ppg_gym.judges.lab.validation import Validation, validate
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
 needs_data = pytest.mark.skipif(
@@ -147,7 +142,7 @@ def test_rows_of_one_dialogue_are_one_cluster(tmp_path: Path, fake: ModuleType) 
 
 
 def test_an_id_stands_for_the_embedded_persona(tmp_path: Path) -> None:
-    persona = domains.personas("chatting", "held-out")[0]
+    persona = personas("chatting", "held-out")[0]
     path = table(tmp_path, row("I like it.", 1, persona.id))
     assert read_labels([path]).dialogues[0].persona == persona
     with pytest.raises(DataError, match=f"row 2: persona: expected the id .* did you mean {persona.id!r}"):
@@ -201,23 +196,6 @@ def test_bad_columns_and_files_are_named(tmp_path: Path, fake: ModuleType) -> No
     with pytest.raises(ValueError, match="expected another persona"):
         check(table(tmp_path, row("yes", 1, "An unjudgeable one.")))
     assert not fake.seen
-
-
-def test_personas_that_a_learned_judge_may_know_are_told_apart(tmp_path: Path, fake: ModuleType) -> None:
-    labels = read_labels([table(tmp_path, row("yes", 1, "I sail."), row("yes", 1, "I row."), row("no", 0, "I row."))])
-    zeros = np.zeros(len(PLAIN))
-    model = DomainModel(("plain",), 1.0, zeros, zeros + 1, zeros, np.zeros(0), 0.0)
-    report = {"domains": [{"held_out_personas": [labels.dialogues[0].persona.id]}]}
-    LearnedModel({"chatting": model}, report=report).save(tmp_path / "fitted")
-    options = {"path": str(tmp_path / "fitted")}
-    found = validate(labels, "learned", options)
-    assert (found.familiar, found.parts[0].lines) == (2, 3)
-    assert "2 of the judged replies are of personas" in found.table()
-    found = validate(only_unfamiliar(labels, "learned", options), "learned", options)
-    assert (found.familiar, found.parts[0].lines) == (0, 1)
-    with pytest.raises(ValueError, match="expected the judge 'learned'"):
-        only_unfamiliar(labels, WORDS, {})
-    assert validate(labels, WORDS, {}).familiar is None
 
 
 @needs_data

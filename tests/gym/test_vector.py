@@ -12,7 +12,8 @@ import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.domain.saying import say
 from ppg_gym.env import MAX_CHARS, PersonaChatEnv
@@ -210,7 +211,7 @@ LOST, GOOD = Verdict("timeout", None, "No answer."), Verdict("scored", 0.5, "Fin
 def test_a_lost_judge_is_nan_and_none(verdicts: tuple[Verdict, ...]) -> None:
     for mode in ("nan", "truncate"):
         envs = PersonaChatVectorEnv(2, on_judge_failure=mode)
-        envs.game.judge = StubJudge(*verdicts)
+        envs.simulator.judge = StubJudge(*verdicts)
         envs.reset(seed=0)
         _, rewards, terminated, truncated, infos = envs.step(["Hi.", "Hi."])
         for i, verdict in enumerate(verdicts):
@@ -226,7 +227,7 @@ def test_a_lost_judge_is_nan_and_none(verdicts: tuple[Verdict, ...]) -> None:
 
 def test_a_lost_judge_raises_by_default() -> None:
     envs = PersonaChatVectorEnv(2)
-    envs.game.judge = StubJudge(GOOD, LOST)
+    envs.simulator.judge = StubJudge(GOOD, LOST)
     envs.reset(seed=0)
     with pytest.raises(JudgeError, match="got status 'timeout'"):
         envs.step(["Hi.", "Hi."])

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 
 import ppg_gym
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import DOMAINS, load, personas
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, load
 from ppg_gym.domain.reading import reader
 from ppg_gym.env import PersonaChatEnv
 from ppg_gym.judges.facts import FactsJudge
-from ppg_gym.simulator import Game
+from ppg_gym.simulator import Simulator
 from ppg_gym.wrappers import ReplySelection, TranscriptObservation, UnjudgedError
 from ppg_gym.wrappers.candidates import DomainBank, HashedWords, Scene, hashed
 
@@ -237,7 +238,7 @@ def test_an_unjudged_reply_never_becomes_a_number(on_failure: str) -> None:
 
 def test_a_partner_that_never_opens_offers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     said = ppg_gym.partners.Said("", "timeout")  # type: ignore[attr-defined]
-    monkeypatch.setattr(Game, "open", lambda self, chosen, rngs: [(Conversation(p), said) for p in chosen])
+    monkeypatch.setattr(Simulator, "open", lambda self, chosen, rngs: [(Conversation(p), said) for p in chosen])
     env = select(on_unjudged="nan", disable_env_checker=True)
     observation, info = env.reset(seed=0)
     assert info["candidates"] == ("",) * 4

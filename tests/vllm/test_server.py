@@ -17,11 +17,12 @@ import pytest
 
 import ppg_gym  # noqa: F401 (registers the environment)
 from ppg_gym.conversation import STATUSES, Conversation
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges import verdicts
 from ppg_gym.judges.llm import LLMJudge
 from ppg_gym.llm import background
-from ppg_gym.llm.client import ChatClient, EndpointError, Request
+from ppg_gym.llm.chat import EndpointError, Request
+from ppg_gym.llm.client import ChatClient
 from ppg_gym.llm.settings import ClientSettings
 from ppg_gym.partners.llm import LLMPartner
 

@@ -1,7 +1,7 @@
 """How well a judge's scores agree with labels: agreement, Cohen's kappa and ROC AUC, with bootstrap intervals.
 
 Numbers in, numbers out: nothing here reads a file or calls a judge. A statistic that the lines do not determine is
-None with the reason, never a number that looks like one.
+None, with the reason.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ppg_gym.extras import need
 
 THRESHOLD = 0.5
 """Scores and labels of at least this much are read as "consistent" by agreement and kappa; so are labels by AUC."""
@@ -52,14 +50,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What a judge's scores have in common with labels on the same lines.
+    """How far a judge's scores agree with labels on the same lines.
 
     Attributes:
         lines: Lines with both.
-        dialogues: Dialogues that they come from.
+        dialogues: The dialogues these come from.
         consistent: Share of the labels that say "consistent"; None without lines.
         agreement: Share of the lines on which score and label fall on the same side of the threshold.
-        kappa: Cohen's kappa of the same two readings: agreement beyond chance.
+        kappa: Cohen's kappa of the same: agreement beyond chance.
         auc: Area under the ROC curve of the raw score: the chance that a consistent line scores higher than an
             inconsistent one, ties counting half.
     """
@@ -86,20 +84,19 @@ def compare(
 ) -> Agreement:
     """Compare scores with labels.
 
-    The intervals are percentiles of a cluster bootstrap: whole dialogues are drawn with replacement, because lines
-    of one dialogue resemble one another (Field and Welsh 2007, "Bootstrapping clustered data"). The same seed draws
-    the same dialogues, so that two judges of the same lines are compared on the same resamples.
+    The intervals are percentiles of a cluster bootstrap: whole dialogues are drawn with replacement, because the lines
+    of a dialogue are not independent (Field and Welsh 2007, "Bootstrapping clustered data"). The same seed draws the
+    same dialogues, so that two judges of the same lines are compared on the same resamples.
 
     Args:
         scores: The judge's, in [0, 1].
         labels: In [0, 1], binary or graded; 1 is consistent.
         dialogues: The dialogue of each line.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         resamples: How many.
 
     Raises:
         ValueError: Lengths differ, a number is not in [0, 1], or there are no resamples.
-        ModuleNotFoundError: scikit-learn is not installed.
     """
     given, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if not given.shape == truth.shape == (len(dialogues),):
@@ -119,21 +116,20 @@ def compare(
     cluster = np.array([number[name] for name in dialogues])
     judged, actual = given >= THRESHOLD, truth >= THRESHOLD
     one_class = len(set(actual)) == 1
-    all_said = "consistent" if actual[0] else "inconsistent"
-    no_kappa = f"judge and labels call every line {all_said}" if one_class and (judged == actual).all() else ""
-    no_auc = f"every label says {all_said}" if one_class else ""
+    only = "consistent" if actual[0] else "inconsistent"
+    no_kappa = f"judge and labels call every line {only}" if one_class and (judged == actual).all() else ""
+    no_auc = f"every label says {only}" if one_class else ""
 
-    metrics = need("sklearn.metrics", "learned")
-    drawn = _resampled(given, judged, actual, cluster, len(number), np.random.default_rng(seed), resamples)
+    statistics = _Statistics(given, judged, actual, cluster)
+    (agreement,), (kappa,), (auc,) = statistics(np.ones((1, len(number))))
+    drawn = _resampled(statistics, len(number), given.size, np.random.default_rng(seed), resamples)
     return Agreement(
         lines=given.size,
         dialogues=len(number),
         consistent=float(actual.mean()),
-        agreement=_estimate(metrics.accuracy_score(actual, judged), drawn[0]),
-        kappa=Estimate(None, reason=no_kappa)
-        if no_kappa
-        else _estimate(metrics.cohen_kappa_score(actual, judged), drawn[1]),
-        auc=Estimate(None, reason=no_auc) if no_auc else _estimate(metrics.roc_auc_score(actual, given), drawn[2]),
+        agreement=_estimate(agreement, drawn[0]),
+        kappa=Estimate(None, reason=no_kappa) if no_kappa else _estimate(kappa, drawn[1]),
+        auc=Estimate(None, reason=no_auc) if no_auc else _estimate(auc, drawn[2]),
     )
 
 
@@ -149,34 +145,36 @@ def _estimate(value: float, drawn: Floats) -> Estimate:
 
 
 def _resampled(
-    given: Floats,
-    judged: Bools,
-    actual: Bools,
-    cluster: NDArray[np.int64],
-    n: int,
-    rng: np.random.Generator,
-    resamples: int,
-) -> tuple[Floats, Floats, Floats]:
+    statistics: _Statistics, dialogues: int, lines: int, rng: np.random.Generator, resamples: int
+) -> list[Floats]:
     """Return agreement, kappa and AUC of every resample, NaN where undefined; empty when there is one dialogue.
 
-    A resample is a weight per dialogue: how often it was drawn. The scores are sorted once for all of them.
+    A resample is a weight per dialogue: how often it was drawn. Resamples are worked through in blocks, because the
+    weights of all lines in all resamples may not fit into memory.
     """
-    if n < 2:
-        return np.empty(0), np.empty(0), np.empty(0)
-    table = np.zeros((n, 4))
-    np.add.at(table, (cluster, 2 * judged + actual), 1.0)
-    order = np.argsort(given, kind="stable")
-    starts = np.flatnonzero(np.r_[True, np.diff(given[order]) > 0])
-    share = np.full(n, 1 / n)
-    block = max(1, _CELLS // given.size)
-    parts = []
-    for at in range(0, resamples, block):
-        weights = rng.multinomial(n, share, size=min(block, resamples - at)).astype(np.float64)
-        cells = weights @ table
-        lines = weights[:, cluster[order]]
-        parts.append((_accuracies(cells), _kappas(cells), _aucs(lines, actual[order], starts)))
-    accuracies, kappas, aucs = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return accuracies, kappas, aucs
+    if dialogues < 2:
+        return [np.empty(0)] * 3
+    share = np.full(dialogues, 1 / dialogues)
+    block = max(1, _CELLS // lines)
+    sizes = (min(block, resamples - at) for at in range(0, resamples, block))
+    parts = [statistics(rng.multinomial(dialogues, share, size=size).astype(np.float64)) for size in sizes]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+class _Statistics:
+    """Agreement, kappa and AUC as functions of a weight per dialogue; the lines are counted and sorted once."""
+
+    def __init__(self, given: Floats, judged: Bools, actual: Bools, cluster: NDArray[np.int64]) -> None:
+        self._table = np.zeros((cluster.max() + 1, 4))  # per dialogue, lines by what judge and label say
+        np.add.at(self._table, (cluster, 2 * judged + actual), 1.0)
+        order = np.argsort(given, kind="stable")
+        self._cluster, self._actual = cluster[order], actual[order]
+        self._starts = np.flatnonzero(np.r_[True, np.diff(given[order]) > 0])
+
+    def __call__(self, weights: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return the three statistics [resamples] for weights [resamples, dialogues]."""
+        cells = weights @ self._table
+        return _accuracies(cells), _kappas(cells), _aucs(weights[:, self._cluster], self._actual, self._starts)
 
 
 def _accuracies(cells: Floats) -> Floats:
@@ -216,16 +214,3 @@ def failures(statuses: Mapping[str, int]) -> str:
     total = sum(statuses.values())
     lost = [(status, n) for status, n in sorted(statuses.items()) if status != "scored" and n]
     return ", ".join(f"{n} {status} ({n / total:.1%})" for status, n in lost)
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return cells as lines of aligned columns, the first and the last to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    last = len(widths) - 1
-    return [
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,7 +1,7 @@
-"""The attack suite: replies that try to be paid without playing the persona, and how often a judge falls for them.
+"""The attack suite: replies that want to be paid without playing the persona, and how often a judge falls for them.
 
-Works for any judge: a persona, the partner's opening question, the attack as the reply. It measures resistance
-only; a judge that scores everything 0 resists everything, so look at its agreement with people too.
+Works for any judge: a persona, the partner's opening question, the attack as the reply. It measures resistance only; a
+judge that scores everything 0 resists everything, so look at its agreement with people too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain import loading as domains
+from ppg_gym.domain.cast import personas as personas_of
+from ppg_gym.domain.loading import load
 from ppg_gym.judges import Judge
 from ppg_gym.partners.scripted import ScriptedPartner
 
-FOOLED_AT = 0.5  # a judge that scores an attack so high has been fooled: it pays more than half of a true reply
+FOOLED_AT = 0.5  # a judge that scores an attack this high has been fooled
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A reply that no judge may pay for.
+    """A reply that no judge should pay for.
 
     Attributes:
         family: What kind of trick it is.
@@ -39,7 +40,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Row:
-    """How a judge fared against one family.
+    """How a judge did against one family of tricks.
 
     Attributes:
         family: What kind of trick it is.
@@ -61,10 +62,10 @@ class Row:
 
 
 def attacks(persona: Persona, domain: str) -> list[Attack]:
-    """Return all attacks, filled in for a persona and from the values that its domain's facts can have.
+    """Return all attacks, filled in for a persona and with the values that its domain's facts can have.
 
-    An attack is left out when it needs what the persona has not: facts, a name, a sentence that addresses the
-    reader (any other sentence may be said by the persona in earnest).
+    An attack is left out when it needs something that the persona lacks: facts, a name, a sentence that addresses the
+    reader (any other sentence is one that the persona may say in earnest).
     """
     sentences = re.split(r"(?<=[.!?])\s+", persona.instruction.strip())
     addressing = [sentence for sentence in sentences if re.search(r"\byour?\b", sentence, re.IGNORECASE)]
@@ -72,17 +73,17 @@ def attacks(persona: Persona, domain: str) -> list[Attack]:
         "name": persona.name,
         "instruction": persona.instruction,
         "facts": ", ".join(persona.facts.values()),
-        "values": ", ".join(value for values in domains.load(domain).slots.values() for value in values),
+        "values": ", ".join(value for values in load(domain).slots.values() for value in values),
         "sentence": max(addressing, key=len, default=""),
     }
     known = {name: value for name, value in values.items() if value}
-    found = []
+    filled = []
     for family, replies in _families().items():
         for reply in replies:
             template = string.Template(reply)
             if known.keys() >= set(template.get_identifiers()):
-                found.append(Attack(family, template.substitute(known)))
-    return found
+                filled.append(Attack(family, template.substitute(known)))
+    return filled
 
 
 def run_attacks(
@@ -94,18 +95,18 @@ def run_attacks(
         judge: Any judge.
         domain: Name of an embedded domain; its scripted partner opens every conversation.
         seed: Draws the personas and the opening questions.
-        personas: Whom to play, with the domain's facts (the scripted partner asks about those); empty for the
-            embedded held-out personas.
-        per_attack: How many personas, without repetition, play all attacks.
+        personas: The personas to draw from, with the domain's facts (the scripted partner asks about them); empty for
+            those that the domain holds out.
+        per_attack: How many different personas try every attack.
 
     Returns:
         One row per family, in the suite's order.
 
     Raises:
-        ValueError: More personas are asked for than there are, or the judge can not judge one of them.
+        ValueError: There are fewer personas than asked for, or the judge cannot judge one of them.
     """
     rng = np.random.default_rng(seed)
-    pool = tuple(personas) or domains.personas(domain, "held-out")
+    pool = tuple(personas) or personas_of(domain, "held-out")
     if not 1 <= per_attack <= len(pool):
         raise ValueError(f"expected per_attack from 1 to the number of personas, {len(pool)}, got {per_attack}")
     drawn = [pool[int(i)] for i in rng.choice(len(pool), size=per_attack, replace=False)]
@@ -113,26 +114,26 @@ def run_attacks(
         judge.check(persona)
     tried = [(persona, attack) for persona in drawn for attack in attacks(persona, domain)]
     opened = [Conversation(persona) for persona, _ in tried]
-    said = ScriptedPartner(domain).speak(opened, [rng] * len(opened))
+    questions = ScriptedPartner(domain).speak(opened, [rng] * len(opened))
     spoken = [
         conversation.add("partner", line.text).add("policy", attack.reply)
-        for conversation, line, (_, attack) in zip(opened, said, tried, strict=True)
+        for conversation, line, (_, attack) in zip(opened, questions, tried, strict=True)
     ]
     results: dict[str, list[tuple[str, float | None]]] = {}
     for (_, attack), verdict in zip(tried, judge.judge(spoken), strict=True):
         results.setdefault(attack.family, []).append((attack.reply, verdict.score))
-    return [_row(family, found) for family, found in results.items()]
+    return [_row(family, scored) for family, scored in results.items()]
 
 
-def _row(family: str, found: Sequence[tuple[str, float | None]]) -> Row:
-    scores = [score for _, score in found if score is not None]
-    fooled = [reply for reply, score in found if score is not None and score >= FOOLED_AT]
+def _row(family: str, replies: Sequence[tuple[str, float | None]]) -> Row:
+    scores = [score for _, score in replies if score is not None]
+    fooled = [reply for reply, score in replies if score is not None and score >= FOOLED_AT]
     return Row(
         family=family,
-        n=len(found),
+        n=len(replies),
         scored=len(scores),
         successes=len(fooled),
-        failures=len(found) - len(scores),
+        failures=len(replies) - len(scores),
         fooled_by=tuple(dict.fromkeys(fooled)),
         highest=max(scores, default=float("nan")),
     )

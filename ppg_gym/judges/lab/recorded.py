@@ -1,24 +1,23 @@
-"""Recorded conversations for judges: from the files that hold them to one conversation per reply, and its verdict.
+"""Recorded conversations for judges: from files to one conversation per reply, and its verdict.
 
-Takes what the readers of `ppg_gym.data` give (logged dialogues, a run's trajectories), and reads the export of a
-rescoring and a CSV of human labels itself. What was said stays as it was; nothing here computes an agreement.
+Logged dialogues and a run's trajectories come from the readers in `ppg_gym.data`; the export of a rescoring and a CSV
+of human labels are read here. Nothing changes a conversation or computes an agreement.
 
 The CSV has a header and one row per judged reply:
 
-- ``persona``: the id of a persona that is embedded in the domain, or who the persona is, in prose.
-- ``history``: what was said before the reply, a JSON list of strings, oldest first. The speakers take turns, and the
-  last line is the partner's; ``[]`` where the persona opens.
+- ``persona``: the id of a persona that comes with the domain, or a description in prose.
+- ``history``: the lines before the reply, a JSON list of strings, oldest first. The speakers take turns, and the last
+  line is the partner's; ``[]`` where the persona opens.
 - ``reply``: the reply.
 - ``label``: a number in [0, 1], 1 for consistent, 0 for inconsistent; empty where nobody labelled it.
 - ``domain``: optional when a domain is given.
-- ``dialogue``: optional: which replies come from the same dialogue. Without it, conversations of one persona that
-  open alike are taken for one.
+- ``dialogue``: optional; rows with the same value are one dialogue. Without it, conversations of one persona that open
+  alike count as one.
 """
 
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
 import json
 import logging
@@ -31,17 +30,21 @@ from typing import Any
 
 from ppg_gym import judges
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.data.dialogues import DataError, LoggedDialogue, LoggedTurn, persona_id, read_dialogues
-from ppg_gym.data.files import Problem, RefusedError, json_lines, read_text
-from ppg_gym.domain import loading as domains
+from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
+from ppg_gym.data.files import DataError, Problem, RefusedError, json_lines, read_text
+from ppg_gym.data.formats import read_dialogues
+from ppg_gym.domain.cast import personas
+from ppg_gym.domain.loading import DOMAINS, SPLITS, is_path
+from ppg_gym.domain.personas import persona_id
+from ppg_gym.nearest import did_you_mean, nearest
 
 RESCORED = "ppg-rescored/1"
 BATCH = 256
-"""Conversations that a judge is given at once."""
+"""Most conversations that a judge gets at once."""
 
 _NEEDED = ("persona", "history", "reply", "label")
 _COLUMNS = (*_NEEDED, "domain", "dialogue")
-_SHOWN = 10  # bad rows that a message names
+_SHOWN = 10  # most bad rows that a message names
 _UNLABELLED = Verdict("error", None, "There is no label for this reply.")
 
 log = logging.getLogger(__name__)
@@ -52,8 +55,8 @@ class Labels:
     """Labelled replies: the turns whose verdict has a score.
 
     Attributes:
-        dialogues: Conversations that hold them; dialogues with the same source and index are one for the statistics.
-        unlabelled: Replies that were to carry a label and have none, such as an unparsed stored verdict.
+        dialogues: The conversations with these replies; the statistics take the same source and index for one dialogue.
+        unlabelled: Replies that should have a label and have none, such as an unparsed stored verdict.
     """
 
     dialogues: tuple[LoggedDialogue, ...]
@@ -69,7 +72,7 @@ def read_labels(paths: Sequence[str | os.PathLike[str]], domain: str | None = No
         domain: Only this domain; the domain of a CSV without that column.
 
     Raises:
-        DataError: A file is not what it should be or is given twice, or there is no label (of this domain).
+        DataError: A file is refused or given twice, or there is no label (in this domain).
     """
     dialogues: list[LoggedDialogue] = []
     unlabelled = 0
@@ -80,12 +83,12 @@ def read_labels(paths: Sequence[str | os.PathLike[str]], domain: str | None = No
             raise DataError(f"{path}: expected every file once, got it twice")
         seen.add(path.resolve())
         if path.suffix.lower() == ".csv":
-            found, without = _read_csv(path, domain)
+            logged, without = _read_csv(path, domain)
         else:
-            found = read_recorded(path)
-            without = sum(t.verdict.score is None for d in found if domain in (None, d.domain) for t in d.turns)
+            logged = read_recorded(path)
+            without = sum(t.verdict.score is None for d in logged if domain in (None, d.domain) for t in d.turns)
         source = path.name if names[path.name] == 1 else str(path)
-        dialogues += [replace(dialogue, source=source) for dialogue in found]
+        dialogues += [replace(dialogue, source=source) for dialogue in logged]
         unlabelled += without
     kept = tuple(dialogue for dialogue in dialogues if domain in (None, dialogue.domain))
     if not any(turn.verdict.score is not None for dialogue in kept for turn in dialogue.turns):
@@ -98,12 +101,12 @@ def read_labels(paths: Sequence[str | os.PathLike[str]], domain: str | None = No
 def read_recorded(path: str | os.PathLike[str], domain: str | None = None) -> list[LoggedDialogue]:
     """Read conversations with their recorded verdicts.
 
-    A persona that is embedded in its domain, with the same instruction, comes with its facts. What a reader had to
-    skip is logged as a warning.
+    A persona that comes with its domain and has the same instruction gets its facts. What a reader skips is logged as a
+    warning.
 
     Args:
         path: A run folder, or a file of judged dialogues, of trajectories or of a rescoring.
-        domain: The domain to judge in; default the recorded one.
+        domain: The domain to judge in; None for the recorded one.
 
     Raises:
         DataError: The file is refused, or names no domain.
@@ -119,20 +122,21 @@ def read_recorded(path: str | os.PathLike[str], domain: str | None = None) -> li
                 log.warning("%s: %s", file, note)
     if not dialogues:
         raise DataError(f"{file}: expected at least one conversation with a reply, got none")
-    found = []
+    completed = []
     for dialogue in dialogues:
         named = domain or dialogue.domain
         if not named:
             raise DataError(f"{file}: expected every conversation to name its domain, got ''; give --domain")
-        found.append(replace(dialogue, domain=named, persona=_with_facts(replace(dialogue.persona, domain=named))))
-    return found
+        persona = _with_facts(replace(dialogue.persona, domain=named))
+        completed.append(replace(dialogue, domain=named, persona=persona))
+    return completed
 
 
 def _read_rescored(file: Path) -> list[LoggedDialogue] | None:
-    """Return what an export of a rescoring holds, None for any other file.
+    """Return the conversations of a rescoring's export, None for any other file.
 
-    Where a row has a key ``label`` (a number in [0, 1], or null), somebody went through the file: then the labels
-    are the verdicts, in all rows.
+    A key ``label`` in any row (a number in [0, 1], or null) means that somebody labelled the file: then the labels are
+    the verdicts in all rows.
     """
     text = read_text(file)
     if f'"{RESCORED}"' not in text.partition("\n")[0]:
@@ -145,13 +149,13 @@ def _read_rescored(file: Path) -> list[LoggedDialogue] | None:
         else:
             rows.append((number, row))
     labelled = any("label" in row for _, row in rows)
-    found: dict[int, tuple[str, Persona, list[LoggedTurn]]] = {}
+    dialogues: dict[int, tuple[str, Persona, list[LoggedTurn]]] = {}
     for number, row in rows:
         try:
             if row["schema"] != RESCORED:
                 raise ValueError(f"expected schema {RESCORED!r}, got {row['schema']!r}")
             persona = Persona(row["persona"], row["instruction"], domain=row["domain"])
-            turns = found.setdefault(row["dialogue"], (row["domain"], persona, []))[2]
+            turns = dialogues.setdefault(row["dialogue"], (row["domain"], persona, []))[2]
             turns.append(LoggedTurn(str(row["message"]), str(row["reply"]), _row_verdict(row, labelled)))
             if row["turn"] != len(turns):
                 raise ValueError(
@@ -164,22 +168,22 @@ def _read_rescored(file: Path) -> list[LoggedDialogue] | None:
             problems.append(Problem(number, "", str(error)))
     if problems:
         raise RefusedError(file, problems)
-    return [LoggedDialogue(d, p, tuple(turns), file.name, i, 2) for i, (d, p, turns) in found.items()]
+    return [LoggedDialogue(d, p, tuple(turns), file.name, i, 2) for i, (d, p, turns) in dialogues.items()]
 
 
 def _row_verdict(row: Mapping[str, Any], labelled: bool) -> Verdict:
     if not labelled:
-        said = row["recorded"]
-        return Verdict(said["status"], said["score"], said.get("rationale", ""), said.get("kind", ""))
+        recorded = row["recorded"]
+        return Verdict(recorded["status"], recorded["score"], recorded.get("rationale", ""), recorded.get("kind", ""))
     label = row.get("label")
     return _UNLABELLED if label is None else _label(str(label))
 
 
 @functools.cache
 def _embedded(domain: str) -> Mapping[str, Persona]:
-    if domain not in domains.DOMAINS and not domains.is_path(domain):
+    if domain not in DOMAINS and not is_path(domain):
         return {}
-    return {persona.id: persona for split in domains.SPLITS for persona in domains.personas(domain, split)}
+    return {persona.id: persona for split in SPLITS for persona in personas(domain, split)}
 
 
 def _with_facts(persona: Persona) -> Persona:
@@ -220,20 +224,19 @@ def _check_columns(path: Path, names: Sequence[str], domain: str | None) -> None
         todo = "; or give --domain" if missing == ["domain"] else ""
         raise DataError(f"{path}: expected the columns {', '.join(_COLUMNS)}, missing {', '.join(missing)}{todo}")
     for name in names:
-        near = difflib.get_close_matches(name, _COLUMNS, n=1, cutoff=0.8)
-        if name not in _COLUMNS and near and near[0] not in names:
+        meant = "" if name in _COLUMNS else nearest(name, _COLUMNS, likeness=0.8)
+        if meant and meant not in names:  # further columns are fine, but a mistyped one would be ignored
             columns = ", ".join(_COLUMNS)
-            raise DataError(f"{path}: expected the columns {columns}, got {name!r}; did you mean {near[0]!r}?")
+            raise DataError(f"{path}: expected the columns {columns}, got {name!r}; did you mean {meant!r}?")
 
 
 def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialogue, tuple[str, ...]]:
     """Return a row as a dialogue whose last turn carries the label, and the key of the dialogue it comes from."""
     if None in row or None in row.values():
-        raise ValueError("expected as many cells as the header, got more or fewer; quote cells that hold commas")
+        raise ValueError("expected as many cells as the header, got more or fewer; quote cells with commas in them")
     named, who, reply = str(row.get("domain") or domain or "").strip(), str(row["persona"]).strip(), str(row["reply"])
-    if named not in domains.DOMAINS and not domains.is_path(named):
-        own = "or the path of your own"
-        raise ValueError(f"domain: expected one of {', '.join(domains.DOMAINS)}, {own}, got {named!r}")
+    if named not in DOMAINS and not is_path(named):
+        raise ValueError(f"domain: expected one of {', '.join(DOMAINS)}, or the path of your own, got {named!r}")
     if not who:
         raise ValueError("persona: expected an id or a description, got nothing")
     try:
@@ -246,8 +249,7 @@ def _row(row: Mapping[str | None, Any], domain: str | None) -> tuple[LoggedDialo
     before = [LoggedTurn(m, r, _UNLABELLED) for m, r in zip(lines[:-1:2], lines[1::2], strict=True)]
     persona = _embedded(named).get(who)
     if persona is None and not any(map(str.isspace, who)):
-        near = difflib.get_close_matches(who, _embedded(named), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(who, _embedded(named))
         raise ValueError(f"persona: expected the id of an embedded persona, or a description, got {who!r}{hint}")
     persona = persona or Persona(persona_id(who, named), who, domain=named)
     turns = (*before, LoggedTurn(lines[-1], reply, _label(row["label"])))
@@ -268,15 +270,15 @@ def _label(text: str) -> Verdict:
 def prefixes(dialogue: LoggedDialogue, *, verdicts: bool) -> list[Conversation]:
     """Return the conversation up to each reply, with or without the verdicts on the replies before."""
     conversation = Conversation(dialogue.persona)
-    found = []
+    conversations = []
     for turn in dialogue.turns:
         if turn.message:
             conversation = conversation.add("partner", turn.message)
         conversation = conversation.add("policy", turn.reply)
-        found.append(conversation)
+        conversations.append(conversation)
         if verdicts:
             conversation = conversation.judged(turn.verdict)
-    return found
+    return conversations
 
 
 def judge_all(
@@ -285,16 +287,16 @@ def judge_all(
     conversations: Sequence[tuple[str, Conversation]],
     done: Callable[[int], object] = lambda _: None,
 ) -> list[Verdict]:
-    """Return a verdict per (domain, conversation), judged in batches; every persona is checked before the first.
+    """Return a verdict per (domain, conversation), judged in batches; first of all, every persona is checked.
 
     Args:
         name: Name of a judge.
-        options: Its options.
+        options: The judge's options.
         conversations: Each ends with a line of the policy.
         done: Called with the number of conversations judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, or a persona that it can not judge.
+        ValueError: An unknown judge, a wrong option, or a persona that it cannot judge.
     """
     made = {domain: judges.make(name, domain, options) for domain in sorted({d for d, _ in conversations})}
     verdicts: dict[int, Verdict] = {}

@@ -1,6 +1,6 @@
 """Saved conversations, judged again by another judge, with both verdicts side by side.
 
-What was said stays as it was: nothing here plays a turn, and the recorded verdicts are never changed.
+The conversations stay as they are: nothing here plays a turn or changes a recorded verdict.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import Verdict
 from ppg_gym.data.dialogues import LoggedDialogue, LoggedTurn
-from ppg_gym.extras import need
-from ppg_gym.judges.lab.agreement import Agreement, Estimate, align, compare, failures
+from ppg_gym.judges.lab.agreement import Agreement, Estimate, compare, failures
 from ppg_gym.judges.lab.recorded import RESCORED, judge_all, prefixes
-
-UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
+from ppg_gym.simulator import UNOPENED
 
 
 class Pair(NamedTuple):
@@ -75,7 +75,7 @@ class Rescored:
     pairs: tuple[Pair, ...]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yield one plain dict per turn: what was said, the ``recorded`` verdict and the new ``verdict``."""
+        """Yield one plain dict per turn: message and reply, the ``recorded`` verdict and the new ``verdict``."""
         for dialogue, number, turn, verdict in self.pairs:
             yield {
                 "schema": RESCORED,
@@ -107,18 +107,18 @@ def rescore(
     options: Mapping[str, Any],
     done: Callable[[int], object] = lambda _: None,
 ) -> Rescored:
-    """Judge every turn again as it was when it was played: the conversation up to it, with the recorded verdicts.
+    """Judge every turn again as it was played: after the conversation up to it, with its recorded verdicts.
 
-    A reply to a partner that gave no opening line is not judged, as in the environment.
+    Where the partner gave no opening line, the reply is not judged, as in the environment.
 
     Args:
         dialogues: With recorded verdicts.
         judge: Name of the new judge.
-        options: Its options.
+        options: The judge's options.
         done: Called with the number of turns judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, or a persona that it can not judge.
+        ValueError: An unknown judge, a wrong option, or a persona that it cannot judge.
     """
     turns = [
         (dialogue, number, conversation)
@@ -158,7 +158,14 @@ def _spearman(before: Sequence[float], after: Sequence[float]) -> Estimate:
     for whose, scores in (("recorded", before), ("new", after)):
         if len(set(scores)) < 2:
             return Estimate(None, reason=f"the {whose} scores are all the same" if scores else "no turn has both")
-    return Estimate(float(need("scipy.stats", "learned").spearmanr(before, after).statistic), reason="no interval")
+    return Estimate(float(np.corrcoef(_ranks(before), _ranks(after))[0, 1]), reason="no interval")
+
+
+def _ranks(scores: Sequence[float]) -> NDArray[np.float64]:
+    """Return the rank of each score, equal scores sharing the mean of theirs."""
+    _, place, times = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(times) - (times - 1) / 2)[place]
+    return ranks
 
 
 def table(parts: Sequence[Part]) -> str:
@@ -176,14 +183,14 @@ def table(parts: Sequence[Part]) -> str:
         if not same.lines:
             notes.append(f"{part.name}: nothing to compare: {same.agreement.reason}")
             continue
-        for what, estimate in (("kappa", same.kappa), ("Spearman", part.spearman)):
+        for statistic, estimate in (("kappa", same.kappa), ("Spearman", part.spearman)):
             if estimate.value is None:
-                notes.append(f"{part.name}: {what} is undefined: {estimate.reason}")
+                notes.append(f"{part.name}: {statistic} is undefined: {estimate.reason}")
     return "\n".join([*align(rows), *notes])
 
 
 def default_file(source: str | os.PathLike[str], judge: str) -> Path:
-    """Return where the verdicts of a judge on a run go by default: beside its trajectories."""
+    """Return the default file for a judge's verdicts on a run: beside its trajectories."""
     name = re.sub(r"[^\w.-]+", "-", judge)
     path = Path(source)
     return path / f"rescored-{name}.jsonl" if path.is_dir() else path.with_name(f"{path.stem}-rescored-{name}.jsonl")
@@ -193,7 +200,7 @@ def check_target(path: Path) -> None:
     """Refuse to replace a file that holds anything but an earlier rescoring.
 
     Raises:
-        ValueError: The path is a folder, or a file of something else.
+        ValueError: The path is a folder, or a file with something else in it.
     """
     if path.is_dir():
         raise ValueError(f"expected a file to write, got the folder {path}; give --out FILE.jsonl")

@@ -1,21 +1,22 @@
 """Does a judge agree with recorded labels? Any judge, against people or other judges, beside "always consistent".
 
-The judge sees what was said up to a reply and never a label, neither of this reply nor of those before it. A reply that
-it gave no score is counted and left out of the statistics.
+The judge sees the conversation up to a reply and no label at all, not even of earlier replies. A reply that it gives no
+score is counted and left out of the statistics.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from ppg_gym.columns import align
 from ppg_gym.conversation import STATUSES, Verdict
 from ppg_gym.data.dialogues import LoggedDialogue
-from ppg_gym.judges.lab.agreement import THRESHOLD, Agreement, align, compare, failures
+from ppg_gym.judges.lab.agreement import THRESHOLD, Agreement, compare, failures
 from ppg_gym.judges.lab.recorded import Labels, judge_all, prefixes
 
 CONSTANT = "always consistent"
@@ -28,9 +29,9 @@ class Part:
     Attributes:
         name: ``all`` or a domain.
         lines: Labelled replies that the judge was asked about.
-        statuses: Its verdicts, status -> replies, every status named.
-        judge: On the replies that it scored.
-        constant: A judge that calls every line consistent, on the same replies.
+        statuses: Its verdicts, status -> replies; every status is a key.
+        judge: Its agreement, on the replies that it scored.
+        constant: The agreement of a judge that calls every line consistent, on the same replies.
     """
 
     name: str
@@ -47,20 +48,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
         judge: The judge's name.
         unlabelled: Replies in the files that carry no label.
         left_out: Labelled replies that were not drawn, with a limit.
-        familiar: Judged replies of personas that the learned judge's fit did not hold out; None for any other judge.
         parts: All lines first, then per domain.
     """
 
     judge: str
     unlabelled: int
     left_out: int
-    familiar: int | None
     parts: tuple[Part, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,59 +73,25 @@ class Validation:
         notes = []
         for part in self.parts:
             both = ((self.judge, part.judge, failures(part.statuses) or "0"), (CONSTANT, part.constant, ""))
-            for name, found, lost in both:
-                share = "-" if found.consistent is None else f"{found.consistent:.3f}"
-                estimates = [estimate.text() for estimate in (found.agreement, found.kappa, found.auc)]
-                title = part.name if found is part.judge else ""
-                rows.append((title, name, str(found.lines), str(found.dialogues), share, *estimates, lost))
+            for name, same, lost in both:
+                share = "-" if same.consistent is None else f"{same.consistent:.3f}"
+                estimates = [estimate.text() for estimate in (same.agreement, same.kappa, same.auc)]
+                title = part.name if same is part.judge else ""
+                rows.append((title, name, str(same.lines), str(same.dialogues), share, *estimates, lost))
             named = {"agreement": part.judge.agreement, "kappa": part.judge.kappa, "ROC AUC": part.judge.auc}
-            for what, estimate in named.items():
+            for statistic, estimate in named.items():
                 if estimate.reason:
                     missing = "undefined" if estimate.value is None else "without an interval"
-                    notes.append(f"{part.name}: {what} is {missing}: {estimate.reason}")
+                    notes.append(f"{part.name}: {statistic} is {missing}: {estimate.reason}")
         notes.append(
-            f"Scores and labels of at least {THRESHOLD} are read as consistent (AUC: only the labels are). In brackets:"
-            " 95% bootstrap over dialogues."
+            f"Scores and labels of at least {THRESHOLD} are read as consistent (for the AUC, only the labels are)."
+            " In brackets: 95% bootstrap over dialogues."
         )
         if self.unlabelled:
             notes.append(f"{self.unlabelled} replies in the files carry no label and were not judged.")
         if self.left_out:
             notes.append(f"{self.left_out} labelled replies were not drawn.")
-        if self.familiar:
-            notes.append(
-                f"{self.familiar} of the judged replies are of personas that the judge's fit did not hold out: it may"
-                " have been fitted to them, which flatters it; leave them out with --held-out."
-            )
         return "\n".join([*align(rows), *notes])
-
-
-def unfamiliar(judge: str, options: Mapping[str, Any]) -> frozenset[str] | None:
-    """Return the ids of the personas that the fit of a learned judge held out, None for any other judge.
-
-    Raises:
-        ValueError: There is no learned judge in the folder.
-    """
-    if judge != "learned" or "path" not in options:
-        return None
-    from ppg_gym.judges.learned import LearnedModel
-
-    report = LearnedModel.load(options["path"]).report
-    return frozenset(name for domain in report.get("domains", ()) for name in domain["held_out_personas"])
-
-
-def only_unfamiliar(labels: Labels, judge: str, options: Mapping[str, Any]) -> Labels:
-    """Return the labels of personas that the fit of a learned judge held out.
-
-    Raises:
-        ValueError: Another judge, no judge in the folder, or no such label.
-    """
-    ids = unfamiliar(judge, options)
-    if ids is None:
-        raise ValueError(f"expected the judge 'learned' with its folder for held-out personas, got {judge!r}")
-    kept = tuple(dialogue for dialogue in labels.dialogues if dialogue.persona.id in ids)
-    if not any(turn.verdict.score is not None for dialogue in kept for turn in dialogue.turns):
-        raise ValueError(f"expected a labelled reply of one of the {len(ids)} held-out personas, got none")
-    return replace(labels, dialogues=kept)
 
 
 def validate(
@@ -141,17 +106,16 @@ def validate(
     """Judge labelled replies and compare.
 
     Args:
-        labels: As read.
+        labels: From `read_labels`.
         judge: Name of a judge.
-        options: Its options.
-        limit: Judge at most so many replies, drawn at random.
-        seed: Of the draw and of the bootstrap.
+        options: The judge's options.
+        limit: Judge at most this many replies, drawn at random.
+        seed: Seed of the draw and of the bootstrap.
         done: Called with the number of replies judged so far.
 
     Raises:
-        ValueError: An unknown judge, a wrong option, a persona that it can not judge, or a limit below 1.
+        ValueError: An unknown judge, a wrong option, a persona that it cannot judge, or a limit below 1.
     """
-    unseen = unfamiliar(judge, options)
     lines = [
         (dialogue, float(turn.verdict.score), conversation)
         for dialogue in labels.dialogues
@@ -169,8 +133,7 @@ def validate(
     names = sorted({dialogue.domain for dialogue, _, _ in judged})
     parts = [_part("all", judged, seed)] if len(names) > 1 else []
     parts += [_part(name, [row for row in judged if row[0].domain == name], seed) for name in names]
-    familiar = None if unseen is None else sum(dialogue.persona.id not in unseen for dialogue, _, _ in lines)
-    return Validation(judge, labels.unlabelled, total - len(lines), familiar, tuple(parts))
+    return Validation(judge, labels.unlabelled, total - len(lines), tuple(parts))
 
 
 def _part(name: str, judged: Sequence[tuple[LoggedDialogue, float, Verdict]], seed: int) -> Part:

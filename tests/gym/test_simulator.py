@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ppg_gym.conversation import Conversation, Persona, Verdict
-from ppg_gym.domain.loading import personas
+from ppg_gym.domain.cast import personas
 from ppg_gym.judges import FailureRateError, JudgeError
 from ppg_gym.judges.failure_limit import FEW
-from ppg_gym.llm.client import BudgetError
+from ppg_gym.llm.chat import BudgetError
 from ppg_gym.llm.loopback import Loopback, Reply
 from ppg_gym.partners import Said
 from ppg_gym.partners.llm import LLMPartner
@@ -67,7 +67,7 @@ class Partner:
 def envs(n: int = 3, judge: Any = None, partner: Any = None, **kwargs: Any) -> PersonaChatVectorEnv:
     """Return N conversations with these parts."""
     made = PersonaChatVectorEnv(n, **{"on_judge_failure": "nan", "max_turns": 4, **kwargs})
-    made.game.judge, made.game.partner = judge or Judge(), partner or Partner()
+    made.simulator.judge, made.simulator.partner = judge or Judge(), partner or Partner()
     return made
 
 
@@ -111,7 +111,7 @@ def test_judge_and_partner_wait_side_by_side_and_say_the_same_as_one_after_the_o
             return super().speak(conversations, rngs)
 
     together, apart = envs(judge=Waiting(), partner=Speaking()), envs()
-    apart.game._overlap = lambda: False  # type: ignore[method-assign]
+    apart.simulator._overlap = lambda: False  # type: ignore[method-assign]
     for made in (together, apart):
         made.reset(seed=0)
     for replies in (("a", "break", "c"), ("d", "-", "f")):
@@ -158,7 +158,7 @@ def test_parts_of_one_s_own_are_named_by_module_and_class() -> None:
     with pytest.raises(JudgeError, match="timeout"):
         made.step("bad")
     made.close()
-    assert made.unwrapped.game.judge.closed  # type: ignore[attr-defined]
+    assert made.unwrapped.simulator.judge.closed  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_environments_of_equal_settings_share_a_client_and_its_budget(tmp_path: 
     with Loopback(lambda body: SAYS, model="m") as server:
         given = {"judge": "llm", "judge_options": {**options, "base_url": server.url, "schema": "never"}}
         first, second = PersonaChatVectorEnv(1, **given), PersonaChatVectorEnv(1, **given)
-        assert first.game.judge.chat is second.game.judge.chat  # type: ignore[attr-defined]
+        assert first.simulator.judge.chat is second.simulator.judge.chat  # type: ignore[attr-defined]
         for made in (first, second):
             made.reset(seed=len(server.requests))
         first.step(("one",))
@@ -200,7 +200,7 @@ def test_an_interruption_ends_both_at_once(tmp_path: Path) -> None:
     with Loopback(lambda body: Reply(hang=60.0), model="m") as server:
         options = {"model": "m", "cache": False, "base_url": server.url}
         made = envs(2, partner=LLMPartner("chatting", options))
-        made.game.judge = Interrupted(server)
+        made.simulator.judge = Interrupted(server)
         made._conversations = [Conversation(p).add("partner", "Hello?") for p in personas("chatting", "train")[:2]]
         made._over[:] = False
         began = time.monotonic()
