@@ -17,7 +17,8 @@ import torch
 from ppg_agents.agents.protocol import Agent
 from ppg_agents.agents.registry import make_agent
 from ppg_agents.agents.settings import LearnerSettings
-from ppg_agents.config.settings import ConfigError, LoraSettings, TrainConfig
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import LoraSettings, TrainConfig
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, shard_layers, whole_weights
 from ppg_agents.generation import Sampler

@@ -41,7 +41,12 @@ def partial_policy_gradient(
     is used, and carries no gradient. Only ``sum`` is the paper's estimator, see ``aggregate``. Under ``sum`` a turn
     with credit 0 contributes nothing; for the means, first take invalid turns out of ``token_mask`` with
     ``turn_token_mask``. The loss's value means nothing, only its gradient does. With importance weights (own)
-    L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.importance``.
+    L_i = −w_i · A_{b,turn(i)} · lp_i, see ``ppg_agents.agents.importance``.
+
+    Offline, on log-probs of logged replies, without baseline and weights, the value does mean something: it is minus
+    J_logged = E_logged[ Σ_t (Σ_{ℓ ∈ R_t} r_ℓ) · log π(y_t | x, τ_{t−1}) ] [P]. With credits ≥ 0 that is, up to a
+    constant, a lower bound on the value, tight at the logging policy (u ≥ 1 + log u); it is not an unbiased on-policy
+    gradient. Standardised or baselined credits (own) give up the bound.
 
     Args:
         log_probs: lp [B, L], floating, carries the gradient.
@@ -51,7 +56,7 @@ def partial_policy_gradient(
         aggregation: How per-token losses become one number.
         constant: C of the ``constant`` aggregation.
         batch_size: Units in the whole optimiser batch if this is one of its micro-batches, see ``aggregate``.
-        weights: w [B, L], from ``ppg_agents.importance``; None for 1.
+        weights: w [B, L], from ``ppg_agents.agents.importance``; None for 1.
 
     Returns:
         Scalar, in the dtype of ``log_probs``.
@@ -61,59 +66,39 @@ def partial_policy_gradient(
             at a sampled token, or arguments that ``aggregate`` rejects.
     """
     advantage = broadcast_credit(credit, token_mask, turn_index).to(log_probs)
-    _check("log_probs", log_probs, token_mask, floating=True)
-    if weights is not None:
-        advantage = advantage * constant_per_token("weights", weights, token_mask).to(advantage)
-    per_token = -advantage * log_probs.masked_fill(~token_mask, 0.0)
+    per_token = token_policy_gradient(log_probs, advantage, token_mask, weights)
     return aggregate(
         per_token, token_mask, turn_index, aggregation=aggregation, constant=constant, batch_size=batch_size
     )
 
 
-def reward_weighted_log_likelihood(
-    log_probs: Tensor,
-    token_mask: Tensor,
-    turn_index: Tensor,
-    credit: Tensor,
-    *,
-    aggregation: Aggregation = "sum",
-    constant: float | None = None,
-    batch_size: int | None = None,
+def token_policy_gradient(
+    log_probs: Tensor, advantage: Tensor, token_mask: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """Offline loss: minus the reward-weighted log-likelihood of logged replies.
-
-        J_logged = E_logged[ Σ_t (Σ_{ℓ ∈ R_t} r_ℓ) · log π(y_t | x, τ_{t−1}) ]
-
-    The formula is second-hand (notes on the paper). There are no importance weights. With credits ≥ 0 it
-    is, up to a constant, a lower bound on the value, tight at the logging policy (u ≥ 1 + log u); it is not an
-    unbiased on-policy gradient. Standardised or baselined credits (own) give up the bound. Token by token it
-    equals ``partial_policy_gradient`` with the log-probs of logged tokens; here the value means something: minus
-    the loss is the objective.
+    """Per-token loss L_i = −w_i · A_i · lp_i of ``partial_policy_gradient``, before its sum over tokens.
 
     Args:
-        log_probs: lp [B, L] of the logged tokens, floating, carries the gradient.
-        token_mask: [B, L] bool, true at the tokens of logged replies.
-        turn_index: [B, L] integer, each token's turn, from 0.
-        credit: [B, n].
-        aggregation: How per-token losses become one number.
-        constant: C of the ``constant`` aggregation.
-        batch_size: Units in the whole optimiser batch, see ``aggregate``.
+        log_probs: lp [B, L], floating, carries the gradient.
+        advantage: A [B, L], each token's, see ``broadcast_credit``.
+        token_mask: [B, L] bool, true at sampled tokens.
+        weights: w [B, L], from ``ppg_agents.agents.importance``; None for 1.
 
     Returns:
-        Scalar, in the dtype of ``log_probs``.
+        [B, L] for ``aggregate``, 0 outside the mask.
 
     Raises:
-        ValueError: As ``partial_policy_gradient``.
+        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
     """
-    return partial_policy_gradient(
-        log_probs,
-        token_mask,
-        turn_index,
-        credit,
-        aggregation=aggregation,
-        constant=constant,
-        batch_size=batch_size,
-    )
+    _check("log_probs", log_probs, token_mask, floating=True)
+    if advantage.shape != token_mask.shape:
+        raise ValueError(
+            f"expected an advantage per token {list(token_mask.shape)}, got {list(advantage.shape)}; spread one per "
+            "turn with losses.broadcast_credit"
+        )
+    weighted = constant_per_token("advantage", advantage, token_mask).to(log_probs)
+    if weights is not None:
+        weighted = weighted * constant_per_token("weights", weights, token_mask).to(weighted)
+    return -weighted * log_probs.masked_fill(~token_mask, 0.0)
 
 
 def kl_loss(
@@ -133,7 +118,7 @@ def kl_loss(
         log_probs: lp [B, L], floating, carries the gradient.
         reference_log_probs: lpʳ [B, L], at the temperature of ``log_probs``.
         token_mask: [B, L] bool, true at sampled tokens.
-        weights: w [B, L], from ``ppg_agents.importance``; None for 1. At level ``turn`` they
+        weights: w [B, L], from ``ppg_agents.agents.importance``; None for 1. At level ``turn`` they
             correct for the reply's other tokens too.
 
     Returns:

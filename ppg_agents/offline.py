@@ -1,10 +1,13 @@
-"""Logged, judged dialogues as training data: read, split by persona, encoded, scored.
+"""Logged, judged dialogues as training data: read, split by persona, encoded, learned from, scored.
 
-The one place of the learner that reads a file format of the environment package. No optimiser step here.
+`Offline` is what the loop in `train` does with them. The one place of the learner that reads a file format of the
+environment package.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,15 +15,91 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.config.settings import OfflineSettings
+from ppg_agents.agents.protocol import Agent, OfflineAgent
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import OfflineSettings, TrainConfig
 from ppg_agents.credit import Mask, credit
+from ppg_agents.horizon.planner import Planner
+from ppg_agents.rollout.metrics import batch_metrics
+from ppg_agents.runs.files import finite
+from ppg_agents.terminal.progress import say
 from ppg_agents.terminal.table import aligned
 from ppg_agents.trajectory import Trajectory, from_logged
 
 if TYPE_CHECKING:
-    from ppg_agents.agents.protocol import OfflineAgent
+    from ppg_agents.distributed import Workers
+    from ppg_agents.generation import Sampler
     from ppg_agents.policy.policy import Policy
+    from ppg_agents.runs.run import Run
+    from ppg_agents.terminal.interrupt import Interrupt
     from ppg_gym.data import LoggedDialogue, Report
+
+
+class Offline:
+    """Logged dialogues; the objective is their reward-weighted log-likelihood."""
+
+    def __init__(self, config: TrainConfig, interrupt: Interrupt, team: Workers) -> None:
+        self.config, self.interrupt, self.team = config, interrupt, team
+        self.dialogues, self.reports = read_files(config.offline)
+        turns = max((len(dialogue.turns) for dialogue in self.dialogues), default=1)
+        self.turns: int | None = turns
+        self.mask = Planner(config, turns, team).mask
+
+    def remember(self, run: Run) -> None:
+        """Nothing is remembered: every iteration follows from its number."""
+
+    def meet(self, agent: Agent) -> None:
+        """Take the agent; nobody speaks.
+
+        Raises:
+            ConfigError: It does not learn from logged dialogues.
+        """
+        if not (isinstance(agent, OfflineAgent) and agent.learns_offline):
+            name = self.config.agent
+            raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
+        self.agent = agent
+
+    def prepare(self, policy: Policy, sampler: Sampler) -> None:
+        """Hold out personas and encode the dialogues."""
+        self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
+        self.per_epoch = math.ceil(len(self.data.train) / self.config.batch)
+        self.iterations = self.config.offline.epochs * self.per_epoch
+
+    def describe(self, run: Run) -> None:
+        """Say what was read, and keep it in the run folder."""
+        say(report_table(self.data))
+        say(f"run folder: {run.folder}")
+        read, before = finite(to_json(self.data)), run.read_json("offline.json")
+        if before is not None and before != read:
+            different = ", ".join(key for key in read if read[key] != before.get(key))
+            raise ConfigError(
+                f"offline.files: expected the dialogues that the run in {run.folder} learns from, got others: "
+                f"{different} differ from its offline.json; put the files back, or begin a new run"
+            )
+        run.write_json("offline.json", read)
+
+    def step(self, run: Run, iteration: int) -> dict[str, Any]:
+        """Learn from the iteration's share of a pass over the data; every pass has its own order."""
+        epoch, position = divmod(iteration, self.per_epoch)
+        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data.train))
+        rows = order[position * self.config.batch :][: self.config.batch]
+        trajectories = [self.data.train[row] for row in rows]
+        began = time.perf_counter()
+        learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
+        metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
+        if self.agent.loss_is_likelihood:  # loss = -objective
+            total = -learned["loss"] * len(trajectories)
+            metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
+        return {**metrics, "seconds_learning": time.perf_counter() - began}
+
+    def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+        """Score the dialogues of held-out personas; nothing is played."""
+        mask = self.mask(self.turns or 1)
+        with self.interrupt.abandonable():
+            return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ never stopped. An agent may take several gradient steps on a batch.
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -25,15 +24,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from ppg_agents.agents.protocol import Agent, OfflineAgent
+from ppg_agents.agents.protocol import Agent
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
-from ppg_agents.config.settings import ConfigError, TrainConfig, differences
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig, differences
 from ppg_agents.credit import Mask
 from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.evaluate import play, summarise
 from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
 from ppg_agents.horizon.planner import Planner
-from ppg_agents.offline import encode, held_out_likelihood, likelihood, read_files, report_table, to_json
+from ppg_agents.offline import Offline
 from ppg_agents.policy.policy import Policy
 from ppg_agents.rollout.environment import (
     HELD_OUT,
@@ -48,7 +48,7 @@ from ppg_agents.rollout.pairs import play_pairs
 from ppg_agents.rollout.speaker import PolicySpeaker, speaker_of
 from ppg_agents.rollout.threads import Envs, collect_each
 from ppg_agents.runs.curve import curve
-from ppg_agents.runs.run import Run, finite, lock
+from ppg_agents.runs.run import Run, lock
 from ppg_agents.runs.tracking import Trackers, make_trackers, require
 from ppg_agents.terminal.interrupt import Interrupt, Interrupted, Stop, saved
 from ppg_agents.terminal.progress import Progress, number, say, status
@@ -95,7 +95,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             split(config, policy)
         task.prepare(policy, sampler)
         agent = build_agent(config, policy, sampler, team, task.iterations, task.turns, task.mask)
-        task.hear(agent)
+        task.meet(agent)
         if run is None and team.main:
             run = Run.create(folder, config)
             held.enter_context(lock(folder))
@@ -111,15 +111,15 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         try:
             synchronise(sampler, policy, team)
             if not done and team.main:
-                held_out(task, agent, run, "before", done, trackers)
+                held_out(task, run, "before", done, trackers)
             if done in config.evaluation.at and team.main:  # stopped on the way to it
-                held_out(task, agent, run, f"iteration {done}", done, trackers)
+                held_out(task, run, f"iteration {done}", done, trackers)
             with Progress("training", task.iterations, start=done) if team.main else nullcontext() as progress:
                 for iteration in range(done, task.iterations):
                     interrupt.requested = any(team.gather([interrupt.requested]))
                     interrupt.check()
                     torch.manual_seed(integer_seed(config.seed, iteration, -1))  # of dropout, where there is any
-                    metrics = task.step(agent, run, iteration)
+                    metrics = task.step(run, iteration)
                     done = iteration + 1
                     save = done % config.checkpoint_every == 0 or done == task.iterations
                     if progress is not None:
@@ -128,14 +128,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                     if done in config.evaluation.at:
                         synchronise(sampler, policy, team)
                         if team.main:
-                            held_out(task, agent, run, f"iteration {done}", done, trackers)
+                            held_out(task, run, f"iteration {done}", done, trackers)
                     if save:
                         save_checkpoint(run, done, agent, team)
                     if progress is not None:
                         progress.advance(done, status(metrics))
             synchronise(sampler, policy, team)
             if team.main:
-                held_out(task, agent, run, "after", done, trackers)
+                held_out(task, run, "after", done, trackers)
         except (Stop, ConversationError, GenerationError) as stop:
             latest = run.latest_checkpoint()
             fresh = latest is not None and latest[0] == done
@@ -172,7 +172,7 @@ class Task(Protocol):
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Take the policy and its sampler."""
 
-    def hear(self, agent: Agent) -> None:
+    def meet(self, agent: Agent) -> None:
         """Take the agent, which may speak for itself."""
 
     def describe(self, run: Run) -> None:
@@ -184,10 +184,10 @@ class Task(Protocol):
     def remember(self, run: Run) -> None:
         """Take up what a run that is continued had come to."""
 
-    def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
+    def step(self, run: Run, iteration: int) -> dict[str, Any]:
         """Do one iteration and return its metrics."""
 
-    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+    def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Return held-out results, and the conversations that were played for them; None when evaluation is off."""
 
     def close(self) -> None:
@@ -215,8 +215,9 @@ class Online:
         """Take the policy and its sampler."""
         self.policy, self.sampler = policy, sampler
 
-    def hear(self, agent: Agent) -> None:
+    def meet(self, agent: Agent) -> None:
         """Take the agent, which may speak for itself."""
+        self.agent = agent
         self.speaker = speaker_of(agent, self.policy, self.sampler)
         if isinstance(self.sampler, SingleSampler) and isinstance(self.speaker, PolicySpeaker):
             # Servers answer one by one, so that a conversation that waits for its judge holds up no other.
@@ -228,7 +229,7 @@ class Online:
         say(f"{config.subject}, {config.label}: {config.batch} conversations of {length} per iteration")
         say(f"run folder: {run.folder}")
 
-    def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
+    def step(self, run: Run, iteration: int) -> dict[str, Any]:
         """Sample a batch of conversations, let the agent learn from it, and write it down."""
         config = self.config
         draws = np.random.SeedSequence([config.seed, iteration]).generate_state(config.batch // config.group)
@@ -238,7 +239,7 @@ class Online:
         began = time.perf_counter()
         synchronise(self.sampler, self.policy, self.team)
         with speaking(self.policy, self.sampler), self.interrupt.abandonable():
-            if agent.needs.branch:
+            if self.agent.needs.branch:
                 rng = np.random.default_rng([config.seed, iteration, self.team.rank])
                 one_half = partial(self._play, generator=generator)
                 trajectories = play_pairs(one_half, self.sampler, seeds, rng, self.policy.end_of_turn_id)
@@ -248,7 +249,7 @@ class Online:
         check_judge(everything, config.env.max_failure_rate)
         sampled = time.perf_counter()
         chosen = self.planner.review(trajectories, self.policy, iteration)
-        learned = agent.learn(trajectories)
+        learned = self.agent.learn(trajectories)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         if self.team.main:
             run.append_trajectories(everything)
@@ -265,7 +266,7 @@ class Online:
         speaker = self.speaker if sampler is self.sampler else PolicySpeaker(self.policy, sampler)
         return collect(self.envs, self.policy, sampler, seeds, generator, self.config.world, speaker=speaker)
 
-    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
+    def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Play held-out personas; the agent speaks for itself where it can, else through the policy it learns."""
         settings = self.config.evaluation
         if not settings.conversations:
@@ -278,7 +279,7 @@ class Online:
                 personas=HELD_OUT,
                 conversations=settings.conversations,
                 seed=settings.seed,
-                best_of=agent.needs.best_of,
+                best_of=self.agent.needs.best_of,
                 speaker=self.speaker,
             )
         return summarise(played, reachable).to_dict(), played
@@ -290,74 +291,7 @@ class Online:
             self.each.close()
 
 
-class Offline:
-    """Logged dialogues; the objective is their reward-weighted log-likelihood."""
-
-    def __init__(self, config: TrainConfig, interrupt: Interrupt, team: Workers) -> None:
-        self.config, self.interrupt, self.team = config, interrupt, team
-        self.dialogues, self.reports = read_files(config.offline)
-        turns = max((len(dialogue.turns) for dialogue in self.dialogues), default=1)
-        self.turns: int | None = turns
-        self.mask = Planner(config, turns, team).mask
-
-    def remember(self, run: Run) -> None:
-        """Nothing is remembered: every iteration follows from its number."""
-
-    def hear(self, agent: Agent) -> None:
-        """Take the agent; nobody speaks.
-
-        Raises:
-            ConfigError: It does not learn from logged dialogues.
-        """
-        if not (isinstance(agent, OfflineAgent) and agent.learns_offline):
-            name = self.config.agent
-            raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
-        self.agent = agent
-
-    def prepare(self, policy: Policy, sampler: Sampler) -> None:
-        """Hold out personas and encode the dialogues."""
-        self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
-        self.per_epoch = math.ceil(len(self.data.train) / self.config.batch)
-        self.iterations = self.config.offline.epochs * self.per_epoch
-
-    def describe(self, run: Run) -> None:
-        """Say what was read, and keep it in the run folder."""
-        say(report_table(self.data))
-        say(f"run folder: {run.folder}")
-        read, before = finite(to_json(self.data)), run.read_json("offline.json")
-        if before is not None and before != read:
-            different = ", ".join(key for key in read if read[key] != before.get(key))
-            raise ConfigError(
-                f"offline.files: expected the dialogues that the run in {run.folder} learns from, got others: "
-                f"{different} differ from its offline.json; put the files back, or begin a new run"
-            )
-        run.write_json("offline.json", read)
-
-    def step(self, agent: Agent, run: Run, iteration: int) -> dict[str, Any]:
-        """Learn from the iteration's share of a pass over the data; every pass has its own order."""
-        epoch, position = divmod(iteration, self.per_epoch)
-        order = np.random.default_rng([self.config.seed, epoch]).permutation(len(self.data.train))
-        rows = order[position * self.config.batch :][: self.config.batch]
-        trajectories = [self.data.train[row] for row in rows]
-        began = time.perf_counter()
-        learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
-        metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
-        if self.agent.loss_is_likelihood:  # loss = -objective
-            total = -learned["loss"] * len(trajectories)
-            metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
-        return {**metrics, "seconds_learning": time.perf_counter() - began}
-
-    def evaluate(self, agent: Agent) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
-        """Score the dialogues of held-out personas; nothing is played."""
-        mask = self.mask(self.turns or 1)
-        with self.interrupt.abandonable():
-            return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
-
-    def close(self) -> None:
-        """There is nothing to let go of."""
-
-
-def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trackers: Trackers) -> None:
+def held_out(task: Task, run: Run, when: str, iteration: int, trackers: Trackers) -> None:
     """Evaluate on held-out personas unless that has been done: by a run that is resumed, or under another name."""
     stored = run.evaluations()
     known = stored.get(when)
@@ -367,7 +301,7 @@ def held_out(task: Task, agent: Agent, run: Run, when: str, iteration: int, trac
     if same:
         run.write_evaluation(when, same[-1])
         return
-    evaluated = task.evaluate(agent)
+    evaluated = task.evaluate()
     if evaluated is None:
         return
     result, conversations = evaluated

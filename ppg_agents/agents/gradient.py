@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import ledger, losses
+from ppg_agents.agents.importance import Importance, importance_weights
 from ppg_agents.agents.settings import LearnerSettings
 from ppg_agents.agents.sums import Ratios, Sums, WeightSums
 from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers, clip, groups, passes
-from ppg_agents.importance import Importance, importance_weights
 from ppg_agents.ledger import LedgerError
 from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Trajectory

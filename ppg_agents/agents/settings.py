@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ppg_agents.importance import Importance
+from ppg_agents.agents.importance import Importance
 from ppg_agents.losses import Aggregation
 
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]

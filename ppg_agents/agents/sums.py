@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ppg_agents.importance import effective_share
+from ppg_agents.agents.importance import effective_share
 from ppg_agents.ledger import Gap
 
 

@@ -17,7 +17,7 @@ from ppg_agents.agents.gradient import Loss, Reduction, Scored
 from ppg_agents.agents.methods import Method, Options, resolve
 from ppg_agents.agents.sums import Ratios
 from ppg_agents.alternatives.tokens import turn_share
-from ppg_agents.losses import aggregate, tokens_per_turn
+from ppg_agents.losses import aggregate, token_policy_gradient, tokens_per_turn
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,7 @@ def count_ratios(method: Method, options: Options, part: Scored, advantage: Tens
 
 def policy_gradient(part: Scored, advantage: Tensor, options: Options) -> Tensor:
     """Return −w·A·lp: the partial policy gradient before its sum over tokens; w are the run's importance weights."""
-    weighted = advantage if part.weights is None else advantage * part.weights
-    return alt.reinforce(part.log_probs, weighted, part.token_mask)
+    return token_policy_gradient(part.log_probs, advantage, part.token_mask, part.weights)
 
 
 def ppo_clip(part: Scored, advantage: Tensor, options: Options) -> Tensor:

@@ -5,7 +5,7 @@ what is ours. Any advantage [B, n] or [B, L] goes with any loss: ``losses.broadc
 credit per turn over the tokens, and a loss returns L [B, L] for ``losses.aggregate`` (or per turn [B, n] for
 ``aggregate_turns``).
 
-- ``clipped``: REINFORCE, PPO's clip with the settings of GRPO, DAPO and RLOO, CISPO, the KL term.
+- ``clipped``: PPO's clip with the settings of GRPO, DAPO and RLOO, CISPO, the KL term.
 - ``advantages``: RLOO, GRPO and Dr. GRPO, REINFORCE++, DAPO's extras.
 - ``value``: GAE and the value loss.
 - ``regularised``: the eight RPG variants.
@@ -23,7 +23,7 @@ from ppg_agents.alternatives.advantages import (
     rloo,
     whiten,
 )
-from ppg_agents.alternatives.clipped import cispo, kl_term, ppo_clip, ppo_clip_turns, reinforce
+from ppg_agents.alternatives.clipped import cispo, kl_term, ppo_clip, ppo_clip_turns
 from ppg_agents.alternatives.others import a_lol, copg, dispo, empg, high_entropy_mask, p3o, sapo
 from ppg_agents.alternatives.regularised import rpg_differentiable, rpg_reinforce
 from ppg_agents.alternatives.tokens import aggregate_turns, at_turn_ends, log_ratio, turn_mean, turn_sum
@@ -54,7 +54,6 @@ __all__ = [
     "ppo_clip_turns",
     "rebn",
     "refuel",
-    "reinforce",
     "rloo",
     "rpg_differentiable",
     "rpg_reinforce",

@@ -19,25 +19,6 @@ from torch import Tensor
 from ppg_agents.alternatives.tokens import checked, log_ratio, ratio, token_advantage
 
 
-def reinforce(log_probs: Tensor, advantage: Tensor, token_mask: Tensor) -> Tensor:
-    """REINFORCE (Williams 1992): L = −A · lp.
-
-    No ratio, no reference: ``losses.partial_policy_gradient`` before aggregation.
-
-    Args:
-        log_probs: lp [B, L], floating, carries the gradient.
-        advantage: A [B, L].
-        token_mask: [B, L] bool, true at sampled tokens.
-
-    Returns:
-        L [B, L].
-
-    Raises:
-        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
-    """
-    return -token_advantage(advantage, log_probs, token_mask) * checked(log_probs, token_mask)
-
-
 def ppo_clip(
     log_probs: Tensor,
     sampling_log_probs: Tensor,

@@ -211,8 +211,8 @@ def a_lol(
     ====================  ===========================================================================
 
     Where A < 0 the loss is 0: they drop such data. ε, β and sums over tokens (``sum``, no means) are as in the authors'
-    code. With V = 0 and R ≥ 0, ``reference_free`` is ``losses.reward_weighted_log_likelihood``. Ours: the sequence is
-    a turn's reply, R = c_t, and V_t is a value fitted to held-out logged turns on frozen features.
+    code. With V = 0 and R ≥ 0, ``reference_free`` is ``losses.partial_policy_gradient`` of logged replies. Ours: the
+    sequence is a turn's reply, R = c_t, and V_t is a value fitted to held-out logged turns on frozen features.
 
     Args:
         log_probs: lp [B, L] of the logged tokens, floating, carries the gradient.

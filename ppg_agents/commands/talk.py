@@ -16,7 +16,8 @@ import click
 import gymnasium as gym
 import torch
 
-from ppg_agents.config.settings import PERSONA_CHAT, ConfigError, TrainConfig
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import PERSONA_CHAT, TrainConfig
 from ppg_agents.rollout.environment import keyword_arguments
 from ppg_agents.rollout.speaker import PolicySpeaker
 

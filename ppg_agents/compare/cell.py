@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ppg_agents.compare.plan import SB3, UNTRAINED, Job, Plan, config_of, worlds
-from ppg_agents.config.settings import ConfigError, TrainConfig, differences
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig, differences
 from ppg_agents.runs.files import json_object
 from ppg_agents.runs.files import replace as replace_file
 from ppg_agents.runs.run import Run, is_run

@@ -8,7 +8,6 @@ by an evaluation on the way. With a falling rate every size is a run of its own.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from typing import Any, ClassVar
 
 from ppg_agents.agents import agents
 from ppg_agents.config import settings as configs
-from ppg_agents.config.parsing import build, put
-from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.config.parsing import ConfigError, build, flatten, put
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.credit import PolicyClass
 from ppg_agents.horizon.choice import by_label
 from ppg_agents.models.finding import base_of, locate
+from ppg_agents.nearest import did_you_mean
 
 UNTRAINED = ("base", "best-of-n")
 CLASSLESS = (*UNTRAINED, "sft")
@@ -70,13 +70,13 @@ class Plan:
             raise ConfigError(f"expected sizes >= 1 and seeds >= 0, got {list(self.sizes)} and {list(self.seeds)}")
         for where, table in (("settings", self.settings), *self.agent_settings.items()):
             for key in OURS:
-                if key in configs.flatten(table):
+                if key in flatten(table):
                     raise ConfigError(f"{where}.{key}: the comparison sets it itself; leave it out")
         for name, table in self.agent_settings.items():
-            for key in configs.flatten(table):
+            for key in flatten(table):
                 if key.startswith("evaluation.") or key in ("env.id", "env.max_turns", "env.kwargs.max_turns"):
                     raise ConfigError(f"agent_settings.{name}.{key}: it has to be the same for all; use settings")
-        if configs.flatten(self.settings).get("evaluation.conversations") == 0:
+        if flatten(self.settings).get("evaluation.conversations") == 0:
             raise ConfigError("settings.evaluation.conversations: expected at least 1, got 0, which compares nothing")
         for name in (*self.agent_settings, *self.class_agents):
             if name not in self.agents:
@@ -158,7 +158,7 @@ def worlds(plan: Plan) -> dict[str, TrainConfig]:
     Raises:
         ConfigError: A wrong setting; or domains beside another environment than PersonaChat-v0.
     """
-    given = configs.flatten(plan.settings)
+    given = flatten(plan.settings)
     shared = [configs.load(None, {**given, "domain": domain}) for domain in plan.domains]
     return {config.world: config for config in shared}
 
@@ -204,9 +204,8 @@ def check_agent(name: str) -> None:
     """
     known = [*agents(), *SB3_AGENTS]
     if name not in known and (":" not in name or name.startswith(SB3)):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "docs/agents.md has their names"
-        raise ValueError(f"expected an agent, or your own as 'package.module:Class', got {name!r}; {hint}")
+        hint = did_you_mean(name, known) or "; docs/agents.md has their names"
+        raise ValueError(f"expected an agent, or your own as 'package.module:Class', got {name!r}{hint}")
 
 
 def check_models(jobs: Iterable[Job]) -> None:
@@ -244,7 +243,7 @@ def _classes(plan: Plan, agent: str, turns: int) -> list[PolicyClass | str]:
 
 def _runs(plan: Plan, agent: str, planning: PolicyClass | str, domain: str, seed: int) -> Iterator[Job]:
     tables: dict[str, Any] = {}
-    given = configs.flatten(plan.settings) | configs.flatten(plan.agent_settings.get(agent, {}))
+    given = flatten(plan.settings) | flatten(plan.agent_settings.get(agent, {}))
     given |= {"domain": domain, "seed": seed, "policy_class": planning or "full"}
     given |= {"agent": "ppg" if agent.startswith(SB3) else agent}
     given.setdefault("schedule", "constant")

@@ -5,13 +5,13 @@ Knows no setting in particular; what the settings are is in ``config``.
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ppg_agents.credit import PolicyClass
+from ppg_agents.nearest import did_you_mean, nearest
 
 T = TypeVar("T")
 
@@ -47,10 +47,9 @@ def build(cls: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
 
 def _unknown(path: str, key: str, known: list[str], prefix: str, cls: type[Any]) -> str:
     everywhere = [*known, *(flatten(tables(cls())) if not prefix else ())]
-    near = difflib.get_close_matches(key, everywhere, n=1)
-    if not near:  # the right name in the wrong table: rank -> lora.rank
-        near = [prefix + name if prefix else name for name in everywhere if name.split(".")[-1] == key][:1]
-    hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(known)}"
+    elsewhere = [name for name in everywhere if name.split(".")[-1] == key]  # rank -> lora.rank
+    meant = nearest(key, everywhere) or next(iter(elsewhere), None)
+    hint = f"; did you mean {prefix}{meant}?" if meant else f"; known: {', '.join(known)}"
     return f"unknown setting {path!r}{hint}"
 
 
@@ -64,9 +63,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        near = difflib.get_close_matches(str(value), get_args(hint), n=1)
         choices = ", ".join(map(repr, get_args(hint)))
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        hint_text = did_you_mean(value, get_args(hint))
         raise ConfigError(f"{path}: expected one of {choices}, got {value!r}{hint_text}")
     if hint is PolicyClass:
         try:

@@ -18,24 +18,6 @@ from ppg_agents.config.checks import check
 from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put, tables
 from ppg_agents.credit import PolicyClass
 
-__all__ = [
-    "AutoSettings",
-    "ConfigError",
-    "EnvSettings",
-    "EvaluationSettings",
-    "LoadSettings",
-    "LoraSettings",
-    "OfflineSettings",
-    "SamplingSettings",
-    "TrainConfig",
-    "differences",
-    "flatten",
-    "from_dict",
-    "load",
-    "parse_assignments",
-    "to_dict",
-]
-
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 

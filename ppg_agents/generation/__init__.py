@@ -84,27 +84,8 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class SingleSampler(Protocol):
-    """Speaks for n conversations, each at its own pace; `reply_one` may be called from several threads at once."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest reply, in tokens."""
-
-    @property
-    def context_length(self) -> int:
-        """Longest conversation, prompt and reply, in tokens."""
-
-    @property
-    def temperature(self) -> float:
-        """Sampling temperature; 0 takes the most likely token."""
-
-    @property
-    def own_model(self) -> bool:
-        """Whether the policy's own model samples."""
-
-    def start(self, n: int) -> None:
-        """Start n new conversations and forget the old ones."""
+class SingleSampler(Sampler, Protocol):
+    """Also speaks for each conversation at its own pace; `reply_one` may be called from several threads at once."""
 
     def reply_one(self, conversation: int, prompt: Sequence[int], seed: int | None) -> Sample:
         """Return a conversation's next reply.
@@ -170,7 +151,7 @@ def make_sampler(
     return VLLMSampler(policy, folder, length, temperature, sync=settings.sync, engine=settings.engine)
 
 
-def speaking(policy: Policy, sampler: Sampler | SingleSampler) -> AbstractContextManager[None]:
+def speaking(policy: Policy, sampler: Sampler) -> AbstractContextManager[None]:
     """Return the context to sample in: LoRA merged if the policy's own model samples, else an empty one."""
     return policy.merged() if sampler.own_model else nullcontext()
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.credit import Mask, PolicyClass
 from ppg_agents.distributed import Alone, Workers
 from ppg_agents.horizon.choice import by_label, choose, named

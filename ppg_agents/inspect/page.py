@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ppg_agents.config import settings as configs
+from ppg_agents.config.parsing import flatten
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.credit import PolicyClass
 from ppg_agents.horizon.choice import default_candidates, named
@@ -261,7 +262,7 @@ def about(config: TrainConfig | None) -> list[str]:
 
 
 def _settings(config: TrainConfig | None) -> dict[str, Any]:
-    return configs.flatten(configs.to_dict(config)) if config else {}
+    return flatten(configs.to_dict(config)) if config else {}
 
 
 def _vocabulary(source: Source, named: str | None, notes: list[str]) -> Vocabulary | None:

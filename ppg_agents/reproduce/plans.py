@@ -19,8 +19,7 @@ from ppg_agents.compare.cell import check as check_settings
 from ppg_agents.compare.cell import results, turns_of
 from ppg_agents.compare.engine import folder_of
 from ppg_agents.compare.plan import Job, Plan, config_of, jobs
-from ppg_agents.config.parsing import put
-from ppg_agents.config.settings import ConfigError
+from ppg_agents.config.parsing import ConfigError, put
 from ppg_agents.runs.files import json_object
 from ppg_agents.runs.run import Run, is_run
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.evaluate import Evaluation, summarise
 from ppg_agents.generation import Sampler, speaking
 from ppg_agents.rollout.environment import HELD_OUT, make_envs, planned_turns

@@ -16,7 +16,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from numpy.typing import NDArray
 
-from ppg_agents.config.settings import ConfigError, TrainConfig
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.rollout.text_observation import TextObservation, TextObservations, is_text
 from ppg_agents.runs.run import RunError
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from ppg_agents.agents.protocol import SpeakingAgent
-from ppg_agents.generation import Sample, Sampler, SingleSampler
+from ppg_agents.generation import Sample, Sampler
 from ppg_agents.policy.policy import Policy
 
 AGENT = "agent"
@@ -38,7 +38,7 @@ class Spoken:
 class Side:
     """The policy's side of one conversation: what its next prompt is, and how many tokens it has."""
 
-    def __init__(self, policy: Policy, sampler: Sampler | SingleSampler) -> None:
+    def __init__(self, policy: Policy, sampler: Sampler) -> None:
         """Begin the conversation."""
         self._policy = policy
         self._room = min(policy.context_length, sampler.context_length) - sampler.max_new_tokens
@@ -66,6 +66,29 @@ class Side:
         self._cut = not sample.ended
         self._used += len(prompt) + len(sample.token_ids)
         return Spoken(self._policy.spoken(sample.token_ids), prompt, sample)
+
+
+Prompts = list[list[int] | None]
+
+
+class Sides:
+    """The policy's sides of n conversations in lockstep."""
+
+    def __init__(self, policy: Policy, sampler: Sampler, n: int) -> None:
+        """Begin n conversations."""
+        self._sides = [Side(policy, sampler) for _ in range(n)]
+
+    def prompts(self, instructions: Sequence[str], messages: Sequence[str], active: Sequence[bool]) -> Prompts:
+        """Return the prompt of every active conversation; None where it is not active, or too long."""
+        rows = zip(self._sides, instructions, messages, active, strict=True)
+        return [side.prompt(instruction, message) if speaks else None for side, instruction, message, speaks in rows]
+
+    def said(self, prompts: Prompts, samples: Sequence[Sample | None]) -> list[Spoken | None]:
+        """Note what was sampled after the prompts."""
+        return [
+            None if prompt is None or sample is None else side.said(prompt, sample)
+            for side, prompt, sample in zip(self._sides, prompts, samples, strict=True)
+        ]
 
 
 class Speaker(Protocol):
@@ -104,7 +127,7 @@ class PolicySpeaker:
 
     def start(self, n: int, generator: torch.Generator | None = None) -> None:
         """Begin n new conversations."""
-        self._sides = [Side(self._policy, self._sampler) for _ in range(n)]
+        self._sides = Sides(self._policy, self._sampler, n)
         self._sampler.start(n)
 
     def reply(
@@ -115,13 +138,8 @@ class PolicySpeaker:
         generator: torch.Generator | None,
     ) -> list[Spoken | None]:
         """Answer one message in every active conversation; see `Speaker`."""
-        rows = zip(self._sides, instructions, messages, active, strict=True)
-        prompts = [side.prompt(instruction, message) if speaks else None for side, instruction, message, speaks in rows]
-        samples = self._sampler.reply(prompts, generator)
-        return [
-            None if prompt is None or sample is None else side.said(prompt, sample)
-            for side, prompt, sample in zip(self._sides, prompts, samples, strict=True)
-        ]
+        prompts = self._sides.prompts(instructions, messages, active)
+        return self._sides.said(prompts, self._sampler.reply(prompts, generator))
 
 
 class AgentSpeaker:
@@ -136,7 +154,7 @@ class AgentSpeaker:
 
     def start(self, n: int, generator: torch.Generator | None) -> None:
         """Begin n new conversations; the agent's seed is drawn from the generator."""
-        self._sides = [Side(self._policy, self._sampler) for _ in range(n)]
+        self._sides = Sides(self._policy, self._sampler, n)
         seed = 0
         if generator is not None:
             seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
@@ -154,8 +172,7 @@ class AgentSpeaker:
         Raises:
             ValueError: The agent does not answer with one text for each conversation.
         """
-        rows = zip(self._sides, instructions, messages, active, strict=True)
-        prompts = [side.prompt(instruction, message) if speaks else None for side, instruction, message, speaks in rows]
+        prompts = self._sides.prompts(instructions, messages, active)
         if not any(prompts):
             return [None] * len(prompts)
         heard = ["" if prompt is None else message for prompt, message in zip(prompts, messages, strict=True)]
@@ -165,16 +182,13 @@ class AgentSpeaker:
                 f"expected {len(prompts)} texts from {type(self._agent).__name__}.act, got {len(texts)} of "
                 f"{', '.join(sorted({type(text).__name__ for text in texts}))}"
             )
-        return [
-            None if prompt is None else self._spoken(side, prompt, text)
-            for side, prompt, text in zip(self._sides, prompts, texts, strict=True)
-        ]
+        # The environment hears the agent's very words, not what the tokenizer makes of them.
+        spoken = self._sides.said(prompts, [self._sample(text) for text in texts])
+        return [None if reply is None else replace(reply, text=text) for reply, text in zip(spoken, texts, strict=True)]
 
-    def _spoken(self, side: Side, prompt: list[int], text: str) -> Spoken:
+    def _sample(self, text: str) -> Sample:
         tokens = tuple(self._policy.encode_reply(text))
-        unknown = (math.nan,) * len(tokens)
-        side.said(prompt, sample := Sample(tokens, unknown, True, self._policy.version, sampler=AGENT))
-        return Spoken(text, prompt, sample)
+        return Sample(tokens, (math.nan,) * len(tokens), True, self._policy.version, sampler=AGENT)
 
 
 def speaker_of(agent: object, policy: Policy, sampler: Sampler) -> Speaker:

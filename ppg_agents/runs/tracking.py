@@ -22,7 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ppg_agents.config.settings import ConfigError, TrainConfig, to_dict
+from ppg_agents.config.parsing import ConfigError
+from ppg_agents.config.settings import TrainConfig, to_dict
 from ppg_agents.nearest import not_one_of
 from ppg_agents.runs.files import RunError, json_object, replace
 from ppg_agents.terminal.progress import say

@@ -16,7 +16,7 @@ from ppg_agents import baselines
 from ppg_agents.agents.gradient import Scored
 from ppg_agents.agents.methods import METHODS, resolve
 from ppg_agents.alternatives.tokens import to_go, turn_ends, turn_share
-from ppg_agents.losses import aggregate, broadcast_credit, partial_policy_gradient
+from ppg_agents.losses import aggregate, broadcast_credit, partial_policy_gradient, token_policy_gradient
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # lp, lp°, A, mask, turn
 
@@ -34,7 +34,7 @@ def without_turns(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> T
 
 
 LOSSES: dict[str, TokenLoss] = {
-    "reinforce": lambda lp, old, adv, mask, turn: alt.reinforce(lp, adv, mask),
+    "reinforce": lambda lp, old, adv, mask, turn: token_policy_gradient(lp, adv, mask),
     "ppo": without_turns(alt.ppo_clip),
     "dual": without_turns(partial(alt.ppo_clip, dual_clip=3.0, ratio_cap=4.0)),
     "cispo": without_turns(alt.cispo),
@@ -106,7 +106,7 @@ def test_gradcheck(name: str) -> None:
 
 def test_an_advantage_per_turn_is_refused_with_a_way_out() -> None:
     with pytest.raises(ValueError, match="broadcast_credit"):
-        alt.reinforce(LOG_PROBS, CREDIT, MASK)
+        token_policy_gradient(LOG_PROBS, CREDIT, MASK)
 
 
 def one_row(*values: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
-from ppg_agents.losses import aggregate, broadcast_credit, reward_weighted_log_likelihood
+from ppg_agents.losses import aggregate, broadcast_credit, partial_policy_gradient
 
 
 def row(*values: float) -> Tensor:
@@ -214,7 +214,7 @@ def test_a_lol_without_a_value_is_the_offline_loss() -> None:
     credit = CREDIT.clamp(min=0)
     advantage = broadcast_credit(credit, MASK, TURN)
     loss = aggregate(alt.a_lol(LOG_PROBS, LOG_PROBS, advantage, MASK, TURN), MASK, TURN)
-    assert loss.item() == reward_weighted_log_likelihood(LOG_PROBS, MASK, TURN, credit).item()
+    assert loss.item() == partial_policy_gradient(LOG_PROBS, MASK, TURN, credit).item()
     for variant in ("sequence_ratio", "token_ratio"):  # ρ = 1 at the reference
         same = alt.a_lol(LOG_PROBS, LOG_PROBS, advantage, MASK, TURN, variant=variant)
         assert aggregate(same, MASK, TURN).item() == loss.item()

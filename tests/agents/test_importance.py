@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppg_agents.importance import effective_share, importance_weights
+from ppg_agents.agents.importance import effective_share, importance_weights
 from ppg_agents.losses import aggregate, kl_estimate, kl_loss, partial_policy_gradient
 
 # One conversation, prompt tokens at 0 and 3: turn 0 of two tokens, turn 1 of one.

@@ -14,7 +14,6 @@ from ppg_agents.losses import (
     batch_units,
     broadcast_credit,
     partial_policy_gradient,
-    reward_weighted_log_likelihood,
     turn_token_mask,
 )
 
@@ -143,10 +142,10 @@ def test_nothing_to_learn_from_is_zero(aggregation: Aggregation) -> None:
 
 
 def test_offline_loss_is_minus_the_objective_and_falls_when_likelihood_rises() -> None:
-    loss = reward_weighted_log_likelihood(LOG_PROBS, MASK, TURN, CREDIT)
+    loss = partial_policy_gradient(LOG_PROBS, MASK, TURN, CREDIT)
     objective = (1.0 * (-1 - 2) + 0.5 * -4 + 2.0 * (-1 - 1 - 4)) / 2
     assert loss.item() == pytest.approx(-objective, abs=1e-15)
-    assert reward_weighted_log_likelihood(LOG_PROBS / 2, MASK, TURN, CREDIT) < loss
+    assert partial_policy_gradient(LOG_PROBS / 2, MASK, TURN, CREDIT) < loss
 
 
 def test_broadcast_credit_by_hand() -> None:
