@@ -253,10 +253,10 @@ def test_a_nested_cell_is_the_short_run_and_a_longer_plan_goes_on_with_it(tmp_pa
 def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, real = tiny_jobs((2, 4))[0], training.held_out
 
-    def stop(task: Any, agent: Any, where: Any, when: str, *rest: Any) -> None:
+    def stop(task: Any, where: Any, when: str, *rest: Any) -> None:
         if when == "iteration 1":
             raise Stop
-        real(task, agent, where, when, *rest)
+        real(task, where, when, *rest)
 
     monkeypatch.setattr(training, "held_out", stop)
     with pytest.raises(Interrupted):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ppg_agents import config as configs
+from ppg_agents import offline as offline_learning
 from ppg_agents import train as training
 from ppg_agents.config import ConfigError, TrainConfig
 from ppg_agents.credit import PolicyClass
@@ -104,16 +105,16 @@ def whole(config: TrainConfig, tmp_path: Path) -> Run:
     return training.train(config, tmp_path / "whole")
 
 
-def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+def stop_in(monkeypatch: pytest.MonkeyPatch, name: str, call: int, module: Any = training) -> None:
     """Send SIGINT when the loop calls one of its functions for the n-th time."""
-    original, calls = getattr(training, name), iter(range(1, 1000))
+    original, calls = getattr(module, name), iter(range(1, 1000))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(training, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
 
 
 def test_a_run_leaves_its_folder_and_masks_unjudged_turns(whole: Run) -> None:
@@ -308,7 +309,7 @@ def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monke
     offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),), epochs=2)
     logged = replace(config, offline=offline)
     whole = training.train(logged, tmp_path / "whole")
-    stop_in(monkeypatch, "batch_metrics", 3)
+    stop_in(monkeypatch, "batch_metrics", 3, offline_learning)
     with pytest.raises(Interrupted):
         training.train(logged, tmp_path / "stopped")
     again = training.train(logged, tmp_path / "stopped", resume=True)
