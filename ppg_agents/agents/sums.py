@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ppg_agents.agents.importance import effective_share
 from ppg_agents.ledger import Gap
@@ -25,12 +25,7 @@ class WeightSums:
     truncated: int = 0
 
     def __add__(self, other: WeightSums) -> WeightSums:
-        return WeightSums(
-            self.total + other.total,
-            self.squares + other.squares,
-            self.count + other.count,
-            self.truncated + other.truncated,
-        )
+        return WeightSums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -81,17 +76,7 @@ class Sums:
     ratios: Ratios = field(default_factory=Ratios)
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.loss + other.loss,
-            self.tokens + other.tokens,
-            self.needed + other.needed,
-            self.read + other.read,
-            self.turns + other.turns,
-            self.kl + other.kl,
-            self.weights + other.weights,
-            self.gap + other.gap,
-            self.ratios + other.ratios,
-        )
+        return Sums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     def metrics(self, *, divergence: bool, weighted: bool) -> dict[str, float]:
         """Return ``loss``, ``tokens``, ``padding``, and whatever else was measured.

@@ -17,7 +17,6 @@ credit per turn over the tokens, and a loss returns L [B, L] for ``losses.aggreg
 from ppg_agents.alternatives.advantages import (
     groups_with_spread,
     grpo,
-    kl_shaped_returns,
     kl_shaped_reward,
     overlong_penalty,
     rloo,
@@ -26,14 +25,13 @@ from ppg_agents.alternatives.advantages import (
 from ppg_agents.alternatives.clipped import cispo, kl_term, ppo_clip, ppo_clip_turns
 from ppg_agents.alternatives.others import a_lol, copg, dispo, empg, high_entropy_mask, p3o, sapo
 from ppg_agents.alternatives.regularised import rpg_differentiable, rpg_reinforce
-from ppg_agents.alternatives.tokens import aggregate_turns, at_turn_ends, log_ratio, turn_mean, turn_sum
+from ppg_agents.alternatives.tokens import at_turn_ends, log_ratio, turn_mean, turn_sum
 from ppg_agents.alternatives.turn_level import bi_level_gae, rebn, refuel
-from ppg_agents.alternatives.value import GAE, gae, value_at_turn_start, value_loss
+from ppg_agents.alternatives.value import GAE, gae, value_loss
 
 __all__ = [
     "GAE",
     "a_lol",
-    "aggregate_turns",
     "at_turn_ends",
     "bi_level_gae",
     "cispo",
@@ -44,7 +42,6 @@ __all__ = [
     "groups_with_spread",
     "grpo",
     "high_entropy_mask",
-    "kl_shaped_returns",
     "kl_shaped_reward",
     "kl_term",
     "log_ratio",
@@ -60,7 +57,6 @@ __all__ = [
     "sapo",
     "turn_mean",
     "turn_sum",
-    "value_at_turn_start",
     "value_loss",
     "whiten",
 ]

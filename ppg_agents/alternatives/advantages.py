@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ppg_agents.alternatives.tokens import turn_sum
-from ppg_agents.alternatives.value import gae
 from ppg_agents.losses import constant_per_token
 
 
@@ -152,41 +151,6 @@ def whiten(advantage: Tensor, mask: Tensor, *, epsilon: float = 1e-8) -> Tensor:
     deviation = (constant - constant.sum() / count).masked_fill(~mask, 0.0)
     variance = deviation.square().sum() / max(count - 1, 1)
     return deviation * (variance + epsilon).rsqrt()
-
-
-def kl_shaped_returns(
-    rewards: Tensor,
-    sampling_log_probs: Tensor,
-    reference_log_probs: Tensor,
-    token_mask: Tensor,
-    *,
-    beta: float,
-    discount: float = 1.0,
-) -> Tensor:
-    """REINFORCE++'s return per token (2501.03262), before whitening: the KL to the reference is part of the reward.
-
-        r'_j = r_j − β·(lp°_j − lpʳ_j),   G_j = Σ_{i ≥ j} γ^{i − j} r'_i   over the tokens in the mask
-
-    Full planning by construction: every token is credited with everything after it.
-
-    Args:
-        rewards: r [B, L], ``tokens.at_turn_ends`` of the scores.
-        sampling_log_probs: lp° [B, L].
-        reference_log_probs: lpʳ [B, L].
-        token_mask: [B, L] bool.
-        beta: β ≥ 0.
-        discount: γ in [0, 1], per token.
-
-    Returns:
-        G [B, L], 0 outside the mask.
-
-    Raises:
-        ValueError: Shapes or dtypes that do not fit, or NaN in the mask.
-    """
-    shaped = constant_per_token("rewards", rewards, token_mask) - beta * _k1(
-        sampling_log_probs, reference_log_probs, token_mask
-    ).to(rewards)
-    return gae(shaped, torch.zeros_like(shaped), token_mask, discount=discount).advantage
 
 
 def kl_shaped_reward(

@@ -95,7 +95,7 @@ def ppo_clip_turns(
         dual_clip: c > 1, or None.
 
     Returns:
-        L [B, n] for ``tokens.aggregate_turns``, 0 at invalid turns.
+        L [B, n], 0 at invalid turns.
 
     Raises:
         ValueError: A bound is outside its range.

@@ -3,8 +3,7 @@
 Token losses are [B, L] as in ``alternatives.clipped``. Pairwise losses are per pair and turn, [P, n]: row p is a
 pair of conversations, column t their replies y, y' at turn t, with log-ratios summed over the reply
 (``tokens.turn_sum`` of ``tokens.log_ratio``) and the credits c_t and c'_t as rewards (ours; the sources have one reward
-per completion). ``valid`` is true where both turns are valid. ``tokens.aggregate_turns`` reduces these losses; both
-replies of a pair must be in the same micro-batch.
+per completion). ``valid`` is true where both turns are valid. Both replies of a pair must be in the same micro-batch.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppg_agents.losses import Aggregation, aggregate, broadcast_credit, constant_per_token, tokens_per_turn
+from ppg_agents.losses import broadcast_credit, constant_per_token, tokens_per_turn
 
 LOG_RATIO_LIMIT = 20.0
 
@@ -175,32 +175,6 @@ def at_turn_ends(rewards: Tensor, token_mask: Tensor, turn_index: Tensor) -> Ten
     """
     per_token = broadcast_credit(rewards, token_mask, turn_index)
     return per_token.masked_fill(~turn_ends(token_mask, turn_index, rewards.shape[1]), 0.0)
-
-
-def aggregate_turns(
-    per_turn: Tensor,
-    valid: Tensor,
-    *,
-    aggregation: Aggregation = "sum",
-    constant: float | None = None,
-    batch_size: int | None = None,
-) -> Tensor:
-    """Reduce losses per turn (or per pair and turn) to a scalar: ``losses.aggregate`` with turns in place of tokens.
-
-    ``sum`` is (1/B) Σ over turns, with B rows; ``turn_mean`` and ``token_mean`` are both the mean over valid turns.
-
-    Args:
-        per_turn: [B, n], floating.
-        valid: [B, n] bool.
-        aggregation: As ``losses.aggregate``.
-        constant: As ``losses.aggregate``.
-        batch_size: As ``losses.aggregate``.
-
-    Raises:
-        ValueError: As ``losses.aggregate``.
-    """
-    index = torch.arange(valid.shape[-1], device=valid.device).expand(valid.shape)
-    return aggregate(per_turn, valid, index, aggregation=aggregation, constant=constant, batch_size=batch_size)
 
 
 def _turn(token_mask: Tensor, turn_index: Tensor, turns: int) -> Tensor:

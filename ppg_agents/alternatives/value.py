@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppg_agents.alternatives.tokens import turn_bounds
 from ppg_agents.losses import constant_per_token
 
 
@@ -112,25 +111,3 @@ def value_loss(
         old = constant_per_token("old_values", old_values, mask).to(values)
         loss = torch.maximum(loss, (value.clamp(old - clip, old + clip) - target).square())
     return loss / 2
-
-
-def value_at_turn_start(values: Tensor, token_mask: Tensor, turn_index: Tensor, turns: int) -> Tensor:
-    """Return V_t at the first token of every turn (ours): a value head for a policy class's credit.
-
-    A_t = c_t − V_t with V detached, and V_t is fitted to c_t: ``value_loss(V_t, c, valid)``. Any policy class thus gets
-    a baseline for its own credit.
-
-    Args:
-        values: V [B, L], gradient kept.
-        token_mask: [B, L] bool.
-        turn_index: [B, L] integer, from 0.
-        turns: n.
-
-    Returns:
-        V_t [B, n], 0 where a turn has no token in the mask.
-
-    Raises:
-        ValueError: A turn is outside [0, n).
-    """
-    first = turn_bounds(token_mask, turn_index, turns)[0]
-    return values.masked_fill(~token_mask, 0.0).gather(1, first.clamp(min=0)).masked_fill(first < 0, 0.0)

@@ -1,4 +1,4 @@
-"""What no single type can say of a run's settings: their ranges, and which of them exclude one another.
+"""Checks of a run's settings that their types cannot make: ranges, and which settings exclude one another.
 
 Called by `config` for every `TrainConfig` that is made; nothing here knows a file, an environment or a model.
 """
@@ -6,6 +6,8 @@ Called by `config` for every `TrainConfig` that is made; nothing here knows a fi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from ppg_agents.config.parsing import ConfigError
@@ -14,64 +16,48 @@ if TYPE_CHECKING:
     from ppg_agents.config.settings import TrainConfig
 
 
+RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
+    (
+        lambda value: value >= 1,
+        "at least 1",
+        "iterations batch group steps_per_batch auto.every micro_batch_tokens checkpoint_every keep_checkpoints threads "
+        "lora.alpha sampling.max_new_tokens env.max_turns offline.epochs offline.max_tokens",
+    ),
+    (
+        lambda value: math.isfinite(value) and value > 0,
+        "a finite number above 0",
+        "learning_rate max_grad_norm aggregation_constant max_log_prob_gap sampling.temperature",
+    ),
+    (
+        lambda value: value >= 0,
+        "at least 0",
+        "seed lora.rank max_staleness evaluation.seed evaluation.conversations",
+    ),
+    (lambda value: math.isfinite(value) and value >= 1, "a finite number of at least 1", "importance_cap"),
+    (lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0", "kl_coefficient"),
+    (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate"),
+    (lambda value: 0 < value <= 1, "a number in (0, 1]", "auto.cosine"),
+    (lambda value: 0 <= value < 1, "a number in [0, 1)", "lora.dropout"),
+    (lambda value: 0 < value < 1, "a share in (0, 1)", "offline.held_out"),
+)
+"""What a number may be, how that is said, and the settings that it holds for; a setting that is None is not asked."""
+
+
 def check(config: TrainConfig) -> None:
     """Refuse settings that no run can have.
 
     Raises:
         ConfigError: A value out of range, or settings that contradict one another.
     """
-    _check_numbers(config)
+    for fits, expected, names in RANGES:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{name}: expected {expected}, got {value}")
     _check_sampling(config)
-    _check_shares(config)
     _check_batch(config)
     _check_policy_class(config)
     _check_environment(config)
-
-
-def _check_numbers(config: TrainConfig) -> None:
-    at_least_one = {
-        "iterations": config.iterations,
-        "batch": config.batch,
-        "group": config.group,
-        "steps_per_batch": config.steps_per_batch,
-        "auto.every": config.auto.every,
-        "micro_batch_tokens": config.micro_batch_tokens,
-        "checkpoint_every": config.checkpoint_every,
-        "keep_checkpoints": config.keep_checkpoints,
-        "threads": config.threads,
-        "lora.alpha": config.lora.alpha,
-        "sampling.max_new_tokens": config.sampling.max_new_tokens,
-        "env.max_turns": config.env.max_turns,
-        "offline.epochs": config.offline.epochs,
-        "offline.max_tokens": config.offline.max_tokens,
-    }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {value}")
-    positive = {
-        "learning_rate": config.learning_rate,
-        "max_grad_norm": config.max_grad_norm,
-        "aggregation_constant": config.aggregation_constant,
-        "max_log_prob_gap": config.max_log_prob_gap,
-        "sampling.temperature": config.sampling.temperature,
-    }
-    for name, number in positive.items():
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise ConfigError(f"{name}: expected a finite number above 0, got {number}")
-    not_negative = {
-        "seed": config.seed,
-        "lora.rank": config.lora.rank,
-        "max_staleness": config.max_staleness,
-        "evaluation.seed": config.evaluation.seed,
-        "evaluation.conversations": config.evaluation.conversations,
-    }
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{name}: expected at least 0, got {value}")
-    if not (math.isfinite(config.importance_cap) and config.importance_cap >= 1):
-        raise ConfigError(f"importance_cap: expected a finite number of at least 1, got {config.importance_cap}")
-    if not (math.isfinite(config.kl_coefficient) and config.kl_coefficient >= 0):
-        raise ConfigError(f"kl_coefficient: expected a finite number of at least 0, got {config.kl_coefficient}")
 
 
 def _check_sampling(config: TrainConfig) -> None:
@@ -81,19 +67,6 @@ def _check_sampling(config: TrainConfig) -> None:
         raise ConfigError("load.quantisation: 4-bit weights are neither trained nor merged; use LoRA adapters")
     if config.sampling.endpoints and config.sampling.backend != "vllm":
         raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
-
-
-def _check_shares(config: TrainConfig) -> None:
-    if not 0 <= config.discount <= 1:
-        raise ConfigError(f"discount: expected a number in [0, 1], got {config.discount}")
-    if not 0 < config.auto.cosine <= 1:
-        raise ConfigError(f"auto.cosine: expected a number in (0, 1], got {config.auto.cosine}")
-    if not 0 <= config.env.max_failure_rate <= 1:
-        raise ConfigError(f"env.max_failure_rate: expected a share in [0, 1], got {config.env.max_failure_rate}")
-    if not 0 <= config.lora.dropout < 1:
-        raise ConfigError(f"lora.dropout: expected a number in [0, 1), got {config.lora.dropout}")
-    if not 0 < config.offline.held_out < 1:
-        raise ConfigError(f"offline.held_out: expected a share in (0, 1), got {config.offline.held_out}")
 
 
 def _check_batch(config: TrainConfig) -> None:
