@@ -20,8 +20,8 @@ RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (
         lambda value: value >= 1,
         "at least 1",
-        "iterations batch group steps_per_batch auto.every micro_batch_tokens checkpoint_every keep_checkpoints threads "
-        "lora.alpha sampling.max_new_tokens env.max_turns offline.epochs offline.max_tokens",
+        "iterations batch group steps_per_batch auto.every micro_batch_tokens checkpoint_every keep_checkpoints "
+        "threads lora.alpha sampling.max_new_tokens env.max_turns offline.epochs offline.max_tokens",
     ),
     (
         lambda value: math.isfinite(value) and value > 0,
