@@ -1,6 +1,6 @@
 """One run of a comparison, in a process of its own: ``python -m ppg_agents.compare.cell JOB.json FOLDER``.
 
-Trains, evaluates and leaves a run folder; what came of it is read from there. Nothing here compares.
+Trains, evaluates and leaves a run folder, from which the results are read. Nothing is compared here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FILES = ("config.toml", "metrics.jsonl", "evaluation.json", RESULT)
 
 @dataclass(frozen=True)
 class Result:
-    """One cell.
+    """One cell of the comparison: a method in a domain, after ``size`` training conversations, with one seed.
 
     Attributes:
         job: The run that filled it.
         size: Training conversations.
         evaluation: The held-out result.
-        judged_turns: That training has cost.
-        seconds: Of training, sampling included.
+        judged_turns: Turns that were judged in training.
+        seconds: Time spent on training and its sampling.
     """
 
     job: Job
@@ -71,10 +71,11 @@ def results(job: Job, folder: Path) -> list[Result]:
 
 
 def check(job: Job, folder: Path) -> None:
-    """Refuse a folder that holds another run than the job's.
+    """Check that a folder is empty or holds the job's own run.
 
     Raises:
-        ConfigError: The settings differ; the message names each.
+        ConfigError: The run there has other settings, each of which is named; or has passed a size that it was not
+            evaluated at.
     """
     if is_run(folder):
         before = Run.open(folder).config
@@ -97,26 +98,26 @@ def check(job: Job, folder: Path) -> None:
 
 
 def filled(job: Job, folder: Path) -> bool:
-    """Return whether all cells of a run are filled, and its last policy is kept."""
+    """Return whether all cells of a run are filled and its last policy has been saved."""
     if len(results(job, folder)) < len(job.sizes):
         return False
     if not is_run(folder) or job.agent in UNTRAINED:
         return True
     run = Run.open(folder)
-    newest = run.latest_checkpoint()  # none: the run came from another machine
+    newest = run.latest_checkpoint()  # none: Ray ran it on another machine and sent no weights
     return newest is None or newest[0] >= job.sizes[-1] // run.config.batch
 
 
 def finished(job: Job, folder: Path) -> bool:
-    """Return whether a run is filled, and all that it is to hold besides is there."""
+    """Return whether a run's cells are filled and its further measurements are there."""
     return filled(job, folder) and job.measured(folder)
 
 
 def fill(job: Job, folder: Path) -> None:
-    """Train and evaluate; a run that was stopped goes on.
+    """Train and evaluate; resume a run that was stopped.
 
     Raises:
-        ConfigError: The folder's run has other settings.
+        ConfigError: The folder holds a run with other settings.
         ValueError, RuntimeError, OSError: As training raises them.
     """
     if job.agent.startswith(SB3):
@@ -133,7 +134,7 @@ def _fill_sb3(job: Job, folder: Path) -> None:
 
     config = config_of(job)
     given = keyword_arguments(config, config.personas)
-    for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for what is not judged
+    for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for failed verdicts
         given.pop(key, None)
     turns = _planned(config)
     (folder / MODEL).unlink(missing_ok=True)
@@ -153,10 +154,10 @@ def _fill_sb3(job: Job, folder: Path) -> None:
 
 
 def turns_of(plan: Plan) -> dict[str, int]:
-    """Return how many turns the conversations of each domain have; the environment is asked.
+    """Return how many turns the conversations of each domain have, as the environment says.
 
     Raises:
-        ConfigError: A wrong setting, or an environment whose conversations have no planned end.
+        ConfigError: A wrong setting, or an environment whose conversations have no fixed number of turns.
     """
     given = configs.flatten(plan.settings)
     return {domain: _planned(configs.load(None, {**given, "domain": domain})) for domain in plan.domains}
@@ -171,12 +172,12 @@ def _planned(config: TrainConfig) -> int:
     finally:
         envs.close()
     if turns is None:
-        raise ConfigError(f"domain {config.domain}: expected a planned number of turns; set env.max_turns")
+        raise ConfigError(f"domain {config.domain}: expected a fixed number of turns; set env.max_turns")
     return turns
 
 
 def to_json(job: Job) -> str:
-    """Return a job as one line."""
+    """Return a job as one line of JSON."""
     return json.dumps(asdict(job))
 
 
@@ -187,12 +188,12 @@ def from_json(text: str) -> Job:
 
 
 def main(job: str, folder: str) -> int:
-    """Fill the cells of one job; the process's exit code."""
+    """Fill the cells of one job; return the process's exit code."""
     return ending(lambda: fill(from_json(Path(job).read_text(encoding="utf-8")), Path(folder)))
 
 
 def ending(work: Callable[[], None]) -> int:
-    """Do a run's work; return the process's exit code, `STOPPED` when the user stopped it."""
+    """Do the work and return the exit code for it: 0, or `STOPPED` when the user stopped it."""
     try:
         work()
     except (Interrupted, KeyboardInterrupt):
