@@ -1,7 +1,7 @@
-"""The entry point of ``ppg-agent``: runs a command, and says in one line what went wrong.
+"""The entry point of ``ppg-agent``: runs a command, and reports an error in one line.
 
-The commands are in ``ppg_agents.commands.main``. This module imports the standard library alone, so that a
-missing extra is named instead of a traceback, and may not compute anything itself.
+The commands are in ``ppg_agents.commands.main``. This module imports only the standard library, so that
+a missing extra gives a hint instead of a traceback.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 code = doctor(given[1:])
                 sys.stdout.flush()
-            except BrokenPipeError:  # the reader has what it wants; click, where it is installed, does the same
+            except BrokenPipeError:  # the reader, such as head, has gone; click does the same
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at the end fails no more
                 return 1
             return code
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line; the operating system's with the file and what to do."""
+    """Return an error's message on one line; one of the operating system comes with the file and what to do."""
     if isinstance(error, OSError) and error.errno and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         advice = _ADVICE.get(error.errno)
@@ -102,13 +102,13 @@ def one_line(error: BaseException) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Return whether memory has run out: Python's, or torch's on a device or the CPU, which say so in words."""
+    """Return whether an error means that memory has run out; torch says so in its message alone."""
     message = str(error)
     return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """Return the extra of the distribution that brings the missing module, None when it is no extra's."""
+    """Return the extra that installs the missing module, None when no extra does."""
     package = (error.name or "").partition(".")[0]
     return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
 

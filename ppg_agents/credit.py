@@ -268,9 +268,7 @@ def credit(
     return np.asarray(np.where(valid, rewards, 0.0) @ weights.T * valid, dtype=np.float64)
 
 
-def decompose(
-    f: NDArray[np.floating[Any]], monotone: Literal["raise", "running_max"] = "raise"
-) -> NDArray[np.float64]:
+def decompose(f: NDArray[np.floating[Any]], monotone: Literal["raise", "running_max"] = "raise") -> NDArray[np.float64]:
     """Split a terminal reward into rewards per turn [P, Lemma 1].
 
         r_t = f(x, τ_t) − f(x, τ_{t−1}),   for any f with 0 = f(x, τ_0) ≤ … ≤ f(x, τ_n) = r(x, τ_n)

@@ -60,9 +60,7 @@ def main() -> None:
             for seed in settings.seeds
         }
         found = {key: job.result() for key, job in jobs.items()}
-    print(
-        "| domain | policy class | reachable | before | after [lowest, highest seed] | share of reachable [95%] |"
-    )
+    print("| domain | policy class | reachable | before | after [lowest, highest seed] | share of reachable [95%] |")
     print("|---|---|---|---|---|---|")
     for domain, name in chosen:
         rows = [found[domain, name, seed] for seed in settings.seeds]

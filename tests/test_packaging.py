@@ -102,16 +102,12 @@ def constraints() -> dict[str, str]:
     """Return name -> version; the file may hold exact public versions and nothing else."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [tuple(line.split("==")) for line in lines if line and not line.startswith("#")]
-    assert all(
-        name == canonicalize_name(name) and set(version) <= set("0123456789.") for name, version in pins
-    )
+    assert all(name == canonicalize_name(name) and set(version) <= set("0123456789.") for name, version in pins)
     assert len(dict(pins)) == len(pins)
     return dict(pins)
 
 
-@pytest.mark.parametrize(
-    "extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "tensorboard"]
-)
+@pytest.mark.parametrize("extra", [None, "agents", "dev", "bench", "sb3", "trl", "ray", "llm", "tensorboard"])
 def test_every_direct_requirement_is_pinned_to_a_version_that_it_allows(extra: str | None) -> None:
     pins = constraints()
     for line in EXTRAS[extra] if extra else PROJECT["dependencies"]:

@@ -151,14 +151,7 @@ class Learner(OfflineAgent):
             trajectories: B conversations; with several workers, this one's share.
 
         Returns:
-            ``loss``, ``grad_norm`` (before clipping), ``credit_mean`` and ``credit_std`` over judged turns,
-            ``learning_rate``, ``tokens`` (real tokens in the batch), ``padding`` (share of the tokens read that no
-            conversation needs), ``policy_version`` (after the step), ``staleness_max`` (of the oldest turn, in
-            steps); ``log_prob_gap_mean`` and ``log_prob_gap_max`` (learner against sampler before the first step,
-            nats) when sampling log-probs are known; ``kl`` (from the reference, nats per judged turn) with a KL term;
-            ``importance_ess`` (effective sample size as a share) and ``importance_truncated`` (share) with importance
-            weights; and where the method has them ``ratio_max`` and ``clip_fraction``, ``value_loss``,
-            ``conversations_kept``, ``pairs_dropped``. All of them over all workers; of several steps, the last one's.
+            Metrics of the batch over all workers, by the names of docs/metrics.md; of several steps, the last one's.
             Without a judged turn there is no step.
 
         Raises:
@@ -455,4 +448,3 @@ def _described(whole: Whole) -> dict[str, float]:
     if not judged.size:
         return {"credit_mean": 0.0, "credit_std": 0.0}
     return {"credit_mean": float(judged.mean()), "credit_std": float(judged.std())}
-

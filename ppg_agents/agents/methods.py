@@ -181,9 +181,7 @@ _VALUE = {"value_clip": 0.5, "value_learning_rate": 3e-3}  # a value_clip of 0 i
 _GAE = {"credit": ("gae", "class"), **_CLIP, "lam": 1.0, "token_discount": 1.0, "whiten": True, **_VALUE}
 
 _CLIPPED = partial(Method, loss="surrogates:ppo_clip", bounds="surrogates:clip_bounds", takes=_STEPS)
-_GROUPED = partial(
-    _CLIPPED, advantage="advantages:grpo", group=2, kl="token", source_aggregation="sequence_mean"
-)
+_GROUPED = partial(_CLIPPED, advantage="advantages:grpo", group=2, kl="token", source_aggregation="sequence_mean")
 _PAIRED = partial(Method, group=2, takes=frozenset({"steps_per_batch", "discount"}))
 _BRANCHED = partial(_PAIRED, branch=True, kl="none")
 _COMPARED = partial(Method, learns=False, ratio=False, kl="none", takes=frozenset({"discount"}))
@@ -214,9 +212,7 @@ def _rpg_variant(divergence: str, form: str) -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "ppg": Method(
-        ratio=False, takes=_FREE | {"importance", "importance_cap"}, offline=True, baseline="leave-one-out"
-    ),
+    "ppg": Method(ratio=False, takes=_FREE | {"importance", "importance_cap"}, offline=True, baseline="leave-one-out"),
     "base": _COMPARED(),
     "best-of-n": _COMPARED({"n": 4}),
     "sft": Method(
@@ -231,9 +227,7 @@ METHODS: dict[str, Method] = {
     ),
     "rloo": _CLIPPED({**_CLIP, "ratio": ("reply", "token")}, advantage="advantages:rloo", group=2, kl="reward"),
     "grpo": _GROUPED({**_CLIP, "ratio_cap": None, "epsilon": 1e-4, "kl_weighted": True}),
-    "dr-grpo": _GROUPED(
-        {**_CLIP, "kl_weighted": True}, advantage="advantages:dr_grpo", source_aggregation="constant"
-    ),
+    "dr-grpo": _GROUPED({**_CLIP, "kl_weighted": True}, advantage="advantages:dr_grpo", source_aggregation="constant"),
     "dapo": _GROUPED(
         {"clip_low": 0.2, "clip_high": 0.28, "epsilon": 1e-4, "dynamic_sampling": False, "overlong_buffer": 0},
         keep="advantages:with_spread",

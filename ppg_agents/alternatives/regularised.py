@@ -153,27 +153,7 @@ def rpg_reinforce(
     The repository (commit ec8e30b) defines this loss but, as far as we found, never calls it: how the published runs
     of this form were made is an open question.
 
-    Args:
-        log_probs: lp [B, L], floating, carries the gradient.
-        sampling_log_probs: lp° [B, L].
-        advantage: A [B, L].
-        token_mask: [B, L] bool; the tokens of a turn follow those of the turn before.
-        turn_index: [B, L] integer, from 0.
-        divergence: D.
-        beta: β ≥ 0; their default is 1e-4.
-        level: Whether w is a token's ratio or a turn's.
-        clip: See above.
-        clip_low: ε_1 in [0, 1].
-        clip_high: ε_2 ≥ 0.
-        dual_clip: c > 1; 10 in their scripts.
-        reference_log_probs: As ``rpg_differentiable``.
-        kl_to_go: As ``rpg_differentiable``.
-
-    Returns:
-        L [B, L], 0 outside the mask.
-
-    Raises:
-        ValueError: As ``rpg_differentiable``.
+    Args, result and errors are those of ``rpg_differentiable``, with ``clip`` out of the list above.
     """
     _known("clip", clip, get_args(ReinforceClip))
     check_bounds(clip_low, clip_high, dual_clip)

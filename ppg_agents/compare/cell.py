@@ -1,6 +1,6 @@
 """One run of a comparison, in a process of its own: ``python -m ppg_agents.compare.cell JOB.json FOLDER``.
 
-Trains, evaluates and leaves a run folder; what came of it is read from there. Nothing here compares.
+Trains, evaluates and leaves a run folder, from which the results are read. Nothing is compared here.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FILES = ("config.toml", "metrics.jsonl", "evaluation.json", RESULT)
 
 @dataclass(frozen=True)
 class Result:
-    """One cell.
+    """One cell of the comparison: a method in a domain, after ``size`` training conversations, with one seed.
 
     Attributes:
         job: The run that filled it.
         size: Training conversations.
         evaluation: The held-out result.
-        judged_turns: That training has cost.
-        seconds: Of training, sampling included.
+        judged_turns: Turns that were judged in training.
+        seconds: Time spent on training and its sampling.
     """
 
     job: Job
@@ -71,10 +71,11 @@ def results(job: Job, folder: Path) -> list[Result]:
 
 
 def check(job: Job, folder: Path) -> None:
-    """Refuse a folder that holds another run than the job's.
+    """Check that a folder is empty or holds the job's own run.
 
     Raises:
-        ConfigError: The settings differ; the message names each.
+        ConfigError: The run there has other settings, each of which is named; or has passed a size that it was not
+            evaluated at.
     """
     if is_run(folder):
         before = Run.open(folder).config
@@ -97,26 +98,26 @@ def check(job: Job, folder: Path) -> None:
 
 
 def filled(job: Job, folder: Path) -> bool:
-    """Return whether all cells of a run are filled, and its last policy is kept."""
+    """Return whether all cells of a run are filled and its last policy has been saved."""
     if len(results(job, folder)) < len(job.sizes):
         return False
     if not is_run(folder) or job.agent in UNTRAINED:
         return True
     run = Run.open(folder)
-    newest = run.latest_checkpoint()  # none: the run came from another machine
+    newest = run.latest_checkpoint()  # none: Ray ran it on another machine and sent no weights
     return newest is None or newest[0] >= job.sizes[-1] // run.config.batch
 
 
 def finished(job: Job, folder: Path) -> bool:
-    """Return whether a run is filled, and all that it is to hold besides is there."""
+    """Return whether a run's cells are filled and its further measurements are there."""
     return filled(job, folder) and job.measured(folder)
 
 
 def fill(job: Job, folder: Path) -> None:
-    """Train and evaluate; a run that was stopped goes on.
+    """Train and evaluate; resume a run that was stopped.
 
     Raises:
-        ConfigError: The folder's run has other settings.
+        ConfigError: The folder holds a run with other settings.
         ValueError, RuntimeError, OSError: As training raises them.
     """
     if job.agent.startswith(SB3):
@@ -133,16 +134,14 @@ def _fill_sb3(job: Job, folder: Path) -> None:
 
     config = config_of(job)
     given = keyword_arguments(config, config.personas)
-    for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for what is not judged
+    for key in ("on_judge_failure", "max_failure_rate"):  # the wrapper has its own rule for failed verdicts
         given.pop(key, None)
     turns = _planned(job.domain, config)
     (folder / MODEL).unlink(missing_ok=True)
     trained = train_sb3(
         job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **config.agent_options
     )
-    evaluation = evaluate_sb3(
-        folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed
-    )
+    evaluation = evaluate_sb3(folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed)
     record = {
         "evaluation": evaluation.to_dict(),
         "judged_turns": trained.judged_turns,
@@ -156,7 +155,7 @@ def turns_of(plan: Plan) -> dict[str, int]:
     """Return the turns of a conversation, by domain, or by the id of the plan's own environment; it is asked.
 
     Raises:
-        ConfigError: A wrong setting, or an environment whose conversations have no planned end.
+        ConfigError: A wrong setting, or an environment whose conversations have no fixed number of turns.
     """
     return {world: _planned(world, config) for world, config in worlds(plan).items()}
 
@@ -175,7 +174,7 @@ def _planned(world: str, config: TrainConfig) -> int:
 
 
 def to_json(job: Job) -> str:
-    """Return a job as one line."""
+    """Return a job as one line of JSON."""
     return json.dumps(asdict(job))
 
 
@@ -186,12 +185,12 @@ def from_json(text: str) -> Job:
 
 
 def main(job: str, folder: str) -> int:
-    """Fill the cells of one job; the process's exit code."""
+    """Fill the cells of one job; return the process's exit code."""
     return ending(lambda: fill(from_json(Path(job).read_text(encoding="utf-8")), Path(folder)))
 
 
 def ending(work: Callable[[], None]) -> int:
-    """Do a run's work; return the process's exit code, `STOPPED` when the user stopped it."""
+    """Do the work and return the exit code for it: 0, or `STOPPED` when the user stopped it."""
     try:
         work()
     except (Interrupted, KeyboardInterrupt):

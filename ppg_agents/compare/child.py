@@ -1,7 +1,7 @@
-"""A module as a child that ends with its parent: ``python -m ppg_agents.compare.child MODULE ARGUMENT …``.
+"""Runs a module in a process that ends with its parent: ``python -m ppg_agents.compare.child MODULE ARGUMENT …``.
 
-Standard input is the parent's end of a pipe, which nobody writes to. It closes when the parent is gone, in whatever
-way: killed, or a cluster's worker that was shut down. Then the child is told to stop, as by Ctrl-C.
+Standard input is a pipe to the parent, which nobody writes to. It closes when the parent is gone, even if that
+was killed; then the child is interrupted as by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def watch(pipe: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # one that a job in the background ignores is heard here
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     watch(sys.stdin.fileno())
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
 """Many runs at a time: processes on this machine, or tasks on a Ray cluster.
 
-A run that fails is written down with its last words and does not stop the others. Nothing here knows what a run does.
+A run that fails is recorded with the last line of its log, and the others go on. What a run does is up to its module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from ppg_agents.compare import child as held
+from ppg_agents.compare import child
 from ppg_agents.compare.cell import FILES, STOPPED, finished, to_json
 from ppg_agents.compare.plan import Job, check_models
 from ppg_agents.runs.files import lock
@@ -26,8 +26,8 @@ from ppg_agents.terminal.interrupt import terminable
 from ppg_agents.terminal.progress import Progress, say
 
 CELLS, LOG, FAILED = "cells", "log.txt", "failed.txt"
-OWN = re.compile(r"^ppg_(?:agents|gym)[\w.]*: ")
-"""How a traceback begins the words of an error of ours, which say enough."""
+OUR_ERROR = re.compile(r"^ppg_(?:agents|gym)[\w.]*: ")
+"""The name of one of our own exceptions at the end of a traceback; its message is enough for a reader."""
 Done = Callable[[Job, str | None], None]
 
 
@@ -42,7 +42,7 @@ def missing(jobs: Sequence[Job], out: Path) -> list[Job]:
 
 
 def failure(job: Job, out: Path) -> str | None:
-    """Return why a run failed last, in one line; None when it did not, or has been finished since."""
+    """Return in one line why a run's last attempt failed; None when it did not fail or has been finished since."""
     folder = folder_of(job, out)
     path = folder.with_suffix(f".{FAILED}")
     if path.exists() and finished(job, folder):
@@ -53,23 +53,23 @@ def failure(job: Job, out: Path) -> str | None:
 def run_all(
     what: str, left: Mapping[Path, Sequence[Job]], total: int, *, engine: str, workers: int, again: str
 ) -> bool:
-    """Run what is missing, and show how far it is.
+    """Run what is missing, with a progress bar; each folder is locked while runs work in it.
 
     Args:
-        what: The word before the progress bar.
-        left: The runs, by the folder that keeps them, which nobody else may be running in.
-        total: Runs in all, those that are there already included.
+        what: The label of the progress bar.
+        left: The missing runs, by the folder that keeps them.
+        total: The number of all runs, with those that are finished.
         engine: ``processes`` or ``ray``.
         workers: Runs at a time.
-        again: The command line that goes on, for a user who stops.
+        again: The command line to resume with, for a user who stops.
 
     Returns:
         Whether a run failed.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError: A model that no run would find.
-        RunError: Somebody else is running in a folder.
-        KeyboardInterrupt: The user stopped; it says how to go on.
+        FileNotFoundError, PermissionError, ConnectionError: A model cannot be found.
+        RunError: Another process is running in one of the folders.
+        KeyboardInterrupt: The user stopped; the message says how to resume.
     """
     if not any(left.values()):
         return False
@@ -98,13 +98,13 @@ def run_all(
 
 
 def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
-    """Run in so many processes at a time.
+    """Run jobs in ``workers`` processes at a time.
 
     Args:
         jobs: What to run.
         out: The comparison's folder.
-        workers: Processes.
-        done: Called with each run that has ended, and why it failed, None when it did not.
+        workers: Processes at a time.
+        done: Called when a run ends, with the run and why it failed (None if it did not).
 
     Raises:
         KeyboardInterrupt: The user stopped; the processes save their runs and end.
@@ -118,7 +118,7 @@ def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             return _note(job, out, *_process(job, folder, running))
-        except (OSError, ValueError) as error:  # a full disk, a damaged file: this run's own misfortune
+        except (OSError, ValueError) as error:  # a full disk or a damaged file concerns this run alone
             return f"{type(error).__name__}: {error}"
 
     pool = ThreadPoolExecutor(workers)
@@ -135,14 +135,14 @@ def run_here(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
             try:
                 wait(waiting)
             except KeyboardInterrupt:
-                running.interrupt()  # once more: at once
+                running.interrupt()  # the second Ctrl-C: runs stop without saving
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Running:
-    """The processes at work: all of them are told when the user stops, those that begin just then too."""
+    """The processes at work. Once interrupted, a process that is added later is interrupted too."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -150,7 +150,7 @@ class Running:
         self._lock = threading.Lock()
 
     def add(self, process: subprocess.Popen[str]) -> None:
-        """Take in a process that has begun."""
+        """Add a process that has begun."""
         with self._lock:
             self._processes.add(process)
             if self.stopped:
@@ -162,7 +162,7 @@ class Running:
             self._processes.discard(process)
 
     def interrupt(self) -> int:
-        """Send SIGINT to all; return how many they are."""
+        """Send SIGINT to all; return how many there are."""
         with self._lock:
             self.stopped = True
             for process in self._processes:
@@ -171,10 +171,10 @@ class Running:
 
 
 def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None:
-    """Run as Ray tasks of one CPU each, on the cluster that ``RAY_ADDRESS`` names, else on this machine.
+    """Run jobs as Ray tasks of one CPU each, on the cluster that ``RAY_ADDRESS`` names, else on this machine.
 
-    A task works in a folder of its own machine and sends back what its cells need, so that no file system is shared.
-    A task that is lost begins anew.
+    A task works in a temporary folder and sends back the files that its cells are read from, so that no shared file
+    system is needed. A task that is lost is run again from the start.
 
     Args:
         jobs: What to run.
@@ -184,7 +184,7 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
     """
     import ray
 
-    with _cluster(workers), terminable():  # in this order: Ray takes the signal over when it starts
+    with _cluster(workers), terminable():  # in this order: Ray sets its own handler when it starts
         task = ray.remote(num_cpus=1)(_away)
         queue = list(reversed(jobs))
         waiting: dict[Any, Job] = {}
@@ -200,7 +200,7 @@ def run_on_ray(jobs: Sequence[Job], out: Path, workers: int, done: Done) -> None
                 except ray.exceptions.RayError as error:
                     code, log, files = 1, " ".join(str(error).split()), {}
                 folder = folder_of(job, out)
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # a run's folder, without its weights
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # a run's folder has it, empty or not
                 for name, content in files.items():
                     (folder / name).write_bytes(content)
                 done(job, _note(job, out, code, log))
@@ -212,7 +212,7 @@ def _cluster(workers: int) -> Iterator[None]:
 
     ours = not ray.is_initialized()
     if ours:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers, and so the runs, get what others leave
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else Ray lowers the priority of its workers
         this_machine: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
         ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else this_machine))
     try:
@@ -223,7 +223,7 @@ def _cluster(workers: int) -> Iterator[None]:
 
 
 def _away(job: Job) -> tuple[int, str, dict[str, bytes]]:
-    """Run on whatever machine this is; return exit code, last words, and the files that cells are read from."""
+    """Run on the machine that Ray has chosen; return the exit code, the log, and the files that cells are read from."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / job.name
         code, log = _process(job, folder, Running())
@@ -232,12 +232,12 @@ def _away(job: Job) -> tuple[int, str, dict[str, bytes]]:
 
 
 def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
-    """Run a job in a process of its own; return its exit code and what it said."""
+    """Run a job in a process of its own; return its exit code and its log."""
     with tempfile.TemporaryDirectory() as place:
         order = Path(place) / "job.json"
         order.write_text(to_json(job), encoding="utf-8")
-        command = [sys.executable, "-m", held.__name__, job.module, str(order), str(folder)]
-        theirs, ours = os.pipe()  # ours is closed when this process ends in whatever way, and so they end too
+        command = [sys.executable, "-m", child.__name__, job.module, str(order), str(folder)]
+        theirs, ours = os.pipe()  # our end closes however this process ends, which tells the child to stop
         try:
             try:
                 process = subprocess.Popen(
@@ -248,7 +248,7 @@ def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
                     text=True,
                     errors="replace",
                     env={"OMP_NUM_THREADS": "1", **os.environ},
-                    start_new_session=True,  # the terminal's Ctrl-C reaches it through us alone
+                    start_new_session=True,  # so that Ctrl-C reaches it from us, once
                 )
             finally:
                 os.close(theirs)
@@ -263,7 +263,7 @@ def _process(job: Job, folder: Path, running: Running) -> tuple[int, str]:
 
 
 def _note(job: Job, out: Path, code: int, log: str) -> str | None:
-    """Keep what a run said, and return why it failed, None when it did not."""
+    """Write a run's log; return why it failed, None when it did not."""
     folder = folder_of(job, out)
     folder.with_suffix(f".{LOG}").write_text(log, encoding="utf-8")
     path = folder.with_suffix(f".{FAILED}")
@@ -273,7 +273,7 @@ def _note(job: Job, out: Path, code: int, log: str) -> str | None:
     if code in (STOPPED, -signal.SIGINT):
         return "stopped"
     lines = [line for line in log.splitlines() if line.strip()]
-    why = OWN.sub("", lines[-1].strip()) if lines else "no word"
+    why = OUR_ERROR.sub("", lines[-1].strip()) if lines else "its log is empty"
     reason = f"exit code {code}: {why}"[:1000]
     path.write_text(reason + "\n", encoding="utf-8")
     return reason

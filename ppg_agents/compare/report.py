@@ -1,6 +1,6 @@
-"""What a comparison has found so far: rows, as CSV, Markdown and a picture.
+"""The results of a comparison so far: a table as CSV and Markdown, and a picture.
 
-Reads cells and draws; starts no run. A method whose difference to the best may be chance is called undecided.
+Starts no run. A method whose difference from the best may be chance is called undecided.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 LEVEL = 0.05
 LEGEND = (
     "Consistency on held-out personas [95%: t, clustered by training seed and persona] after so many training "
-    "conversations. Bold: the highest mean; °: can not be told from it (paired by seed and persona, 5%, Holm-corrected "
+    "conversations. Bold: the highest mean; °: cannot be told from it (paired by seed and persona, 5%, Holm-corrected "
     "over all pairs of methods in a column). With one seed, intervals say nothing about another training."
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method in a domain after so many training conversations.
+    """A method in a domain after ``size`` training conversations.
 
     Attributes:
-        domain: Where.
+        domain: The domain.
         size: Training conversations.
         method: Agent and policy class.
         mean: Consistency on held-out personas, over all seeds.
-        ci95: Its interval.
-        seeds: How many.
-        lowest: Of the seeds' means.
-        highest: Of the seeds' means.
-        to_best: Against the best method of the domain and size, on the seeds that all its methods have; p is corrected
-            for all pairs of methods there. None for the best, and without a common seed.
+        ci95: Its 95% interval.
+        seeds: Number of seeds.
+        lowest: The lowest mean of a seed.
+        highest: The highest mean of a seed.
+        to_best: The difference from the best method of the domain and size, on the seeds that all methods have; p is
+            corrected for all pairs of methods there. None for the best, and without a common seed.
         verdict: ``best``, ``worse`` or ``undecided``.
-        reachable: The best value that the environment says there is, NaN when unknown.
-        judged_turns: That training one seed cost, on average.
-        seconds: Of training one seed, the median.
+        reachable: The best value that can be reached according to the environment, NaN when unknown.
+        judged_turns: Turns judged in training one seed, on average.
+        seconds: Time for training one seed, the median.
     """
 
     domain: str
@@ -78,13 +78,11 @@ def rows(results: Sequence[Result], level: float = LEVEL) -> list[Row]:
     for result in results:
         methods = cells.setdefault((result.job.domain, result.size), {})
         methods.setdefault(result.job.method, []).append(result)
-    return [
-        row for (domain, size), methods in cells.items() for row in _ranked(domain, size, methods, level)
-    ]
+    return [row for (domain, size), methods in cells.items() for row in _ranked(domain, size, methods, level)]
 
 
 def _ranked(domain: str, size: int, methods: Mapping[str, Sequence[Result]], level: float) -> list[Row]:
-    """Return the rows of one domain and size; the best is the best on the seeds that all have, where there are any."""
+    """Return the rows of one domain and size, ranked on the seeds that all methods have, if there are any."""
     scored = scores(methods)
     common = set.intersection(*(set(one.seeds) for one in scored.values()))
     shared = {name: only(one, sorted(common)) if common else one for name, one in scored.items()}
@@ -106,7 +104,7 @@ def _ranked(domain: str, size: int, methods: Mapping[str, Sequence[Result]], lev
 
 
 def scores(methods: Mapping[str, Sequence[Result]], turn: int | None = None) -> dict[str, Scores]:
-    """Return the scores of methods that were evaluated on the same personas; of one turn, or of all."""
+    """Return the scores of methods that were evaluated on the same personas; of one turn (from 0), or of all."""
     personas = sorted({name for cells in methods.values() for cell in cells for name in cell.evaluation["personas"]})
     return {
         method: table({cell.job.seed: cell.evaluation for cell in cells}, personas, turn)
@@ -150,7 +148,7 @@ def to_csv(table: Sequence[Row]) -> str:
 
 
 def to_grid(table: Sequence[Row]) -> str:
-    """Return a Markdown table per domain, methods × sizes: the best in bold, ° what can not be told from it."""
+    """Return a Markdown table per domain, methods × sizes: the best in bold, ° for what cannot be told from it."""
     parts = []
     for domain in dict.fromkeys(row.domain for row in table):
         in_domain = [row for row in table if row.domain == domain]
@@ -194,7 +192,7 @@ def _brackets(ci: Interval, form: str) -> str:
 
 
 def draw(table: Sequence[Row], path: Path) -> None:
-    """Draw the rows: consistency against training conversations, or against the method where there is one size."""
+    """Draw consistency against training conversations, or against the method where there is one size."""
     domains = list(dict.fromkeys(row.domain for row in table))
     most = max(len({row.method for row in table if row.domain == domain}) for domain in domains)
     sizes = {row.size for row in table}
@@ -242,7 +240,7 @@ def _dots(ax: Axes, table: Sequence[Row], *, labelled: bool) -> None:
 
 
 def reach(ax: Axes, table: Sequence[Row], *, vertical: bool) -> None:
-    """Mark the value that can be reached, where it is known."""
+    """Draw a line at the reachable value where it is known."""
     known = [row.reachable for row in table if math.isfinite(row.reachable)]
     if known:
         line = ax.axvline if vertical else ax.axhline

@@ -3,11 +3,11 @@
 Two things vary: the personas and the training seeds. A mean's variance is clustered by both (Cameron, Gelbach & Miller
 2011, Journal of Business & Economic Statistics 29(2)), and its t distribution has the degrees of freedom that the two
 parts leave (Satterthwaite 1946), about as many as there are seeds where these decide. With one seed only the personas
-vary, and an interval says nothing about another training. Arrays in, numbers out.
+vary, and an interval says nothing about another training run. Arrays in, numbers out.
 
-For shares of resamples there is a bootstrap of both as well (the pigeonhole bootstrap, Owen 2007, Annals of Applied
-Statistics 1(2)), with one fewer of each than there are, so that seeds and personas have the variance of a mean
-(McCarthy & Snowden 1985); percentiles of it are too narrow with few seeds.
+For shares of resamples there is a bootstrap over both as well (the pigeonhole bootstrap, Owen 2007, Annals of Applied
+Statistics 1(2)). It draws one seed and one persona fewer than there are, which gives a resampled mean the variance of
+the mean (McCarthy & Snowden 1985); its percentiles are too narrow with few seeds.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Scores:
-    """What a method scored: per seed and persona.
+    """A method's scores, for each of S seeds and P personas.
 
     Attributes:
-        seeds: S of them.
-        scores: The judge's, added up, [S, P].
-        judged: Turns, [S, P].
+        seeds: The S training seeds.
+        scores: Sum of the judge's scores, [S, P].
+        judged: Number of judged turns, [S, P].
     """
 
     seeds: tuple[int, ...]
@@ -42,18 +42,18 @@ class Scores:
 
     @property
     def mean(self) -> float:
-        """Mean score of a judged turn, NaN without one."""
+        """Mean score of the judged turns, NaN without any."""
         return ratio(self.scores.sum(), self.judged.sum())
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against the best of its column.
+    """The difference of two methods.
 
     Attributes:
-        value: Its mean less the best's, over the seeds that both have.
-        ci95: 95% interval.
-        p: Two-sided, of no difference.
+        value: One mean minus the other, over the seeds that both have.
+        ci95: Its 95% interval.
+        p: Two-sided p-value of no difference.
     """
 
     value: float
@@ -65,9 +65,9 @@ def table(evaluations: Mapping[int, Mapping[str, Any]], personas: Sequence[str],
     """Return evaluations as arrays.
 
     Args:
-        evaluations: Held-out results by seed, with ``personas``.
-        personas: P ids, the order of the columns; who was not played has no judged turns.
-        turn: Count only this one, from 0; None for all.
+        evaluations: Held-out results by seed, each with its ``personas``.
+        personas: P ids in the order of the columns; a persona that was not played has no judged turns.
+        turn: The only turn to count, from 0; None for all.
     """
     scores, judged = (np.zeros((len(evaluations), len(personas))) for _ in range(2))
     which = slice(None) if turn is None else slice(turn, turn + 1)
@@ -112,11 +112,11 @@ def mean_interval(scores: Scores) -> Interval:
 
 
 def difference(one: Scores, other: Scores) -> Difference | None:
-    """Return one method less another, paired by seed and persona; p is not corrected yet.
+    """Return one method minus another, paired by seed and persona; p is not corrected yet.
 
     Args:
-        one: A method.
-        other: Another, over the same personas.
+        one: A method's scores.
+        other: Another method's, over the same personas.
 
     Returns:
         None when they have no seed in common, or nothing was judged.
@@ -134,7 +134,7 @@ def difference(one: Scores, other: Scores) -> Difference | None:
 
 
 def _influence(scores: Scores) -> Array:
-    """Return what every seed and persona adds to the mean's error, [S, P]; they add up to 0."""
+    """Return what each seed and persona contributes to the error of the mean, [S, P]; the sum is 0."""
     centred: Array = (scores.scores - scores.mean * scores.judged) / max(scores.judged.sum(), 1.0)
     return centred
 
@@ -150,7 +150,7 @@ def _error(influence: Array, judged: Array) -> tuple[float, float]:
     ]
     if not parts:
         return math.nan, math.nan
-    both = float((influence**2).sum()) if len(parts) == 2 else 0.0  # counted by seed and by persona
+    both = float((influence**2).sum()) if len(parts) == 2 else 0.0  # is in both sums
     variance = max(sum(part for part, _ in parts) - both, *(part for part, _ in parts))
     scale = sum(part**2 / freedom for part, freedom in parts)
     return math.sqrt(variance), variance**2 / scale if scale else float(seeds + personas)
@@ -170,7 +170,7 @@ def only(scores: Scores, seeds: Sequence[int]) -> Scores:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979, Scandinavian Journal of Statistics 6): familywise."""
+    """Return p-values with Holm's familywise correction (Holm 1979, Scandinavian Journal of Statistics 6)."""
     order = sorted(range(len(p)), key=lambda i: p[i])
     corrected, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):

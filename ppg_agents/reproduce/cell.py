@@ -1,6 +1,6 @@
 """One run of a figure, in a process of its own: ``python -m ppg_agents.reproduce.cell JOB.json FOLDER``.
 
-Trains what is not trained, then measures what the figure needs besides the cells, and leaves it beside the run.
+Trains if necessary, then measures what the figure needs besides the cells, and writes it into the run's folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def measure(job: Measured, folder: Path) -> None:
-    """Measure what is not measured yet, on the policy that the largest size has trained.
+    """Measure what has not been measured yet, on the policy after the largest size.
 
     Raises:
         RunError: Its checkpoint is not there.
@@ -48,14 +48,14 @@ def measure(job: Measured, folder: Path) -> None:
 
 
 def untrained(config: TrainConfig) -> Policy:
-    """Return the start of a run."""
+    """Return the policy that a run started from."""
     from ppg_agents.building import load_policy
 
     return load_policy(config)
 
 
 def trained(job: Measured, run: Run) -> tuple[Policy, Sampler]:
-    """Return what the largest size has trained.
+    """Return the policy after the largest size, and its sampler.
 
     Raises:
         RunError: Its checkpoint is not there.
@@ -84,12 +84,12 @@ def _keep(job: Measured, run: Run, name: str, measured: dict[str, object]) -> No
 
 
 def main(job: str, folder: str) -> int:
-    """Train and measure; the process's exit code."""
+    """Train and measure; return the process's exit code."""
     return ending(lambda: work(from_json(Path(job).read_text(encoding="utf-8")), Path(folder)))
 
 
 def work(job: Measured, folder: Path) -> None:
-    """Train until the cells are filled and the policy is there, then measure it."""
+    """Train until the cells are filled and the policy is saved, then measure it."""
     import torch
 
     if not filled(job, folder):

@@ -1,6 +1,6 @@
-"""The pictures. Draws from numbers alone; opens no window.
+"""The pictures, drawn from numbers alone.
 
-A class has the same colour and mark in every picture: viridis from dark (K = 1) to light, full planning black.
+A class has the same colour and marker in every picture: viridis from dark (K = 1) to light; full planning is black.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#d8b408")  # its end is too light for a line on white
+VIRIDIS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#d8b408")  # the last is darkened to show on white
 MARKS = "osD^v"
 FULL, GREY = "#000000", "#777777"
 PC = "persona consistency, held-out personas"
@@ -71,14 +71,14 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
 
 
 def _untrained(ax: Axes, points: Sequence[Point]) -> None:
-    """Draw the untrained model: a level where there is one value, a line where it depends on what is on the axis."""
+    """Draw the untrained model as a level if it has one value; if it has several, `_lines` draws them."""
     for p in points if len(points) == 1 else ():
         ax.axhspan(p.low, p.high, color=GREY, alpha=0.15, linewidth=0)
         ax.axhline(p.value, color=GREY, linestyle=":", linewidth=1.4, label="untrained")
 
 
 def draw_standings(table: Sequence[Standing], path: Path, *, title: str, caption: str) -> None:
-    """Draw figure 4: which K is the best, by how many resamples, against training conversations."""
+    """Draw figure 4: the share of resamples in which each K is the best, against training conversations."""
     import numpy as np
 
     domains = list(dict.fromkeys(one.domain for one in table))
@@ -136,7 +136,7 @@ def style(planning: str, k: int) -> dict[str, Any]:
 
 
 def _lines(ax: Axes, points: Sequence[Point], *, dodge: float, factor: bool = False) -> None:
-    """Draw a line per class with its intervals, side by side."""
+    """Draw a line per class with its intervals, shifted a little so that they do not overlap."""
     classes = {p.planning: p.k for p in sorted(points, key=lambda p: (p.planning == "full", p.k))}
     for i, (planning, k) in enumerate(classes.items()):
         line = sorted((p for p in points if p.planning == planning), key=lambda p: p.x)
@@ -171,7 +171,7 @@ def _same_height(axes: Sequence[Axes]) -> None:
 
 
 def _finish(figure: Figure, axes: Sequence[Sequence[Axes]], path: Path, title: str, caption: str) -> None:
-    """Add one legend for all panels, classes by K and then the rest, and save."""
+    """Add one legend for all panels, with the classes by K first, and save."""
     entries: dict[str, Any] = {}
     for ax in (ax for row in axes for ax in row):
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Cells -> the numbers of a figure. Reads run folders and computes; draws and starts nothing.
+"""From cells to the numbers of a figure. Reads run folders; draws nothing and starts no run.
 
 Intervals are 95%: of a mean, the t interval of `compare.statistics`; of a residual, percentiles of its bootstrap.
 """
@@ -30,17 +30,17 @@ class Point:
     """One number of figures 2, 3 and 5.
 
     Attributes:
-        domain: Where.
+        domain: The domain.
         level: ``rollout`` or ``step``.
         planning: The policy class in words, or ``untrained``.
-        k: Its lookahead; full planning's is the number of turns, 0 for the untrained model.
-        x: Turn, training conversations, or turns of a conversation: what the figure is drawn against.
+        k: Its lookahead: the number of turns for full planning, 0 for the untrained model.
+        x: What the figure is drawn against: turn, training conversations, or turns of a conversation.
         value: Mean consistency, or its residual.
-        low: Of its interval.
-        high: Of its interval.
-        seeds: That it is the mean of.
-        personas: Held-out ones.
-        reachable: The best value that the environment says there is, NaN when unknown.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        seeds: The training seeds in the mean.
+        personas: Number of held-out personas.
+        reachable: The best value that can be reached according to the environment, NaN when unknown.
     """
 
     domain: str
@@ -58,21 +58,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a class stands among the others of a domain and size, for figure 4.
+    """How a class compares with the others of a domain and size, for figure 4.
 
     Attributes:
-        domain: Where.
+        domain: The domain.
         x: Training conversations.
         planning: The policy class in words.
         k: Its lookahead.
-        share: Of the resamples in which it is the best; classes that tie share one.
+        share: Share of the resamples in which it is the best; classes that tie in one share it.
         best: Whether it has the highest mean.
-        not_worse: Whether its difference to the best may be chance (corrected p >= .05).
+        not_worse: Whether its difference from the best may be chance (corrected p >= .05).
         value: Mean consistency.
-        low: Of its interval.
-        high: Of its interval.
-        p: Corrected for all comparisons of the figure (Holm); NaN for the best.
-        seeds: That all classes have.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        p: Of the difference from the best, corrected as in `compare` (Holm); NaN for the best.
+        seeds: The seeds that all classes have.
     """
 
     domain: str
@@ -90,12 +90,12 @@ class Standing:
 
 
 def cells(wanted: Iterable[Job], out: Path) -> list[Result]:
-    """Return the cells that are there."""
+    """Return the cells that have been filled."""
     return [one for job in wanted for one in results(job, folder_of(job, out)) if one.size in job.sizes]
 
 
 def untrained(wanted: Iterable[Job], out: Path) -> list[Result]:
-    """Return what runs were before training, as cells of size 0; one run of each seed and domain."""
+    """Return the evaluations before training as cells of size 0, one for each seed and domain."""
     first: dict[tuple[str, int], Result] = {}
     for job in wanted:
         folder = folder_of(job, out)
@@ -106,13 +106,13 @@ def untrained(wanted: Iterable[Job], out: Path) -> list[Result]:
 
 
 def steps(wanted: Iterable[Job], out: Path) -> list[Result]:
-    """Return the step-level results that are there, as cells of the largest size."""
+    """Return the step-level results so far, as cells of the largest size."""
     measured = ((job, measurements(job, folder_of(job, out), STEPS)) for job in wanted)
     return [Result(job, job.sizes[-1], evaluation, 0, 0.0) for job, evaluation in measured if evaluation]
 
 
 def lengths(wanted: Iterable[Job], out: Path) -> list[tuple[int, Result]]:
-    """Return (turns of a conversation, result) that are there, of the largest size."""
+    """Return the results so far on conversations of other lengths, as (turns, cell of the largest size)."""
     return [
         (int(turns), Result(job, job.sizes[-1], evaluation, 0, 0.0))
         for job in wanted
@@ -121,7 +121,7 @@ def lengths(wanted: Iterable[Job], out: Path) -> list[tuple[int, Result]]:
 
 
 def lookahead(job: Job, turns: int) -> int:
-    """Return a class's K: full planning is as many steps as the conversation has turns; 0 for other classes."""
+    """Return a class's K: the number of turns for full planning, 0 for classes that have none."""
     planning = config_of(job).policy_class
     return 0 if planning == "auto" else planning.steps(job.config["env"].get("max_turns") or turns) or 0
 
@@ -129,16 +129,16 @@ def lookahead(job: Job, turns: int) -> int:
 def residuals(levels: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) -> tuple[list[Point], float]:
     """Return figure 2: per turn, each class's consistency less the mean over the classes, scaled to [−1, 1].
 
-    The paper says of its figure 2 that the residual is scaled to [−1, 1]; how, is our definition [D]: the residual of
-    class k at turn t is ``PC[k, t] − mean over k' of PC[k', t]``, and all of them are divided by the largest absolute
-    value in the picture. Intervals resample seeds and personas, the same for all classes; the scale is taken as given.
+    The paper scales the residual of its figure 2 to [−1, 1] without saying how. Our definition [D]: the residual of
+    class k at turn t is ``PC[k, t] − mean over k' of PC[k', t]``, and all residuals are divided by the largest absolute
+    value in the picture. Intervals resample seeds and personas, the same for all classes; the scale is taken as fixed.
 
     Args:
-        levels: Cells of one size by level, ``rollout`` or ``step``; of seeds that all classes of a domain have.
-        turns: Of a conversation, by domain.
+        levels: Cells of one size by level, ``rollout`` or ``step``.
+        turns: Turns of a conversation, by domain.
 
     Returns:
-        The points, and the scale: the consistency that 1 stands for.
+        The points, and the scale: the difference in consistency that 1 stands for.
     """
     points: list[Point] = []
     for level, cells in levels.items():
@@ -172,11 +172,11 @@ def _residuals(methods: Mapping[str, list[Result]], domain: str, level: str, tur
 
 
 def curves(cells: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> list[Point]:
-    """Return figures 3 and 5: consistency against a number.
+    """Return figures 3 and 5: consistency against training conversations, or against turns.
 
     Args:
-        cells: (what it is drawn against, cell); cells of size 0 are those of the untrained model.
-        turns: Of a conversation, by domain.
+        cells: (x, cell); cells of size 0 are those of the untrained model.
+        turns: Turns of a conversation, by domain.
     """
     columns: dict[tuple[str, int], dict[str, list[Result]]] = {}
     for x, cell in cells:
@@ -197,10 +197,9 @@ def curves(cells: Iterable[tuple[int, Result]], turns: Mapping[str, int]) -> lis
 
 
 def standings(cells: Sequence[Result], turns: Mapping[str, int]) -> list[Standing]:
-    """Return figure 4: how often each class is the best after so many training conversations.
+    """Return figure 4: how often each class is the best, by number of training conversations.
 
-    "Not worse" is `compare`'s verdict: the paired difference to the class with the highest mean, corrected over all
-    comparisons in the figure.
+    "Not worse" is `compare`'s verdict on the paired difference from the class with the highest mean.
     """
     kept = [
         one
@@ -242,7 +241,7 @@ def grouped(cells: Iterable[Result]) -> dict[str, dict[str, list[Result]]]:
 
 
 def paired(methods: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
-    """Return the cells of the seeds that all methods have, in one order."""
+    """Return the cells of the seeds that all methods have, sorted by seed."""
     common = set.intersection(*({cell.job.seed for cell in cells} for cells in methods.values()))
     kept = {method: [cell for cell in cells if cell.job.seed in common] for method, cells in methods.items()}
     return {method: sorted(cells, key=lambda cell: cell.job.seed) for method, cells in kept.items() if cells}
@@ -253,7 +252,7 @@ def _of_size(cells: Iterable[Result], key: tuple[str, int]) -> dict[str, list[Re
 
 
 def to_csv(table: Sequence[Point | Standing], x: str) -> str:
-    """Return numbers as CSV; ``x`` names what they are drawn against, what is unknown is empty."""
+    """Return numbers as CSV; ``x`` is the name of the column they are drawn against; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [field.name for field in fields(table[0])] if table else []

@@ -1,4 +1,4 @@
-"""The files of a figure: the picture and its numbers, from the runs that are there. Starts no run."""
+"""Writes the files of a figure, the picture and its numbers, from the runs so far. Starts no run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def write(request: Request, wanted: Wanted, turns: Mapping[str, int], out: Path)
     """Write a figure's files.
 
     Args:
-        request: What is drawn.
+        request: What to draw.
         wanted: Its runs, by the folder that keeps them.
-        turns: Of a conversation, by domain.
-        out: Where to write.
+        turns: Turns of a conversation, by domain.
+        out: The folder to write into.
 
     Returns:
         The files.
@@ -152,7 +152,7 @@ def _seeds(points: Sequence[numbers.Point]) -> list[tuple[int, ...]]:
 def _words(
     request: Request, wanted: Wanted, title: str, caption: str, seeds: Sequence[tuple[int, ...]]
 ) -> dict[str, str]:
-    """Return title and caption, with what the numbers rest on."""
+    """Return title and caption, with the seeds, runs and model that the numbers come from."""
     config = next(config_of(job) for jobs in wanted.values() for job in jobs)
     counts = sorted({len(each) for each in seeds})
     count = "1 seed" if counts == [1] else "–".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " seeds"

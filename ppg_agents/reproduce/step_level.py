@@ -1,9 +1,8 @@
-"""Step-level evaluation: how a trained policy speaks at turn t when nothing before it was its own doing.
+"""Step-level evaluation: how consistent a trained policy is at turn t, after a history that is not its own.
 
-Rollout-level (`evaluate`): the policy plays the whole conversation, so what it said early changes what it meets late.
-Step-level: the untrained start of the run plays turns 1..t−1, the trained policy speaks at turn t alone, and that reply
-alone counts. The paper (arXiv 2603.06138) tells the two apart; this definition is ours. Knows the environment through
-Gymnasium alone, and may not learn.
+Rollout-level (`evaluate`): the policy plays the whole conversation, so its early replies change its later situations.
+Step-level: the untrained policy plays turns 1..t−1, the trained policy speaks at turn t, and that reply alone counts.
+The paper (arXiv 2603.06138) distinguishes the two; this definition is ours.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Until(VectorWrapper):
-    """Truncates every conversation after so many turns; ``turn`` may be changed between conversations."""
+    """Truncates every conversation after ``turn`` turns, which may be changed between conversations."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
@@ -40,12 +39,12 @@ class Until(VectorWrapper):
         self._now = 0
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Reset; the turns are counted anew unless only some conversations are."""
+        """Reset; the count of turns starts again, unless only some of the conversations are reset."""
         self._now = self._now if "reset_mask" in (options or {}) else 0
         return self.env.reset(seed=seed, options=options)
 
     def step(self, actions: Any) -> Any:
-        """Step; at the turn, all conversations are truncated."""
+        """Step, and truncate all conversations when the turn has come."""
         observations, rewards, ends, cuts, infos = self.env.step(actions)
         self._now += 1
         return observations, rewards, ends, np.logical_or(cuts, self._now >= self.turn), infos
@@ -65,31 +64,31 @@ def evaluate_steps(
 ) -> Evaluation:
     """Judge a trained policy at every turn of conversations that another policy began.
 
-    Every seeded conversation is begun once for each turn t = 1..n, so that all turns are covered by the same personas.
-    Personas, partner and the base's draws follow from `seed` and ``config.batch`` as in `evaluate`: the histories
-    are beginnings of the conversations that `evaluate` has the base play, whatever the trained policy.
+    Every seeded conversation is played once for each turn t = 1..n, so that all turns see the same personas. Personas,
+    partner and the base's draws follow from `seed` and ``config.batch`` as in `evaluate`: the histories are the
+    beginnings of the conversations that the base plays there, whatever the trained policy is.
 
     Args:
-        policy: Speaks at turn t.
-        sampler: How it speaks.
-        base: Speaks before turn t.
-        base_sampler: How it speaks.
+        policy: The policy that speaks at turn t.
+        sampler: Its sampler.
+        base: The policy that speaks before turn t.
+        base_sampler: Its sampler.
         config: Domain, partner, judge and batch.
-        conversations: Seeded conversations; default those of the settings' evaluation.
-        seed: Default that of the settings' evaluation.
+        conversations: Number of seeded conversations; default ``config.evaluation.conversations``.
+        seed: Default ``config.evaluation.seed``.
         personas: ``train``, ``held-out`` or a path.
-        done: Called with the number of turns judged so far, out of ``conversations * n``.
+        done: Called with the number of conversations played so far, out of ``conversations * n``.
 
     Returns:
-        As of `evaluate`, of the replies of `policy` alone; ``conversations`` counts each beginning, ``reachable`` is
-        NaN. A conversation that ended before turn t has no reply there.
+        As `evaluate` returns, for the replies of `policy` alone; ``conversations`` counts every replay, ``reachable``
+        is NaN. A conversation that ended before turn t has no reply there.
 
     Raises:
         ValueError: The two policies lay out their prompts differently.
-        ConfigError: An environment whose conversations have no planned end.
+        ConfigError: An environment whose conversations have no fixed number of turns.
     """
     if policy.format != base.format:
-        raise ValueError("expected two policies of one chat template, got two; load the one that training began with")
+        raise ValueError("expected policies of one chat template, got two; load the one that training began with")
     count = config.evaluation.conversations if conversations is None else conversations
     seed = config.evaluation.seed if seed is None else seed
     chunk = min(config.batch, count)
@@ -101,7 +100,7 @@ def evaluate_steps(
         held.callback(envs.close)
         turns = planned_turns(envs, config)
         if turns is None:
-            raise ConfigError("expected conversations of a planned length to judge turn by turn; set env.max_turns")
+            raise ConfigError("expected conversations of a fixed length to judge turn by turn; set env.max_turns")
         until = Until(envs)
         for one, how in ((base, base_sampler), (policy, sampler)):
             how.sync(one)

@@ -1,4 +1,4 @@
-"""Methods × domains, as Markdown and CSV. Computes nothing that `compare` does not."""
+"""The table of methods × domains, as Markdown and CSV, from the rows of `compare`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def failed_methods(wanted: Sequence[Job], table: Sequence[Row], lost: Mapping[st
 
 
 def to_markdown(table: Sequence[Row], failed: Mapping[tuple[str, str], str], lost: Mapping[str, str]) -> str:
-    """Return a row per method, the best on average first, and the runs that failed below.
+    """Return a Markdown table with a row per method, the best on average first, and the failed runs below.
 
     Args:
         table: Rows of one size.
-        failed: Of `failed_methods`.
-        lost: Why a run failed, by its name.
+        failed: What `failed_methods` returned.
+        lost: Why each run failed, by its name.
     """
     domains = list(dict.fromkeys([row.domain for row in table] + [domain for domain, _ in failed]))
     rows = {(row.domain, row.method): row for row in table}

@@ -37,9 +37,7 @@ class Record:
         log.warning("conversation %d truncated: no room for another reply in the context", number)
         self._truncated = self.over = True
 
-    def add(
-        self, spoken: Spoken, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]
-    ) -> None:
+    def add(self, spoken: Spoken, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]) -> None:
         """Write down a reply and what the environment said to it; a reward that is no finite number is unjudged."""
         self._turns.append(
             Turn(

@@ -126,9 +126,7 @@ def collect_each(
         except BaseException as error:  # raised where the rollout is waited for
             ended.put((i, error))
 
-    threads = [
-        threading.Thread(target=work, args=(i,), name=f"ppg-conversation-{i}", daemon=True) for i in range(n)
-    ]
+    threads = [threading.Thread(target=work, args=(i,), name=f"ppg-conversation-{i}", daemon=True) for i in range(n)]
     done: dict[int, Trajectory] = {}
     sampler.start(n)
     try:

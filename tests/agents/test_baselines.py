@@ -34,9 +34,7 @@ def test_batch_mean_by_hand() -> None:
 
 
 @given(st.data(), st.integers(1, 6), st.integers(1, 4))
-def test_leave_one_out_ignores_the_own_credit_and_equals_the_naive_mean(
-    data: st.DataObject, size: int, n: int
-) -> None:
+def test_leave_one_out_ignores_the_own_credit_and_equals_the_naive_mean(data: st.DataObject, size: int, n: int) -> None:
     credit = data.draw(hnp.arrays(float, (size, n), elements=st.floats(-4, 4, width=16)))
     valid = data.draw(hnp.arrays(bool, (size, n)))
     groups = data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
@@ -62,9 +60,7 @@ def test_moving_average_uses_earlier_batches_only() -> None:
     first_turn_only = VALID & np.array([True, False])
     assert average(CREDIT, first_turn_only).tolist() == [[0, 0]] * 4
     assert average(CREDIT + 4, VALID).tolist() == [[4, 0]] * 4  # turn 1 has no history yet
-    assert (
-        average(CREDIT, np.zeros_like(VALID)).tolist() == [[5, 10]] * 4
-    )  # .75·4 + .25·8; first mean of turn 1
+    assert average(CREDIT, np.zeros_like(VALID)).tolist() == [[5, 10]] * 4  # .75·4 + .25·8; first mean of turn 1
     assert average(CREDIT, VALID).tolist() == [[5, 10]] * 4  # a batch without valid turns left it alone
 
 

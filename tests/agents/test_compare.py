@@ -60,16 +60,16 @@ def test_one_run_fills_the_cells_of_all_sizes_when_the_learning_rate_is_constant
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ('sizes = [10]\n[settings]\nbatch = 16', r"multiples of batch = 16 of agent ppg, got \[10\]"),
-        ('seed = [1]', r"unknown setting 'seed'; did you mean seeds\?"),
-        ('seeds = [1, 1]', "none twice"),
+        ("sizes = [10]\n[settings]\nbatch = 16", r"multiples of batch = 16 of agent ppg, got \[10\]"),
+        ("seed = [1]", r"unknown setting 'seed'; did you mean seeds\?"),
+        ("seeds = [1, 1]", "none twice"),
         ('agents = ["pppo"]', "agents: expected an agent.* got 'pppo'; did you mean 'ppo'"),
         ('classes = ["segment:5,5"]\nsizes = [32]', r"classes: .*sum to.*"),
-        ('[settings]\nseed = 3', r"settings.seed: the comparison sets it itself"),
-        ('[agent_settings.pppo]\nbatch = 3', "expected settings of agents out of ppg, got 'pppo'"),
-        ('[settings]\nlearning_rates = 3', "did you mean learning_rate"),
-        ('[agent_settings.ppg]\nevaluation.seed = 3', "it has to be the same for all"),
-        ('[settings]\nevaluation.conversations = 0', "which compares nothing"),
+        ("[settings]\nseed = 3", r"settings.seed: the comparison sets it itself"),
+        ("[agent_settings.pppo]\nbatch = 3", "expected settings of agents out of ppg, got 'pppo'"),
+        ("[settings]\nlearning_rates = 3", "did you mean learning_rate"),
+        ("[agent_settings.ppg]\nevaluation.seed = 3", "it has to be the same for all"),
+        ("[settings]\nevaluation.conversations = 0", "which compares nothing"),
     ],
 )
 def test_a_wrong_plan_is_an_error_that_names_it(tables: str, message: str, tmp_path: Path) -> None:

@@ -57,9 +57,7 @@ def test_equal_classes(n: int, k: int) -> None:
 
 
 @given(st.data(), st.integers(1, 8), st.integers(1, 9), st.floats(0, 1))
-def test_k_step_credit_of_unit_rewards_lies_in_zero_to_k(
-    data: st.DataObject, n: int, k: int, discount: float
-) -> None:
+def test_k_step_credit_of_unit_rewards_lies_in_zero_to_k(data: st.DataObject, n: int, k: int, discount: float) -> None:
     rewards = data.draw(hnp.arrays(float, (3, n), elements=st.floats(0, 1)))
     valid = data.draw(hnp.arrays(bool, (3, n)))
     got = c.credit(rewards, c.k_step(n, k), valid, discount)

@@ -207,9 +207,7 @@ class TestReasoning:
         logged = policy.encode_reply("Yes </think> no")
         assert tokenizer.decode(logged) == "<think>\n\n</think>\n\nYes < /think> no<|im_end|>"
 
-    def test_opened_by_the_prompt(
-        self, tokenizer_of: Callable[[str], Any], family_model: Callable[..., Any]
-    ) -> None:
+    def test_opened_by_the_prompt(self, tokenizer_of: Callable[[str], Any], family_model: Callable[..., Any]) -> None:
         tokenizer = tokenizer_of("qwen3")
         tokenizer.chat_template = templates.qwen3_5_think_chat_template
         policy = Policy(family_model("qwen3"), tokenizer, template_options={"enable_thinking": True})

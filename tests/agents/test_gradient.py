@@ -97,9 +97,7 @@ def all_rollouts(mdp: MDP) -> Rollouts:
     return Rollouts(s, a, rewards, valid, np.array([probability for _, probability in found]))
 
 
-def batch_gradient(
-    mdp: MDP, rollouts: Rollouts, credit: Array, micro_batches: int = 1, pad_tokens: int = 0
-) -> Array:
+def batch_gradient(mdp: MDP, rollouts: Rollouts, credit: Array, micro_batches: int = 1, pad_tokens: int = 0) -> Array:
     """Return the gradient on a batch with this credit: token 2t is the partner's, 2t+1 the policy's."""
     theta = torch.tensor(mdp.theta, requires_grad=True)
     table = torch.log_softmax(theta, -1).expand(mdp.reward.shape)
@@ -153,9 +151,7 @@ def enumerated_gradient(mdp: MDP, reward_sets: list[set[int]], discount: float =
             continue
         for t, (s, a) in enumerate(path[:length]):
             score = np.eye(actions)[a] - mdp.policy[t, s]
-            ret = sum(
-                discount ** (ell - t) * mdp.reward[ell][path[ell]] for ell in reward_sets[t] if ell < length
-            )
+            ret = sum(discount ** (ell - t) * mdp.reward[ell][path[ell]] for ell in reward_sets[t] if ell < length)
             gradient[t if len(gradient) > 1 else 0, s] += probability * ret * score
     return gradient
 
@@ -276,21 +272,15 @@ def test_a_baseline_that_ignores_the_action_keeps_the_expected_gradient(name: st
     of_turn = np.array([0.3, -2.0, 5.0, 1.0])  # what a moving average is, seen from one batch
     of_state = np.random.default_rng(0).normal(size=3)[all_rollouts(mdp).states]
     for baseline in (of_turn, of_state):
-        np.testing.assert_allclose(
-            expected_gradient(mdp, mask, baseline=baseline), expected, rtol=0, atol=TOLERANCE
-        )
+        np.testing.assert_allclose(expected_gradient(mdp, mask, baseline=baseline), expected, rtol=0, atol=TOLERANCE)
 
 
-def pair_gradient(
-    mdp: MDP, mask: c.Mask, baseline: Callable[[Array, c.Mask, NDArray[np.int64]], Array]
-) -> Array:
+def pair_gradient(mdp: MDP, mask: c.Mask, baseline: Callable[[Array, c.Mask, NDArray[np.int64]], Array]) -> Array:
     """Expected gradient of a batch of two, over all pairs; rows 2p and 2p+1 are pair p."""
     one = all_rollouts(mdp)
     size = len(one.probability)
     rows = np.array(list(itertools.product(range(size), repeat=2))).reshape(-1)
-    pairs = Rollouts(
-        one.states[rows], one.actions[rows], one.rewards[rows], one.valid[rows], one.probability[rows]
-    )
+    pairs = Rollouts(one.states[rows], one.actions[rows], one.rewards[rows], one.valid[rows], one.probability[rows])
     probability = pairs.probability.reshape(-1, 2).prod(1).repeat(2)
     credit = c.credit(pairs.rewards, mask, pairs.valid)
     adv = baselines.advantage(credit, baseline(credit, pairs.valid, np.arange(len(rows)) // 2), pairs.valid)
@@ -298,17 +288,13 @@ def pair_gradient(
 
 
 def per_pair_batch_mean(credit: Array, valid: c.Mask, groups: NDArray[np.int64]) -> Array:
-    return np.concatenate(
-        [baselines.batch_mean(credit[groups == p], valid[groups == p]) for p in set(groups)]
-    )
+    return np.concatenate([baselines.batch_mean(credit[groups == p], valid[groups == p]) for p in set(groups)])
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["fixed-length", "policy-ends"])
 def test_leave_one_out_is_unbiased(ends: bool) -> None:
     mdp = make_mdp(seed=7, n=2, states=2 + ends, ends=ends)
-    got = pair_gradient(
-        mdp, c.full(2), lambda credit, valid, groups: baselines.leave_one_out(credit, valid, groups)
-    )
+    got = pair_gradient(mdp, c.full(2), lambda credit, valid, groups: baselines.leave_one_out(credit, valid, groups))
     np.testing.assert_allclose(got, expected_gradient(mdp, c.full(2)), rtol=0, atol=TOLERANCE)
 
 

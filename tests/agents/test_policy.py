@@ -91,9 +91,7 @@ def test_temperature_and_refusals(policy: Policy) -> None:
         policy.log_probs(ids, torch.ones(1, 2))
 
 
-def test_softcapped_logits_are_respected(
-    family_model: Callable[..., Any], byte_tokenizer: Callable[..., Any]
-) -> None:
+def test_softcapped_logits_are_respected(family_model: Callable[..., Any], byte_tokenizer: Callable[..., Any]) -> None:
     model = family_model("gemma2", final_logit_softcapping=2.0)
     policy = Policy(add_lora(model, LoraSettings(rank=2)), byte_tokenizer())
     ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(1))

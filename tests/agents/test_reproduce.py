@@ -121,7 +121,7 @@ def test_what_is_not_judged_or_has_no_end_is_said(make_policy: Make, config: Tra
     assert math.isnan(found.per_turn[1])
     assert found.per_turn[2] > 0
     endless = replace(config, env=replace(config.env, max_turns=None))
-    with pytest.raises(ConfigError, match=r"planned length.*set env\.max_turns"):
+    with pytest.raises(ConfigError, match=r"fixed length.*set env\.max_turns"):
         evaluate_steps(policy, sampler, policy, HFSampler(policy, 6), endless)
 
 

@@ -18,19 +18,13 @@ from ppg_gym.data.files import DataError
 from ppg_gym.domain.personas import persona_key, read_personas, role_play_instruction
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="needs ../shared/data/consistent-llms beside the project"
-)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/consistent-llms beside the project")
 ANSWERS = ["It fits her job. NO", "She denies her job.\n\nYES", "Please provide the line.", "NO"]
 
 
 def lesson(verdicts: list[str], score: float, **changes: Any) -> dict[str, Any]:
     """A dialogue in which a student answers a teacher once per verdict."""
-    lines = [
-        text
-        for i in range(len(verdicts))
-        for text in (f"Teacher: Question {i}?\n", f"Student: Answer {i}.\n")
-    ]
+    lines = [text for i in range(len(verdicts)) for text in (f"Teacher: Question {i}?\n", f"Student: Answer {i}.\n")]
     return {
         "task_name": "Education",
         "P1": "",
@@ -80,9 +74,7 @@ def test_polarity_is_the_one_that_explains_the_stored_score(
 
 
 @pytest.mark.parametrize(("verdicts", "score"), [(ANSWERS, 0.5), (["YES", "NO"], 0.5)])
-def test_a_file_is_refused_unless_exactly_one_polarity_fits(
-    tmp_path: Path, verdicts: list[str], score: float
-) -> None:
+def test_a_file_is_refused_unless_exactly_one_polarity_fits(tmp_path: Path, verdicts: list[str], score: float) -> None:
     with pytest.raises(DataError, match=r"yes-is-inconsistent 0\.\d{3}, yes-is-consistent 0\.\d{3}"):
         read_dialogues(save(tmp_path, [lesson(verdicts, score)]))
 
@@ -188,9 +180,7 @@ def test_a_judged_speakers_line_without_a_verdict_is_kept_without_a_score(tmp_pa
         ({"P2_prompt_consistency_score": 10**400}, "expected a score in"),
     ],
 )
-def test_a_bad_field_is_named_with_its_dialogue(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_a_bad_field_is_named_with_its_dialogue(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_dialogues(save(tmp_path, [lesson(["NO"], 1.0), lesson(["NO"], 1.0, **changes)]))
     assert str(caught.value).startswith(str(tmp_path / "dialogues.json") + ":1: dialogue 1")
@@ -215,9 +205,7 @@ def test_every_required_key_is_missed_by_name(tmp_path: Path) -> None:
         ([{"description": "I cannot sleep.", "strategy": "Silence."}], "did you mean to give it as --personas"),
     ],
 )
-def test_what_is_no_dialogue_file_is_refused_with_the_reason(
-    tmp_path: Path, content: Any, message: str
-) -> None:
+def test_what_is_no_dialogue_file_is_refused_with_the_reason(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_dialogues(save(tmp_path, content))
 

@@ -101,18 +101,14 @@ def test_a_missing_file_or_another_encoding_is_a_persona_error(tmp_path: Path) -
         read_personas(tmp_path / "latin", "chatting")
 
 
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-    lambda s: s.strip().strip('"').strip()
-)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: s.strip().strip('"').strip())
 
 
 people = st.builds(Persona, id=words, instruction=words, facts=st.dictionaries(words, words), name=words)
 
 
 @given(st.lists(people, min_size=1, unique_by=lambda p: p.id))
-def test_jsonl_round_trip_of_any_unicode(
-    tmp_path_factory: pytest.TempPathFactory, personas: list[Persona]
-) -> None:
+def test_jsonl_round_trip_of_any_unicode(tmp_path_factory: pytest.TempPathFactory, personas: list[Persona]) -> None:
     path = tmp_path_factory.mktemp("personas") / "personas.jsonl"
     write_personas(path, personas)
     assert read_personas(path, "") == personas

@@ -20,9 +20,7 @@ from ppg_gym.judges.lab.recorded import read_labels
 from ppg_gym.judges.lab.validation import Validation, validate
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "consistent-llms"
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason="needs ../shared/data/consistent-llms beside the project"
-)
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/consistent-llms beside the project")
 FAKE = '''
 from ppg_gym.conversation import Verdict
 

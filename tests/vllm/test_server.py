@@ -85,9 +85,7 @@ def test_structured_output_fits_the_schema_whatever_the_model(options: Options) 
     ("metric", "scale", "scored"),
     [("prompt-to-line", "binary", 6), ("prompt-to-line", "graded", 6), ("line-to-line", "binary", 3)],
 )
-def test_every_reply_gets_a_score_or_a_typed_failure(
-    options: Options, metric: str, scale: str, scored: int
-) -> None:
+def test_every_reply_gets_a_score_or_a_typed_failure(options: Options, metric: str, scale: str, scored: int) -> None:
     """At least so many are scored: the 3 empty replies by rule, more where the schema bounds the answer's length."""
     judge = LLMJudge("chatting", {**options, "metric": metric, "scale": scale, "retries": 1, "max_rationale": 60})
     asked = conversations(12)
