@@ -44,21 +44,21 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
     """Put conversations into one batch, a row each.
 
     Args:
-        trajectories: At least one.
+        trajectories: At least one, unless ``n_turns`` is given: a process may have no share of a small batch.
         pad_id: Pads the rows on the right.
         n_turns: n; by default the turns of the longest conversation, at least 1.
 
     Raises:
-        ValueError: No trajectory, or one with more than ``n_turns`` turns.
+        ValueError: No trajectory and no ``n_turns``, or a conversation of more turns.
     """
-    if not trajectories:
+    if not trajectories and n_turns is None:
         raise ValueError("expected at least one trajectory, got none")
-    longest = max(len(t.turns) for t in trajectories)
+    longest = max((len(t.turns) for t in trajectories), default=0)
     n = max(longest, 1) if n_turns is None else n_turns
     if longest > n:
         raise ValueError(f"expected at most n_turns={n} turns, got a conversation of {longest}")
     rows = [t.token_ids() for t in trajectories]
-    length = max(1, max(len(row) for row in rows))
+    length = max(1, max(map(len, rows), default=1))
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     attention = np.zeros(ids.shape, dtype=np.bool_)
     token_mask = np.zeros(ids.shape, dtype=np.bool_)

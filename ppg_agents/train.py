@@ -200,6 +200,8 @@ class Online:
     def __init__(self, config: TrainConfig, interrupt: Interrupt, team: Workers) -> None:
         self.config, self.interrupt, self.team = config, interrupt, team
         self.iterations = config.iterations
+        if config.batch < team.size:
+            raise ConfigError(f"batch: expected one conversation or more per process, {team.size}, got {config.batch}")
         self.own = team.shard(config.batch)
         self.envs = make_envs(config, self.own.stop - self.own.start, config.personas)
         self.turns = planned_turns(self.envs, config)

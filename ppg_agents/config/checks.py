@@ -56,6 +56,7 @@ def check(config: TrainConfig) -> None:
                 raise ConfigError(f"{name}: expected {expected}, got {value}")
     _check_sampling(config)
     _check_batch(config)
+    _check_offline(config)
     _check_policy_class(config)
     _check_environment(config)
 
@@ -76,6 +77,22 @@ def _check_batch(config: TrainConfig) -> None:
         raise ConfigError("steps_per_batch: of logged dialogues take more passes; set offline.epochs")
     if config.baseline == "leave-one-out" and config.group < 2:
         raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
+
+
+def _check_offline(config: TrainConfig) -> None:
+    """Refuse settings that learning from logged dialogues would ignore."""
+    if not config.offline.files:
+        return
+    unread = {
+        "baseline": config.baseline not in ("none", type(config).baseline),
+        "importance": config.importance != "none",
+        "kl_coefficient": config.kl_coefficient != 0,
+    }
+    for name in (name for name, given in unread.items() if given):
+        raise ConfigError(
+            f"{name}: logged dialogues are learned from without it, got {getattr(config, name)!r}; leave it out, or "
+            "train online"
+        )
 
 
 def _check_policy_class(config: TrainConfig) -> None:

@@ -160,3 +160,13 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = ")
     with pytest.raises(ConfigError, match=r"broken\.toml: expected TOML"):
         configs.load(tmp_path / "broken.toml")
+
+
+@pytest.mark.parametrize(
+    "unread", [{"kl_coefficient": 0.5}, {"importance": "turn"}, {"baseline": "leave-one-out", "group": 2}]
+)
+def test_what_logged_dialogues_would_ignore_is_refused(unread: dict[str, object]) -> None:
+    logged = {"offline": {"files": ["talks.jsonl"]}}
+    with pytest.raises(ConfigError, match=rf"{next(iter(unread))}: logged dialogues are learned from without it, got"):
+        configs.from_dict({**logged, **unread})
+    assert configs.from_dict({**logged, "baseline": "none"}).baseline == "none"

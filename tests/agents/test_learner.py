@@ -105,6 +105,28 @@ def test_workers_take_the_step_of_one(
         )
 
 
+@pytest.mark.parametrize("method", ["ppg", "a-lol", "sft"])
+def test_a_worker_without_a_share_of_logged_dialogues_takes_the_step_of_one(
+    method: str, make_policy: Make, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """The last batch of a pass may have fewer dialogues than there are processes."""
+    policies = [make_policy(dtype=torch.float64) for _ in range(4)]
+    logged = ledger(policies[0], [3, 2])
+
+    def step(policy: Policy, share: list[Trajectory], **options: Any) -> Any:
+        agent = Learner(policy, credit.full, method=method, max_grad_norm=1e9, learning_rate=0.0, **options)
+        metrics = agent.learn_offline(share)
+        gradients = [p.grad for p in policy.parameters()]
+        return torch.cat([g.flatten() for g in gradients if g is not None]), metrics
+
+    whole, alone = step(policies[0], logged)
+    shares = [logged[:1], [], logged[1:]]
+    for got, metrics in on_ranks(3, lambda own: step(policies[1 + own.rank], shares[own.rank], workers=own)):
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-12)
+        same = {k: v for k, v in alone.items() if k != "padding"}
+        assert {k: metrics[k] for k in same} == pytest.approx(same)
+
+
 def test_a_fault_on_one_worker_stops_all_of_them(make_policy: Make, on_ranks: Callable[..., list[Any]]) -> None:
     played = ledger(make_policy(), [3, 1])
     future = [replace(played[1], turns=(replace(played[1].turns[0], policy_version=3),))]

@@ -293,7 +293,8 @@ def dialogue_file(folder: Path, dialogues: int = 12) -> Path:
 def test_offline_improves_the_held_out_likelihood_of_every_policy_class(
     config: TrainConfig, tmp_path: Path, planned: dict[str, Any]
 ) -> None:
-    tables = configs.to_dict(config) | {"offline": {"files": [str(dialogue_file(tmp_path))], "epochs": 2}} | planned
+    logged = {"baseline": "none", "offline": {"files": [str(dialogue_file(tmp_path))], "epochs": 2}}
+    tables = configs.to_dict(config) | logged | planned
     run = training.train(configs.from_dict(tables), tmp_path / "run")
     before, after = (run.evaluations()[when] for when in ("before", "after"))
     for key in ("log_likelihood", "log_likelihood_per_token", "weighted_token_log_prob"):
@@ -307,7 +308,7 @@ def test_offline_improves_the_held_out_likelihood_of_every_policy_class(
 
 def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),), epochs=2)
-    logged = replace(config, offline=offline)
+    logged = replace(config, baseline="none", offline=offline)
     whole = training.train(logged, tmp_path / "whole")
     stop_in(monkeypatch, "batch_metrics", 3, offline_learning)
     with pytest.raises(Interrupted):
@@ -320,7 +321,7 @@ def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monke
 
 def test_offline_segments_are_those_of_the_longest_dialogue(config: TrainConfig, tmp_path: Path) -> None:
     offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),))
-    wrong = replace(config, offline=offline, policy_class=PolicyClass.parse("segment 3,3,2"))
+    wrong = replace(config, baseline="none", offline=offline, policy_class=PolicyClass.parse("segment 3,3,2"))
     with pytest.raises(ConfigError, match=r"sum to n = 2 turns, got \[3, 3, 2\] = 8"):
         training.train(wrong, tmp_path / "run")
 

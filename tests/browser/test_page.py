@@ -191,7 +191,7 @@ def test_the_class_switch_shows_the_credit_that_numpy_computes(
             got = [float(value) for value in cells.evaluate_all("all => all.map(one => one.dataset.value)")]
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
             said = [f"{value:.2f}" if np.isfinite(r) else "–" for value, r in zip(expected, rewards[0], strict=False)]
-            rounded = cells.locator("b").all_inner_texts()
+            rounded = [text.replace("−", "-") for text in cells.locator("b").all_inner_texts()]
             assert all(a == b or abs(float(a) - float(b)) < 0.011 for a, b in zip(rounded, said, strict=True))
     assert len(labels) == classes
 
