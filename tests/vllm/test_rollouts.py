@@ -362,7 +362,7 @@ def test_whole_weights_on_a_server_and_what_they_leave_behind(connect: Callable[
     assert found["own"] < SAME
     assert found["former"] > OTHER
     assert ledger_gap(policy, play(policy, sampler), 1.3) < SAME
-    with pytest.raises(ServerRefusedError, match="started anew"):  # the adapter would come on top of them
+    with pytest.raises(ServerRefusedError, match="restarted"):  # the adapter would come on top of them
         connect(policy).sync(policy)
 
 
