@@ -1,4 +1,4 @@
-"""What to say of a name that is unknown: which names there are, and which of them was probably meant."""
+"""Error messages for an unknown name: which names exist, and which one was probably meant."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from difflib import get_close_matches
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like this one, None when none is much like it."""
+    """Return the most similar known name, None if none is close."""
     return next(iter(get_close_matches(str(name), list(known), n=1)), None)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return the end of an error message: ``; did you mean 'ppo'?``, or "" when no known name is near."""
+    """Return the end of an error message: ``; did you mean 'ppo'?``, or "" if no known name is close."""
     meant = nearest(name, known)
     return "" if meant is None else f"; did you mean {meant!r}?"
 

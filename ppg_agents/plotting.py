@@ -1,4 +1,4 @@
-"""What all pictures share: a figure that opens no window, colours, the look of a panel, and how a file is written."""
+"""What all pictures share: a figure without a window, colours, the look of a panel, and saving to a file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ORANGE, BLUE, GREEN, VERMILION = "#E69F00", "#0072B2", "#009E73", "#D55E00"
-"""Of Okabe and Ito's palette, whose colours everybody can tell apart."""
+"""From Okabe and Ito's palette, which colour-blind readers can tell apart."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, drawn by Agg: no screen is needed, and pyplot stays out of it."""
+    """Return an empty figure, sized in inches and drawn by Agg: it needs neither a screen nor pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +25,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def tidy(ax: Axes, *, grid: Literal["x", "y"] | None = "y") -> None:
-    """Take a panel's frame off above and on the right, and lay a pale grid behind what is drawn."""
+    """Remove a panel's top and right frame lines, and put a pale grid behind the drawing."""
     ax.spines[["top", "right"]].set_visible(False)
     if grid:
         ax.grid(axis=grid, color="#dddddd", linewidth=0.6)
@@ -36,8 +36,8 @@ def save(figure: Figure, path: Path, *, dpi: int) -> None:
     """Write a PNG, whole or not at all; the same picture gives the same bytes.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})  # else matplotlib's version is in it
+    figure.savefig(temporary, dpi=dpi, format="png", metadata={"Software": None})  # leaves out matplotlib's version
     os.replace(temporary, path)

@@ -3,7 +3,7 @@
     accelerate launch --config_file "$(ppg-agent accelerate-config ddp-8)" -m ppg_agents.cli train …
 
 The first line of each file says what it is for. Any other accelerate config works too; the learner only uses its
-number of processes and whether weights are split (FSDP), not its mixed precision: weights keep the policy's dtype.
+number of processes and whether it splits weights (FSDP), not its mixed precision: weights keep the policy's dtype.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def launch_configs() -> dict[str, str]:
 
 
 def launch_config(name: str) -> Path:
-    """Return a config's file.
+    """Return a config's path.
 
     Raises:
-        ValueError: There is no config of that name.
+        ValueError: No config has that name.
     """
     if name not in launch_configs():
         raise ValueError(not_one_of("the launch config", name, launch_configs()))

@@ -13,17 +13,17 @@ import click
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False), metavar="FILE.toml")
-@click.option("--out", type=click.Path(file_okay=False), help="Folder; default: runs/ and the file's name.")
+@click.option("--out", type=click.Path(file_okay=False), help="Folder; default: runs/ plus the file's name.")
 @click.option("--jobs", type=click.IntRange(1), help="Runs at a time; default: one per core.")
 @click.option("--engine", type=click.Choice(["processes", "ray"]), default="processes", show_default=True)
-@click.option("--table", "only_table", is_flag=True, help="Start no run; show what is there.")
-@click.option("--dry-run", is_flag=True, help="Start no run; say which are missing.")
+@click.option("--table", "only_table", is_flag=True, help="Start no run; show the results so far.")
+@click.option("--dry-run", is_flag=True, help="Start no run; list the missing ones.")
 def compare(file: str, out: str | None, jobs: int | None, engine: str, only_table: bool, dry_run: bool) -> int:
     """Compare agents and policy classes on the same held-out personas.
 
     FILE.toml names agents, classes, domains, sizes (training conversations) and seeds; [settings] is any of ppg-agent
-    train's, [agent_settings.NAME] the same for one agent. A comparison that was stopped goes on, runs that are there
-    are kept, and a run that failed is named in the table and tried again the next time.
+    train's, [agent_settings.NAME] the same for one agent. A stopped comparison continues, finished runs are kept,
+    and a failed run is named in the table and tried again next time.
 
     Example: ppg-agent compare examples/compare.toml --jobs 2
     """
@@ -48,8 +48,8 @@ def compare(file: str, out: str | None, jobs: int | None, engine: str, only_tabl
     if only_table:
         folder.mkdir(parents=True, exist_ok=True)
         if missing:
-            left = f"{len(missing)} of {len(wanted)} runs are not finished"
-            click.echo(f"{left}; leave out --table to go on with them", err=True)
+            unfinished = f"{len(missing)} of {len(wanted)} runs are not finished"
+            click.echo(f"{unfinished}; leave out --table to go on with them", err=True)
     else:
         workers, again = jobs or os.cpu_count() or 1, f"ppg-agent compare {file} --out {folder}"
         failed = engines.run_all(

@@ -1,4 +1,4 @@
-"""``ppg-agent data``: read, check, count, write and make personas and dialogues.
+"""``ppg-agent data``: reads, checks, counts, writes and makes personas and dialogues.
 
 Flags in, one call of ``ppg_gym.data``, results to stdout, everything else to stderr. Only click and the standard
 library are imported before a command runs.
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from ppg_gym.data import LoggedDialogue
 
 _FORMATS = """
-Formats (the content tells which one, unless --format does): consistent-llms, consistent-llms-personas,
+Formats (detected from the content, unless --format names one): consistent-llms, consistent-llms-personas,
 synthetic-persona-chat, persona-chat, personas, dialogues, trajectories.
 """
 
 FEW = 10_000
-"""Up to this many personas are made in a second or two, and no progress is shown."""
+"""This many personas take a second or two, so no progress is shown."""
 
 files_argument = click.argument("files", nargs=-1, required=True, type=click.Path(), metavar="FILES…")
-format_option = click.option("--format", default="auto", help="Format of the files; default: the content tells.")
-domain_option = click.option("--domain", help="Domain of files that name none; those that name another are refused.")
+format_option = click.option("--format", default="auto", help="Format of the files; default: detected.")
+domain_option = click.option("--domain", help="Domain of files that name none; files that name another are refused.")
 
 
 @click.group(epilog=_FORMATS)
@@ -46,7 +46,7 @@ def data() -> None:
 def import_files(files: tuple[str, ...], out: str, personas: str | None, domain: str | None, format: str) -> None:
     """Write dialogues, and personas, in this project's own formats.
 
-    Where all FILES are persona files, --out takes the personas.
+    If all FILES are persona files, the personas go to --out.
 
     Example: ppg-agent data import chats/*.json --out dialogues.jsonl
     """
@@ -58,13 +58,13 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     if collected.listed and collected.dialogues and personas is None:
         raise click.UsageError("some files hold personas; say where to write them with --personas")
     if collected.listed and not collected.dialogues and personas is not None:
-        raise click.UsageError("all files hold personas: give --out alone, which takes them then")
+        raise click.UsageError("all files hold personas: give --out alone, and they go there")
     if not collected.listed and not collected.dialogues:
-        raise ValueError("expected at least one dialogue that can be used, got none; nothing is written")
+        raise ValueError("expected at least one usable dialogue, got none; nothing is written")
     notes = list(collected.notes)
     target = personas if collected.dialogues else out
-    people, more = ([], []) if target is None else collected.personas()
-    notes += more
+    people, persona_notes = ([], []) if target is None else collected.personas()
+    notes += persona_notes
     if collected.dialogues:
         write_dialogues(out, collected.dialogues)
         notes.append(f"wrote {len(collected.dialogues)} dialogues (one per speaker) to {out}")
@@ -74,26 +74,26 @@ def import_files(files: tuple[str, ...], out: str, personas: str | None, domain:
     click.echo("\n".join(notes), err=True)
 
 
-@data.command(epilog=_FORMATS, short_help="List what cannot be used, as FILE:LINE.")
+@data.command(epilog=_FORMATS, short_help="List what is unusable, as FILE:LINE.")
 @files_argument
 @domain_option
 @format_option
 @click.pass_context
 def validate(context: click.Context, files: tuple[str, ...], domain: str | None, format: str) -> None:
-    """List everything in the files that cannot be used, as FILE:LINE; the exit code is 1 if there is any.
+    """List everything unusable in the files, as FILE:LINE; exit code 1 if there is any.
 
     Example: ppg-agent data validate dialogues/*.json
     """
     from ppg_gym.data import validate as check
 
-    bad = 0
+    failed = False
     for path in files:
         problems = check(path, format, domain)
         for problem in problems:
             click.echo(f"{path}:{problem.line}: {problem}")
-        bad += bool(problems)
+        failed |= bool(problems)
         click.echo(f"{path}: problems: {len(problems)}" if problems else f"{path}: ok", err=True)
-    if bad:
+    if failed:
         context.exit(1)
 
 
@@ -120,7 +120,7 @@ def stats(files: tuple[str, ...], domain: str | None, format: str, as_json: bool
 
 @data.command(epilog=_FORMATS, short_help="Write dialogues as chat messages, for trainers.")
 @files_argument
-@click.option("--out", required=True, type=click.Path(), metavar="OUT.jsonl", help="Chat messages, one row a line.")
+@click.option("--out", required=True, type=click.Path(), metavar="OUT.jsonl", help="Chat messages, one row per line.")
 @click.option("--min-score", type=click.FloatRange(0, 1), help="Keep dialogues whose mean score is at least this.")
 @click.option(
     "--split-by-persona", "share", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
@@ -178,21 +178,15 @@ def export(
 @click.option("-n", "--count", required=True, type=click.IntRange(1), help="How many.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same personas.")
 @click.option("--out", required=True, type=click.Path(), metavar="FILE.jsonl", help="The persona file.")
-@click.option("--exclude", multiple=True, metavar="FILES…", help="No persona of these persona files or dialogues.")
-@click.option("--allow-embedded", is_flag=True, help="Allow the facts of the personas that come with the domain.")
+@click.option("--exclude", multiple=True, metavar="FILES…", help="Make none of these files' personas.")
+@click.option("--allow-embedded", is_flag=True, help="Allow the facts of the domain's own personas.")
 @click.argument("more", nargs=-1, metavar="")
 def personas(
-    domain: str,
-    count: int,
-    seed: int,
-    out: str,
-    exclude: tuple[str, ...],
-    allow_embedded: bool,
-    more: tuple[str, ...],
+    domain: str, count: int, seed: int, out: str, exclude: tuple[str, ...], allow_embedded: bool, more: tuple[str, ...]
 ) -> None:
-    """Make more personas for a domain; no set of facts comes up twice.
+    """Make more personas for a domain; no set of facts repeats.
 
-    None has the facts of a persona that comes with the domain, for training or held out.
+    None has the facts of one of the domain's own personas, for training or held out.
 
     Example: ppg-agent data personas --domain therapy -n 500 --out more.jsonl
     """
@@ -213,11 +207,11 @@ def personas(
 
 
 def _different(files: Sequence[str], **targets: str | None) -> None:
-    """Refuse two options that name one file, and one that names a file that is read: writing would destroy it."""
+    """Refuse options that name the same file, or an input file, which writing would destroy."""
     named = {f"--{name.replace('_', '-')}": Path(target) for name, target in targets.items() if target is not None}
     if len({path.resolve() for path in named.values()}) < len(named):
         raise click.UsageError(f"{' and '.join(named)} name the same file")
-    read = {Path(file).resolve() for file in files}
+    inputs = {Path(file).resolve() for file in files}
     for option, path in named.items():
-        if path.resolve() in read:
-            raise click.UsageError(f"{option}: expected another file than those that are read, got {path}")
+        if path.resolve() in inputs:
+            raise click.UsageError(f"{option}: expected a file other than the input files, got {path}")

@@ -1,7 +1,7 @@
 """``ppg-agent horizon``: one batch in; a table, JSON and a picture out.
 
 Results go to stdout, everything else to stderr. Only click and the standard library are imported before the command
-runs. What is estimated is in ``ppg_agents.horizon.advice``; here it is only shown.
+runs. ``ppg_agents.horizon.advice`` makes the estimates; here they are only shown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse_batches(_: click.Context, parameter: click.Parameter, text: str | None
 
 
 def parse_classes(_: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[PolicyClass, ...]:
-    """Return the policy classes that are named."""
+    """Return the named policy classes."""
     if not texts:  # --help imports no numpy
         return ()
     from ppg_agents.credit import PolicyClass
@@ -56,27 +56,27 @@ def parse_classes(_: click.Context, parameter: click.Parameter, texts: tuple[str
 @click.argument("target", metavar="RUN_OR_MODEL")
 @click.option("--domain", help="chatting, education, therapy, or your own FILE.toml.")
 @click.option("--personas", default="train", show_default=True, help="train, held-out, or a persona file.")
-@click.option("--offline", multiple=True, metavar="FILES…", help="Logged, judged dialogues in place of played ones.")
+@click.option("--offline", multiple=True, metavar="FILES…", help="Use logged, judged dialogues; play none.")
 @click.option(
     "--conversations", type=click.IntRange(2), default=CONVERSATIONS, show_default=True, help="How many to read."
 )
 @click.option(
     "--classes", multiple=True, callback=parse_classes, metavar="CLASS",
-    help="As --policy-class of train; repeat. Default: every K.",
+    help="Like train's --policy-class; repeatable. Default: every K.",
 )  # fmt: skip
 @click.option(
     "--batch", "batches", callback=parse_batches, metavar="B,B,…",
-    help="Conversations per gradient step, the first for the table. Default: the settings', and 1/4, 4, 16 times it.",
+    help="Conversations per gradient step, the first for the table. Default: as set, and 1/4, 4, 16 times that.",
 )  # fmt: skip
 @click.option(
     "--baseline", type=click.Choice(["leave-one-out", "none"]),
-    help="Subtracted from the credit. Default: leave-one-out; with --offline none, as in learning.",
+    help="Subtracted from the credit. Default: leave-one-out; with --offline none, as in training.",
 )  # fmt: skip
-@click.option("--centre", is_flag=True, help="Take each conversation's own mean reward off its rewards (a diagnosis).")
+@click.option("--centre", is_flag=True, help="Subtract each conversation's mean reward from its rewards (a diagnosis).")
 @click.option("--seed", type=click.IntRange(0), help="Same seed, same result.")
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. lora.rank=8.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--out", type=click.Path(file_okay=False), metavar="DIR", help="For horizon.json and horizon.png.")
+@click.option("--out", type=click.Path(file_okay=False), metavar="DIR", help="Where horizon.json and horizon.png go.")
 @click.argument("more", nargs=-1, metavar="")
 def horizon(
     target: str,
@@ -97,7 +97,7 @@ def horizon(
     """How far ahead should it plan? Compare every policy class on one batch of conversations.
 
     RUN_OR_MODEL is a run folder (its newest checkpoint, its settings), tiny (the embedded model), or a
-    Hugging Face model or folder, which gets the fresh adapter that training would start with.
+    Hugging Face model or folder, with the fresh adapter that training would start from.
 
     Example: ppg-agent horizon tiny --domain therapy --out horizon
     """
@@ -118,7 +118,7 @@ def horizon(
     from ppg_agents.terminal.progress import Progress
 
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)  # before the work that goes into it
+        Path(out).mkdir(parents=True, exist_ok=True)  # fail now rather than after the work
     if files:
         policy, trajectories = read(target, config, files, conversations)
     else:
@@ -140,13 +140,13 @@ def horizon(
         baseline="none" if (baseline or ("none" if files else "")) == "none" else "leave-one-out",
         rng=np.random.default_rng([config.seed, 1]),
     )
-    what = "logged dialogues" if files else config.world
-    record = {"target": target, "what": what, "centred": centre, "seed": config.seed, **report.to_dict()}
+    subject = "logged dialogues" if files else config.world
+    record = {"target": target, "what": subject, "centred": centre, "seed": config.seed, **report.to_dict()}
     if out is not None:
         folder = Path(out)
         text = json.dumps(record, indent=2, allow_nan=False)
         (folder / "horizon.json").write_text(text + "\n", encoding="utf-8")
-        save(picture(report, f"{what}, {target}"), folder / "horizon.png", dpi=150)
+        save(picture(report, f"{subject}, {target}"), folder / "horizon.png", dpi=150)
         click.echo(f"wrote {folder / 'horizon.json'} and {folder / 'horizon.png'}", err=True)
     click.echo(json.dumps(record, allow_nan=False) if as_json else table(report))
 
@@ -187,10 +187,10 @@ def played(target: str, config: TrainConfig, personas: str, conversations: int) 
 
 
 def read(target: str, config: TrainConfig, files: Sequence[str], conversations: int) -> tuple[Policy, list[Trajectory]]:
-    """Load a policy and read logged dialogues, at most so many, drawn by the seed.
+    """Load a policy and read at most ``conversations`` logged dialogues, drawn by the seed.
 
     Raises:
-        ValueError: No dialogue with a judged line.
+        ValueError: No dialogue has a judged line that fits into the context.
     """
     from dataclasses import replace
 
@@ -211,7 +211,7 @@ def read(target: str, config: TrainConfig, files: Sequence[str], conversations: 
 
 
 def table(report: Horizon) -> str:
-    """Return the report as plain text; every figure with its 95% interval."""
+    """Return the report as plain text; every number has its 95% interval."""
     columns = ("class", "|mean|^2", "variance", "signal/noise", "cosine", "progress", "behind the best")
     rows: list[tuple[str, ...]] = [columns]
     for c in report.classes:
@@ -239,14 +239,14 @@ def _shown(v: Value) -> str:
 
 
 def picture(report: Horizon, title: str) -> Figure:
-    """Draw direction, variance and progress against the class, and where full planning's progress comes from."""
+    """Draw direction, variance and progress by class, and where full planning's progress comes from."""
     from ppg_agents.horizon.advice import ALIGNED
 
     figure = new_figure(11, 8)
     verdict = report.verdict
-    left_over = "" if verdict.decided else f", undecided among {len(verdict.undecided)} classes"
+    undecided = "" if verdict.decided else f", undecided among {len(verdict.undecided)} classes"
     subtitle = f"shortest class that points where full planning points: {report.aligned[0]}"
-    subtitle += f"\nbest next step: {verdict.recommended}{left_over}"
+    subtitle += f"\nbest next step: {verdict.recommended}{undecided}"
     figure.suptitle(f"{title}\n{subtitle}", fontweight="bold", fontsize=11)
     (cosine, middle), (left, right) = figure.subplots(2, 2)
     at = range(len(report.classes))
@@ -279,7 +279,7 @@ def picture(report: Horizon, title: str) -> Figure:
 
 
 def _point(ax: Axes, x: int, v: Value, color: str, *, filled: bool = True) -> None:
-    """Draw an estimate with its interval; hollow for a class that is told from the best."""
+    """Draw an estimate with its interval; hollow for a class that clearly differs from the best."""
     ax.plot([x, x], [v.low, v.high], color=color, linewidth=1.5)
     face = color if filled else "white"
     ax.plot([x], [v.value], "o", color=color, markerfacecolor=face, markersize=7, zorder=5)

@@ -1,6 +1,6 @@
 """``ppg-agent inspect`` and ``ppg-agent report``: a run in, a page or a Markdown file out, its path on stdout.
 
-Only click and the standard library are imported before a command runs. What is shown is made in ``ppg_agents.inspect``.
+Only click and the standard library are imported before a command runs. ``ppg_agents.inspect`` does the work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ REPORT, PICTURES = "report.md", ("curve.png", "credit.png")
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="The page; default: RUN/report.html.")
 @click.option(
     "--conversations", type=click.IntRange(1), default=CONVERSATIONS, show_default=True, metavar="N",
-    help="Most to show: failed verdicts, personas met early and late, the first and the last ones.",
+    help="The most to show: failed verdicts, personas met early and late, the first and last ones.",
 )  # fmt: skip
-@click.option("--tokenizer", metavar="RUN_OR_FOLDER", help="Reads the tokens; default: that of the run. Also: tiny.")
+@click.option(
+    "--tokenizer", metavar="RUN_OR_FOLDER", help="Its tokenizer reads the tokens; default: the run's. Also: tiny."
+)
 def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | None) -> None:
     """Write one HTML page that shows a run: curves, conversations, verdicts, credit, tokens.
 
@@ -33,7 +35,7 @@ def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | 
     from ppg_agents.runs import run as runs
 
     page = Path(out) if out else None
-    if page is not None:  # as rollout does, before the work that goes into it
+    if page is not None:  # fail now rather than after the work
         runs.check_file(page)
 
     from ppg_agents.inspect.page import write_page
@@ -47,7 +49,7 @@ def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | 
 def report(target: str, out: str | None) -> None:
     """Write a run as a short Markdown file with figures, for a paper's appendix.
 
-    DIR is made where it is missing, and may hold other files; a report that is there is written anew.
+    DIR is created if needed, and may hold other files; an existing report is overwritten.
 
     Example: ppg-agent report runs/NAME --out appendix
     """
@@ -60,10 +62,10 @@ def report(target: str, out: str | None) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder where a report's picture would take the place of somebody else's: a run's own curve.
+    """Refuse a folder where a report would overwrite another picture, such as a run's own curve.
 
     Raises:
-        click.UsageError: It holds a picture of that name and no report.
+        click.UsageError: It holds a picture of the same name, and no report.
     """
     lost = [name for name in PICTURES if (folder / name).exists()]
     if lost and not (folder / REPORT).exists():

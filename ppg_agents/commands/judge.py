@@ -1,7 +1,7 @@
 """``ppg-agent judge``: how good a judge is, against labels, recorded verdicts and tricks.
 
 Flags in, one call of the library, results to stdout, progress to stderr. Only click is imported before a command
-runs, and an attack's success rate is all that is computed here.
+runs, and only an attack's success rate is computed here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 
 UNCACHED = ("facts", "nli")
-"""Judges that ask no server, so that there are no answers to cache."""
+"""Judges that ask no server, so there are no answers to cache."""
 
 LOCAL_JUDGES = {"nli": "model"}
 """Judges that run a model here, and the option that names its folder."""
 
 
 def example(line: str) -> str:
-    """Return a command's example, to be printed unchanged at the end of its help."""
+    """Return a command's example, printed unchanged at the end of its help."""
     return f"\b\nExample:\n  {line}"
 
 
@@ -41,11 +41,9 @@ def judge_flags(command: F) -> F:
     flags = (
         click.option("--judge", "name", help="facts (embedded, default), llm, nli, or package.module:Class."),
         click.option("--judge-url", "urls", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
-        click.option("--judge-model", "model", metavar="NAME", help="The model that the endpoint serves."),
+        click.option("--judge-model", "model", metavar="NAME", help="The model the endpoint serves."),
         click.option(
-            "--judge-option",
-            "--judge-options",
-            "options",
+            *("--judge-option", "--judge-options", "options"),
             multiple=True,
             metavar="KEY=VALUE",
             help="Option of the judge, or all of them as a JSON object. Budgets count per domain.",
@@ -63,7 +61,7 @@ def chosen(
     """Return the judge's name and options.
 
     Raises:
-        click.UsageError: An option is neither KEY=VALUE nor a JSON object, or ``--no-cache`` with nothing to cache.
+        click.UsageError: An option is neither KEY=VALUE nor a JSON object, or ``--no-cache`` has nothing to cache.
     """
     from ppg_agents.config.settings import parse_assignments
 
@@ -92,13 +90,13 @@ def chosen(
 
 
 def check_options(name: str, options: dict[str, Any]) -> None:
-    """Refuse a judge whose required options are missing, in the words of the command line.
+    """Refuse a judge whose required options are missing, in terms of the command line.
 
     Raises:
-        click.UsageError: An option is missing, or names a model where no endpoint is asked; the message names the flag.
+        click.UsageError: An option is missing, or names a model but no endpoint; the flag is named.
     """
     if name == "facts" and set(options) == {"model"}:
-        raise click.UsageError("--judge-model names a model that an endpoint serves; give --judge-url too")
+        raise click.UsageError("--judge-model names a model on an endpoint; give --judge-url too")
     needed = {"base_url": "--judge-url URL", "model": "--judge-model NAME"}
     lacking = [flag for key, flag in needed.items() if not options.get(key)]
     if name == "llm" and lacking:
@@ -128,12 +126,12 @@ def validate(
 ) -> None:
     """Compare a judge with labels.
 
-    Prints agreement, Cohen's kappa and ROC AUC, per domain, with intervals, beside "always consistent". Replies that
-    the judge gave no score are counted and left out.
+    Prints agreement, Cohen's kappa and ROC AUC, per domain, with intervals, beside "always consistent". Replies the
+    judge did not score are counted and left out.
 
     Labels are the verdicts recorded in dialogues (benchmark JSON, the project's JSONL, a run folder, an export of
-    rescore), or a CSV of people's labels, one row per reply, with the columns persona (an id or a description), history
-    (JSON list of the lines before), reply, label (0 to 1, 1 is consistent), domain, and optionally dialogue.
+    rescore), or a CSV of human labels, one row per reply, with the columns persona (an id or a description), history
+    (JSON list of the earlier lines), reply, label (0 to 1, 1 is consistent), domain, and optionally dialogue.
     """
     name, options = chosen(**flags)
 
@@ -168,7 +166,7 @@ def rescore(
     """Judge saved conversations again.
 
     Writes both verdicts, one row per turn, and compares them. RUN is a run folder, or a file of trajectories or judged
-    dialogues. An endpoint's answers are cached, so that a stopped command goes on where it was.
+    dialogues. An endpoint's answers are cached, so a stopped command resumes where it was.
     """
     name, options = chosen(**flags)
 
@@ -179,7 +177,7 @@ def rescore(
 
     target = Path(out) if out else rescoring.default_file(source, name)
     rescoring.check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+    target.parent.mkdir(parents=True, exist_ok=True)  # fail now rather than after the work
     dialogues = read_recorded(source, domain)[:limit]
     with Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
         rescored = rescoring.rescore(dialogues, name, options, progress.advance)
@@ -203,8 +201,8 @@ def rescore(
 def attack(domain: str, personas: int, max_success: float | None, seed: int, as_json: bool, **flags: Any) -> int:
     """Try to fool a judge with trick replies.
 
-    Prints how often it pays for them, per family of tricks, and the replies that it paid for. The success rate counts
-    replies with a score only; with --max-success, no score at all is a failure too.
+    Prints how often it rewards them, per family of tricks, and the replies it rewarded. The success rate counts only
+    replies with a score; with --max-success, no score at all is a failure too.
     """
     name, options = chosen(**flags)
 
@@ -214,10 +212,10 @@ def attack(domain: str, personas: int, max_success: float | None, seed: int, as_
     from ppg_gym.domain.cast import personas as personas_of
     from ppg_gym.judges.lab.attacks import FOOLED_AT, run_attacks
 
-    there = len(personas_of(domain, "held-out"))
-    if personas > there:
+    available = len(personas_of(domain, "held-out"))
+    if personas > available:
         raise click.UsageError(
-            f"--personas: expected at most {there}, the held-out personas of {domain}, got {personas}; ask for fewer"
+            f"--personas: expected at most {available}, {domain}'s held-out personas, got {personas}; ask for fewer"
         )
     made = judges.make(name, domain, options)
     try:

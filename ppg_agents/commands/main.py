@@ -1,7 +1,7 @@
 """The commands of ``ppg-agent``: flags in, one call of the library, results out.
 
 Results go to stdout, everything else to stderr. Only click and the standard library are imported before a
-command runs, so that ``--help`` is quick; nothing is computed here.
+command runs, which keeps ``--help`` quick; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; errors other than click's own are raised."""
     try:
         result = cli.main(
-            args=None if arguments is None else list(arguments),
-            prog_name="ppg-agent",
-            standalone_mode=False,
+            args=None if arguments is None else list(arguments), prog_name="ppg-agent", standalone_mode=False
         )
     except click.Abort as abort:
-        raise KeyboardInterrupt(*getattr(abort.__cause__, "args", ())) from abort  # with its words: how to go on
+        raise KeyboardInterrupt(*getattr(abort.__cause__, "args", ())) from abort  # its text tells how to go on
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -49,19 +47,19 @@ def cli() -> None:
     """
 
 
-for command, words in (  # as the list of all commands shows them, uncut on a terminal of 80 columns
+for command, words in (  # short enough for the list of commands at 80 columns
     (evaluate, "Measure persona consistency on held-out personas."),
     (rollout, "Write conversations as trajectories (JSONL)."),
     (chat, "Talk to a persona, with the judge's verdicts."),
     (merge, "Write a run as one plain model, LoRA folded in."),
     (data, "Read, check and write personas and dialogues."),
     (judge, "Measure judges: labels, verdicts, tricks; fit one."),
-    (horizon, "Say how far ahead to plan, from one batch."),
+    (horizon, "Show how far ahead to plan, from one batch."),
     (compare, "Compare agents and policy classes, with intervals."),
     (inspect_, "Write one HTML page that shows a run."),
     (report, "Write a run as Markdown with figures."),
-    (reproduce, "Run and draw what a figure of the paper needs."),
-    (doctor, "Say what is installed, would be used, and answers."),
+    (reproduce, "Run and draw a figure of the paper."),
+    (doctor, "Show what is installed, and which servers answer."),
 ):
     command.short_help = words
     cli.add_command(command)
@@ -70,22 +68,22 @@ for command, words in (  # as the list of all commands shows them, uncut on a te
 @cli.command(short_help="Train a policy; evaluate it before and after.")
 @shared("domain")
 @click.option("--policy-class", metavar="CLASS", help="greedy, 3, full, segment:3,3,2, auto, matrix, module:function.")
-@click.option("--lookahead", type=int, metavar="K", help="The class k-step: a reply is credited with K rewards.")
-@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="The class segment: turns in each.")
+@click.option("--lookahead", type=int, metavar="K", help="Class k-step: each reply is credited with K rewards.")
+@click.option("--segments", callback=parse_segments, metavar="N,N,…", help="Class segment: turns in each.")
 @click.option("--agent", metavar="NAME", help="Who learns: ppg (default), ppo, grpo, …, or an installed one.")
 @click.option("--offline", multiple=True, metavar="FILES…", help="Learn from logged, judged dialogues.")
 @click.option("--model", help="tiny (embedded), or a Hugging Face model or folder.")
 @shared("personas")
 @shared(*SERVERS)
-@click.option("--rollout-endpoints", multiple=True, metavar="URL", help="vLLM servers that sample; repeat it.")
+@click.option("--rollout-endpoints", multiple=True, metavar="URL", help="vLLM servers that sample; repeatable.")
 @click.option("--iterations", type=int, help="Gradient steps, online.")
 @click.option("--batch", type=int, help="Conversations per step.")
 @shared("seed")
 @click.option("--out", type=click.Path(), help="Run folder; default: a new one under runs/.")
-@click.option("--report-to", multiple=True, metavar="NAME", help="tensorboard, wandb or trackio as well.")
-@click.option("--config", "file", type=click.Path(), metavar="FILE.toml", help="Settings; flags come on top.")
+@click.option("--report-to", multiple=True, metavar="NAME", help="Also log to tensorboard, wandb or trackio.")
+@click.option("--config", "file", type=click.Path(), metavar="FILE.toml", help="Settings; flags override them.")
 @shared("set")
-@click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Go on with a run; default: the newest.")
+@click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Resume a run; default: the newest.")
 @click.argument("more", nargs=-1, metavar="")
 def train(
     offline: tuple[str, ...],
@@ -115,13 +113,13 @@ def train(
     folder = None if resume is None else Path(resume or out or runs.newest_run())
     base = Path(file) if file else None
     if resume and out and Path(resume).resolve() != Path(out).resolve():
-        raise click.UsageError(f"--resume {resume} goes on in that folder; leave out --out {out}")
+        raise click.UsageError(f"--resume {resume} continues in that folder; leave out --out {out}")
     if folder is not None and base is None:
         base = runs.Run.open(folder).folder / "config.toml"
     config = settings(base, assignments, flags)
     if folder is None:
         folder = Path(out or config.out or runs.default_folder(config))
-        if os.environ.get("RANK", "0") == "0":  # at once, not when the model is loaded; other ranks may see it made
+        if os.environ.get("RANK", "0") == "0":  # before the model loads; other ranks may see the folder appear
             runs.check_new(folder)
 
     from ppg_agents.terminal.interrupt import Interrupted
@@ -130,7 +128,7 @@ def train(
 
     newest = runs.Run.open(folder).latest_checkpoint() if resume is not None and not config.offline.files else None
     if newest and newest[0] >= config.iterations and os.environ.get("RANK", "0") == "0":
-        say(f"all {newest[0]} iterations are done; go further with --iterations and a larger number")
+        say(f"all {newest[0]} iterations are done; to go further, raise --iterations")
     try:
         finished = start(config, folder, resume=resume is not None)
     except Interrupted as stop:
@@ -144,9 +142,7 @@ LAUNCH = 'accelerate launch --config_file "$(ppg-agent accelerate-config ddp-2)"
 
 
 @cli.command(
-    "accelerate-config",
-    short_help="Print the path of an accelerate config.",
-    epilog=f"\b\nExample:\n  {LAUNCH}",
+    "accelerate-config", short_help="Print the path of an accelerate config.", epilog=f"\b\nExample:\n  {LAUNCH}"
 )
 @click.argument("name", required=False)
 def accelerate_config(name: str | None) -> None:

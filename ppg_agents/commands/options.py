@@ -1,6 +1,6 @@
 """Options that several commands share, and how they become settings.
 
-Only click and the standard library are imported before a command runs, so that ``--help`` is quick.
+Only click and the standard library are imported before a command runs, which keeps ``--help`` quick.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parse_segments(_: click.Context, parameter: click.Parameter, text: str | Non
 
 
 def shared(*names: str) -> Callable[[F], F]:
-    """Return a decorator that adds the named options, which several commands have."""
+    """Return a decorator that adds the named options."""
     options = {
         "domain": click.option("--domain", help="chatting, education, therapy, or your own FILE.toml."),
         "personas": click.option("--personas", help="train, held-out, or a persona file."),
@@ -43,7 +43,7 @@ def shared(*names: str) -> Callable[[F], F]:
         ),
         "judge": click.option("--judge", help="facts (embedded), llm, nli, or package.module:Class."),
         "judge_url": click.option("--judge-url", multiple=True, metavar="URL", help="Chat endpoint; implies llm."),
-        "judge_model": click.option("--judge-model", metavar="NAME", help="The model that the endpoint serves."),
+        "judge_model": click.option("--judge-model", metavar="NAME", help="The model the endpoint serves."),
         "partner": click.option("--partner", help="scripted (embedded), llm, or package.module:Class."),
         "partner_url": click.option("--partner-url", multiple=True, metavar="URL", help="As --judge-url."),
         "partner_model": click.option("--partner-model", metavar="NAME", help="As --judge-model."),
@@ -61,13 +61,12 @@ def shared(*names: str) -> Callable[[F], F]:
 def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]) -> TrainConfig:
     """Return the settings of a file with ``--set`` and flags on top.
 
-    ``--judge-url`` implies the judge ``llm``. Another judge than the file's begins without options; so does
-    another partner.
+    ``--judge-url`` implies the judge ``llm``. A judge or partner that differs from the file's starts without options.
 
     Args:
         base: A TOML file, or None.
         assignments: ``a.b=c`` as given.
-        flags: Flags by name; those that were not given are None, empty or False.
+        flags: Flags by name; those not given are None, empty or False.
     """
     from ppg_agents.config import settings as configs
 
@@ -86,7 +85,7 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
     config = configs.load(base, fresh | configs.parse_assignments(assignments) | given)
     for part, embedded in (("judge", "facts"), ("partner", "scripted")):
         if f"env.{part}_options.model" in given and getattr(config.env, part) == embedded:
-            raise click.UsageError(f"--{part}-model names a model that an endpoint serves; give --{part}-url too")
+            raise click.UsageError(f"--{part}-model names a model on an endpoint; give --{part}-url too")
     check_servers(config)
     for part in ("judge", "partner") if no_cache else ():
         if getattr(config.env, part) == "llm":
@@ -105,7 +104,7 @@ def target_config(target: str, assignments: tuple[str, ...], **flags: Any) -> Tr
 
 
 def check_servers(config: TrainConfig) -> None:
-    """Refuse a judge or partner that lacks what it can not do without, in the words of the command line.
+    """Refuse a judge or partner that lacks a required option, in terms of the command line.
 
     Raises:
         click.UsageError: An option is missing; the message names the flag.
@@ -121,5 +120,5 @@ def check_servers(config: TrainConfig) -> None:
             lacking = " and ".join(f"--{part}-{flag}" for flag in flags)
             raise click.UsageError(f"the {part} llm asks an endpoint; give {lacking}")
     if (lacks := LOCAL_JUDGES.get(config.env.judge)) and lacks not in config.env.judge_options:
-        what = f"--set env.judge_options.{lacks}=FOLDER"
-        raise click.UsageError(f"the judge {config.env.judge} is a model that runs here; give {what}")
+        flag = f"--set env.judge_options.{lacks}=FOLDER"
+        raise click.UsageError(f"the judge {config.env.judge} is a model that runs here; give {flag}")

@@ -25,20 +25,20 @@ def parse_numbers(_: click.Context, parameter: click.Parameter, text: str | None
 
 @click.command()
 @click.argument("figure", type=click.Choice(FIGURES))
-@click.option("--domain", "domains", multiple=True, metavar="NAME", help="Repeat it. Default: all; --quick: therapy.")
-@click.option("--quick", is_flag=True, help="Fewer domains, classes, sizes and seeds: about two minutes, no evidence.")
+@click.option("--domain", "domains", multiple=True, metavar="NAME", help="Repeatable. Default: all; --quick: therapy.")
+@click.option("--quick", is_flag=True, help="Fewer domains, classes, sizes and seeds: two minutes, proves nothing.")
 @click.option("--model", help="tiny (embedded, default), or a Hugging Face model or folder; with one GPU, --jobs 1.")
 @click.option("--seeds", type=click.IntRange(1), help="Training seeds. Default: 5.")
 @click.option("--sizes", callback=parse_numbers, metavar="N,N,…", help="Training conversations: 80,160,320,640.")
 @click.option("--turns", callback=parse_numbers, metavar="N,N,…", help="Lengths for fig5. Default: 10,20,40,60.")
 @click.option("--lookaheads", callback=parse_numbers, metavar="K,K,…", help="K of the figures. Default: 1,2,3,4,5.")
-@click.option("--train-turns", is_flag=True, help="fig5: train at each length as well (hours; other runs).")
+@click.option("--train-turns", is_flag=True, help="fig5: also train at each length (hours; extra runs).")
 @click.option("--out", type=click.Path(file_okay=False), help="Folder; default: runs/reproduce, or reproduce-quick.")
 @click.option("--jobs", type=click.IntRange(1), help="Runs at a time; default: one per core.")
 @click.option("--engine", type=click.Choice(["processes", "ray"]), default="processes", show_default=True)
 @click.option("--set", "assignments", multiple=True, metavar="A.B=C", help="Set anything, e.g. learning_rate=1e-3.")
-@click.option("--draw", "only_draw", is_flag=True, help="Start no run; draw what is there.")
-@click.option("--dry-run", is_flag=True, help="Start no run; say which are missing.")
+@click.option("--draw", "only_draw", is_flag=True, help="Start no run; draw the results so far.")
+@click.option("--dry-run", is_flag=True, help="Start no run; list the missing ones.")
 def reproduce(
     figure: str,
     domains: tuple[str, ...],
@@ -56,11 +56,11 @@ def reproduce(
     only_draw: bool,
     dry_run: bool,
 ) -> int:
-    """Run what a figure of the paper needs, and draw it, with intervals.
+    """Run what a figure of the paper needs, and draw it with intervals.
 
     fig2: per-turn residual, K = 1..5; fig3: consistency against training conversations; fig4: the best K; fig5: longer
     conversations; table: methods × domains. Figures 2 to 5 share their runs (the cells of ppg-agent compare, in
-    DIR/cells); what was stopped goes on, what is there is kept. A PNG (the table: Markdown) and a CSV are written.
+    DIR/cells); stopped runs continue, finished ones are kept. Writes a PNG (table: Markdown) and a CSV.
 
     Example: ppg-agent reproduce fig4 --domain therapy --jobs 2
     """

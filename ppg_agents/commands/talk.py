@@ -1,7 +1,7 @@
 """A conversation at the terminal: a person plays the partner, the policy plays the persona.
 
-Goes through Gymnasium like everything else: the environment's partner is ``console``, which shows whom the policy
-plays, then the judge's verdict on each reply, and asks the person for a line. Nothing here learns.
+Uses Gymnasium like everything else: the environment's partner is ``console``, which shows the persona and the judge's
+verdict on each reply, and asks the person for a line. Nothing here learns.
 """
 
 from __future__ import annotations
@@ -28,21 +28,16 @@ MANY_TURNS = 1000
 
 
 def talk(
-    target: Target,
-    config: TrainConfig,
-    *,
-    personas: str,
-    persona: str | None = None,
-    seed: int | None = None,
+    target: Target, config: TrainConfig, *, personas: str, persona: str | None = None, seed: int | None = None
 ) -> list[float]:
-    """Talk until the person says nothing, or the conversation does not fit into the model's context.
+    """Talk until the person enters an empty line, or the conversation outgrows the model's context.
 
     Args:
-        target: Who plays the persona.
+        target: The policy that plays the persona.
         config: Domain and judge.
         personas: ``train``, ``held-out`` or a path.
         persona: Id of the persona; None draws one.
-        seed: Of the draws; None for a new conversation every time.
+        seed: Seeds the draws; None gives a new conversation every time.
 
     Returns:
         The judge's scores, NaN where it gave none.
@@ -77,13 +72,13 @@ def talk(
             while not over:
                 turn = speaker.reply([observation["instruction"]], [observation["message"]], [True], generator)[0]
                 if turn is None:
-                    click.echo("(the conversation is as long as the model's context)", err=True)
+                    click.echo("(the conversation has filled the model's context)", err=True)
                     break
                 click.echo(f"persona> {turn.text}")
                 observation, reward, terminated, truncated, info = env.step(turn.text)
                 scores.append(float(reward))
                 over = terminated or truncated
-                if terminated:  # the partner, who shows verdicts, does not get to speak
+                if terminated:  # the partner shows verdicts, but gets no turn after the end
                     click.echo(verdict_line(info["verdict"]))
     finally:
         env.close()

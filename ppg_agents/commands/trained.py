@@ -1,4 +1,4 @@
-"""``ppg-agent evaluate``, ``rollout``, ``chat`` and ``merge``: what is done with a policy that is there.
+"""``ppg-agent evaluate``, ``rollout``, ``chat`` and ``merge``: use an existing policy.
 
 Results go to stdout, everything else to stderr. Only click and the standard library are imported before a command
 runs; nothing is computed here.
@@ -18,7 +18,7 @@ from ppg_agents.commands.options import SERVERS, shared, target_config
 @click.command()
 @click.argument("target", metavar="RUN_OR_MODEL")
 @shared("domain", "personas", *SERVERS, "conversations", "seed", "set")
-@click.option("--best-of", type=click.IntRange(1), metavar="N", help="Play each N times; the best one counts.")
+@click.option("--best-of", type=click.IntRange(1), metavar="N", help="Play each one N times; the best counts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(target: str, conversations: int | None, best_of: int | None, as_json: bool, **flags: Any) -> None:
     """Measure persona consistency on held-out personas.
@@ -102,10 +102,10 @@ def rollout(target: str, conversations: int | None, seed: int | None, out: str, 
 @click.command()
 @click.argument("target", metavar="RUN_OR_MODEL", default="tiny")
 @shared("domain", "personas", "judge", "judge_url", "judge_model", "no_cache")
-@click.option("--persona", help="Id of the persona; default: one is drawn.")
+@click.option("--persona", help="Id of the persona; default: drawn at random.")
 @shared("seed", "set")
 def chat(target: str, persona: str | None, seed: int | None, **flags: Any) -> None:
-    """Talk to a persona; the judge's verdict stands under each of its lines.
+    """Talk to a persona; the judge's verdict appears under each of its lines.
 
     You play the partner. An empty line or Ctrl-D ends the conversation.
 

@@ -1,1 +1,1 @@
-"""What is installed, what would be used, and which servers answer."""
+"""Checks what is installed, what would be used, and which servers answer."""

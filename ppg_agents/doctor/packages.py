@@ -1,4 +1,4 @@
-"""Which packages and extras are installed, by their metadata alone: nothing is imported but the standard library."""
+"""Which packages and extras are installed, from metadata alone; imports only the standard library."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _REQUIREMENT = re.compile(
 
 
 def requirements() -> dict[str, dict[str, str]]:
-    """Return what the base ("") and every extra need: package -> the oldest version that will do, "" for any.
+    """Return what the base ("") and every extra need: package -> the oldest version that works, "" for any.
 
-    Empty where ppg-gym runs from its sources and is not installed.
+    Empty if ppg-gym runs from source without being installed.
     """
     needed: dict[str, dict[str, str]] = {}
     lines = metadata.requires(DISTRIBUTION) or [] if version_of(DISTRIBUTION) else []
@@ -25,7 +25,7 @@ def requirements() -> dict[str, dict[str, str]]:
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of an installed distribution, None when it is not installed."""
+    """Return the version of an installed distribution, None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -33,7 +33,7 @@ def version_of(package: str) -> str | None:
 
 
 def lacking(needed: dict[str, str]) -> list[str]:
-    """Return what is missing or too old of `requirements`: ``torch``, or ``torch 2.1 (2.7 or newer is needed)``."""
+    """Return which `requirements` are missing or too old: ``torch``, or ``torch 2.1 (2.7 or newer is needed)``."""
     versions = {package: version_of(package) for package in needed}
     return [
         f"{package} {version} ({needed[package]} or newer is needed)" if version else package

@@ -1,7 +1,7 @@
-"""Asks the servers that a command line names for their list of models, by the standard library alone.
+"""Asks the servers named on the command line for their models, with the standard library alone.
 
-As in a run, judges and partners are asked through the environment's proxies, and rollout servers past them. Nothing
-that might hold a key or a password is repeated: of an exception that might, only the type is told.
+As in a run, judges and partners are reached through the environment's proxies, rollout servers directly. Nothing that
+might hold a key or password is shown: for an exception that might, only its type is.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Literal
 from ppg_agents.nearest import did_you_mean
 
 LIMIT = 5.0
-"""Seconds that a server may keep silent."""
-_MOST = 2**20  # bytes of an answer that are read
+"""Seconds to wait for a server."""
+_MOST = 2**20  # bytes to read of an answer
 
 Status = Literal["ok", "note", "fault"]
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server as the command line names it: what it is for, its URL, and the model that it should serve."""
+    """A server from the command line: its purpose, its URL, and the model it should serve."""
 
     kind: Literal["judge", "partner", "rollout"]
     url: str
@@ -32,7 +32,7 @@ class Server:
 
     @property
     def plain(self) -> bool:
-        """Whether the URL is one of HTTP, without user, password or query."""
+        """Whether it is an HTTP URL without user, password or query."""
         return self.url.startswith(("http://", "https://")) and not set(self.url) & set("@?#")
 
     @property
@@ -45,7 +45,7 @@ def ask(server: Server) -> tuple[Status, str, str]:
     """Ask a server for its models.
 
     Returns:
-        ``fault`` if a run could not use it; what it serves or what is wrong; and what to do, "" for nothing.
+        The status, ``fault`` if a run could not use it; what it serves or what is wrong; what to do, "" for nothing.
     """
     if not server.plain:
         return "fault", "expected an http or https URL without user, password or query", f"its key goes in {server.key}"
@@ -55,17 +55,21 @@ def ask(server: Server) -> tuple[Status, str, str]:
         cards = _models(url, os.environ.get(server.key, ""), proxies=server.kind != "rollout")
         names = [str(card["id"])[:200] for card in cards]
     except urllib.error.HTTPError as error:
-        refused = error.code in (401, 403)
-        return "fault", f"GET {url}/models: status {error.code}", f"set {server.key} to its key" if refused else check
+        unauthorised = error.code in (401, 403)
+        return (
+            "fault",
+            f"GET {url}/models: status {error.code}",
+            f"set {server.key} to its key" if unauthorised else check,
+        )
     except OSError as error:
         reason = getattr(error, "reason", error)
         why = getattr(reason, "strerror", None) or type(reason).__name__
-        late = isinstance(reason, TimeoutError)
-        value = f"no answer within {LIMIT:.0f} s" if late else f"cannot be reached: {why}"
-        return "fault", value, "start the server, correct the URL, or see to the network and its proxies"
-    except Exception as error:  # a key that no header takes, a proxy that is no URL, a page in place of a list
+        timed_out = isinstance(reason, TimeoutError)
+        value = f"no answer within {LIMIT:.0f} s" if timed_out else f"cannot be reached: {why}"
+        return "fault", value, "start the server, correct the URL, or check the network and its proxies"
+    except Exception as error:  # a key no header can hold, a proxy that is not a URL, a page instead of a list
         return "fault", f"GET {url}/models: no list of models ({type(error).__name__})", check
-    serves = f"serves {', '.join(names[:5]) or 'no model that it names'}{' …' if len(names) > 5 else ''}"
+    serves = f"serves {', '.join(names[:5]) or 'no named model'}{' …' if len(names) > 5 else ''}"
     if server.kind == "rollout":
         if not any(card.get("owned_by") == "vllm" for card in cards):
             return "fault", f"{serves}; expected vLLM, got another server", "rollouts need vLLM's token ids"
@@ -79,7 +83,7 @@ def ask(server: Server) -> tuple[Status, str, str]:
 
 def _models(url: str, key: str, *, proxies: bool) -> list[dict[str, object]]:
     request = urllib.request.Request(f"{url}/models")
-    if key:  # not sent on to where the server may redirect to
+    if key:  # not sent on if the server redirects
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(None if proxies else {}))
     with opener.open(request, timeout=LIMIT) as answer:

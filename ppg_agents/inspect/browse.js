@@ -134,7 +134,7 @@ function drawConversation() {
     c.instruction && el("p", { class: "instruction" }, el("span", { class: "who" }, "Instruction"), said(c.instruction)),
     c.turns.length
       ? list
-      : el("p", { class: "muted" }, "There is no turn: not even the first prompt fitted into the context."),
+      : el("p", { class: "muted" }, "No turns: not even the first prompt fitted into the context."),
     el("p", { class: "sum", id: "sum", "aria-live": "polite" }),
   );
   const more = el("button", { type: "button", class: "more", onclick: () => extend() }, "");

@@ -1,4 +1,4 @@
-"""What a run's agent makes of the policy class's credit, in words, by its settings alone."""
+"""How a run's agent uses the policy class's credit, in words, going by its settings alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from ppg_agents.config.settings import TrainConfig
 
 
 def reads_credit(config: TrainConfig) -> bool:
-    """Return whether the run's policy class says anything about what it learns from."""
+    """Return whether the run's agent learns from the policy class's credit."""
     method = METHODS.get(config.agent)
     return method is None or (method.learns and method.credit)
 
 
 def baseline(config: TrainConfig) -> str | None:
-    """Return the baseline that is subtracted from the credit; None where the agent does not take the run's."""
+    """Return the baseline subtracted from the credit; None if the agent does not use the run's."""
     method = METHODS.get(config.agent)
     if method is None or "baseline" not in method.takes:
         return None
@@ -21,12 +21,12 @@ def baseline(config: TrainConfig) -> str | None:
 
 
 def note(config: TrainConfig) -> str:
-    """Return what is to be said of an agent that does otherwise than subtract a baseline from the credit."""
+    """Return a note on an agent that does more than subtract a baseline from the credit; "" otherwise."""
     name, method = config.agent, METHODS.get(config.agent)
     if method is None:
         return f"The agent {name} forms its own advantage from this credit, or instead of it (docs/agents.md)."
     if not reads_credit(config):
-        return f"The agent {name} reads no credit (docs/agents.md): what is shown is not what this run learned from."
+        return f"The agent {name} reads no credit (docs/agents.md): this run did not learn from what is shown."
     if method.full_only(method.fill(name, config.agent_options)):
         return f"The agent {name} forms its own advantage from the rewards, instead of this credit (docs/agents.md)."
     if "baseline" not in method.takes:

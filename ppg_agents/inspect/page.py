@@ -1,7 +1,7 @@
-"""A run as one HTML page: what it holds goes in as JSON, and the page's own script builds everything from it.
+"""A run as one HTML page: the data goes in as JSON, and the page's own script builds everything from it.
 
-The page asks the network for nothing and says so itself: its content security policy lets run and style only the script
-and the sheet whose hashes it names. No text out of a run is ever part of the markup.
+The page uses no network, and its content security policy enforces that: it allows only the script and the style sheet
+whose hashes it lists. No text from a run ever becomes markup.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ppg_agents.runs.files import replace, writing
 
 SCRIPTS = (
     *("dom.js", "charts.js", "conversation.js", "state.js", "overview.js", "pairs.js", "filters.js", "browse.js"),
-    "page.js",  # which begins
+    "page.js",  # last: it starts the page
 )
 MOST_PAIRS = 50
 LOG_PROB_SCALE = 1000
-"""Log-probs stand in the page as whole numbers, in minus thousandths of a nat."""
+"""The page stores log-probs as whole numbers, in minus thousandths of a nat."""
 
 
 def write_page(path: Path, out: Path | None = None, *, conversations: int, tokenizer: str | None = None) -> Path:
@@ -43,16 +43,16 @@ def write_page(path: Path, out: Path | None = None, *, conversations: int, token
 
     Args:
         path: The run folder or the file.
-        out: The page; default ``report.html`` in the run folder, or beside the file under its name.
-        conversations: Most conversations to show; see `source.sample`.
-        tokenizer: ``tiny``, a run or a folder whose tokenizer reads the tokens; default the run's own.
+        out: Where to write the page; default ``report.html`` in the run folder, or beside the file, named after it.
+        conversations: The most to show; see `sample.sample`.
+        tokenizer: ``tiny``, a run or a folder with the tokenizer to use; default the run's own.
 
     Returns:
         The page's path.
 
     Raises:
-        RunError: Neither a run nor a file of trajectories, or the page cannot be written.
-        ValueError: A damaged line, or no tokenizer where one was named.
+        RunError: The path is neither a run nor a file of trajectories, or the page cannot be written.
+        ValueError: A line is damaged, or ``tokenizer`` names a place without one.
     """
     source = read(path, conversations)
     out = out or (path / "report.html" if source.config else path.with_suffix(".html"))
@@ -75,7 +75,7 @@ def html(content: Mapping[str, Any]) -> str:
     )
     parts = {"policy": policy, "style": style, "script": script, "data": script_json(content)}
     template = files.joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # in one pass: what is put in is not read
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: inserted text is not scanned
 
 
 def _hash(text: str) -> str:
@@ -83,19 +83,19 @@ def _hash(text: str) -> str:
 
 
 def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
-    """Return everything the page shows, as plain JSON but for texts that `text.shown` has yet to make visible.
+    """Return everything the page shows as plain JSON; `text.shown` still has to make its texts visible.
 
     Raises:
-        ValueError: No tokenizer where one was named.
+        ValueError: ``tokenizer`` names a place without one.
     """
     config, notes = source.config, list(source.notes)
     vocabulary = _vocabulary(source, tokenizer, notes)
     shown, held_out = source.all, source.held_out
-    own = own_classes(config, source.metrics, [c.iteration for c in shown])
-    n = max(source.turns, *(c.turns or 0 for c in own), 1)
-    kept = classes(own, n)
-    position = {rows: i for i, rows in enumerate(kept)}
-    at = {one: position[counted(one, n)] for one in set(own)}
+    learned_with = own_classes(config, source.metrics, [c.iteration for c in shown])
+    n = max(source.turns, *(c.turns or 0 for c in learned_with), 1)
+    compared = classes(learned_with, n)
+    position = {rows: i for i, rows in enumerate(compared)}
+    index = {planning: position[counted(planning, n)] for planning in set(learned_with)}
     read_by_agent = config is not None and method.reads_credit(config)
     return {
         "name": source.name,
@@ -103,7 +103,7 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         "kind": "run" if config else "file",
         "offline": source.offline,
         "facts": facts(config),
-        "settings": [[key, str(value)] for key, value in _settings(config).items()],
+        "settings": [[k, str(value)] for k, value in (flatten(configs.to_dict(config)) if config else {}).items()],
         "notes": notes,
         "counts": {
             "conversations": source.counts.conversations,
@@ -117,16 +117,16 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         "discount": config.discount if config else 1.0,
         "baseline": method.baseline(config) if config else None,
         "agent_note": method.note(config) if config else "",
-        "classes": [{"label": one.label, **asdict(rows)} for rows, one in kept.items()],
+        "classes": [{"label": planning.label, **asdict(rows)} for rows, planning in compared.items()],
         "auto": read_by_agent and config is not None and config.policy_class == "auto",
-        "own": at[own[-1]] if read_by_agent else None,
+        "own": index[learned_with[-1]] if read_by_agent else None,
         "tokens": vocabulary.texts if vocabulary else None,
         "control": sorted(vocabulary.control) if vocabulary else [],
         "metrics": _metrics(source),
         "evaluations": evaluations(source.evaluations),
         "conversations": [
-            {**_conversation(c, vocabulary), "own": at[mine] if read_by_agent else None}
-            for c, mine in zip(shown, own, strict=False)
+            {**_conversation(c, vocabulary), "own": index[planning] if read_by_agent else None}
+            for c, planning in zip(shown, learned_with, strict=False)
         ],
         "pairs": held_out_pairs(source) or early_and_late(source.shown)[:MOST_PAIRS],
         "changes": changes(held_out) if held_out else None,
@@ -134,13 +134,13 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
 
 
 def held_out_pairs(source: Source) -> list[tuple[int, int]]:
-    """Return where the held-out pairs stand among all conversations."""
+    """Return the positions of the held-out pairs among all conversations."""
     first = len(source.shown)
     return [(first + 2 * k, first + 2 * k + 1) for k in range(len(source.held_out.pairs if source.held_out else ()))]
 
 
 def changes(held_out: HeldOut) -> dict[str, Any]:
-    """Return what became of all held-out pairs: how many, mean change, and how many went up, down or stayed."""
+    """Return how the held-out pairs changed: how many there are, the mean change, how many rose, fell or stayed."""
     change = np.round(held_out.changes, 9)
     return {
         "pairs": len(change),
@@ -152,7 +152,7 @@ def changes(held_out: HeldOut) -> dict[str, Any]:
 
 
 def early_and_late(shown: Sequence[Conversation]) -> list[tuple[int, int]]:
-    """Return for every persona that was met at different times its first and its last conversation, farthest first."""
+    """Return the first and last conversation of every persona met at different times, farthest apart first."""
     return pairs([(c.trajectory.persona, _time(c)) for c in shown])
 
 
@@ -165,12 +165,12 @@ def _time(conversation: Conversation) -> int:
 def own_classes(
     config: TrainConfig | None, metrics: Sequence[Mapping[str, Any]], iterations: Sequence[int | None]
 ) -> list[PolicyClass]:
-    """Return the policy class that each conversation was learned from with, and the run's last one at the end.
+    """Return the policy class used to learn from each conversation, and at the end the run's last one.
 
     Args:
-        config: The settings; without any, full planning.
-        metrics: Say what a run with the policy class ``auto`` had chosen.
-        iterations: Of the conversations.
+        config: The settings; None means full planning.
+        metrics: Hold the choices of a run with the policy class ``auto``.
+        iterations: One per conversation.
     """
     if config is None:
         return [PolicyClass()] * (len(iterations) + 1)
@@ -190,11 +190,11 @@ def own_classes(
 
 @dataclass(frozen=True)
 class Counted:
-    """What counts for each of n replies, without the n² entries of a mask; turns from 0.
+    """What counts for each of n replies, without storing an n × n mask; turns from 0.
 
     Attributes:
         ends: R_t ends before ``ends[t]``.
-        weights: ``weights[t][d]`` is that of reward t + d, up to ``ends[t]``; None where all of them count once.
+        weights: ``weights[t][d]`` is the weight of reward t + d, up to ``ends[t]``; None if each counts once.
     """
 
     ends: tuple[int, ...]
@@ -202,23 +202,25 @@ class Counted:
 
 
 def classes(own: Sequence[PolicyClass], n: int) -> dict[Counted, PolicyClass]:
-    """Return the policy classes to compare; those in use are among them, and full planning is last.
+    """Return the policy classes to compare, including those in use; full planning comes last.
 
-    Without a segment class in use there is one of two halves.
+    If no segment class is in use, one of two halves is added.
     """
     halves = [PolicyClass("segment", segments=((n + 1) // 2, n // 2))] if n > 3 else []
-    kept: dict[Counted, PolicyClass] = {}
-    for one in (*own, *default_candidates(n), *(halves if not any(c.segments for c in own) else ())):
-        kept.setdefault(counted(one, n), one)
+    distinct: dict[Counted, PolicyClass] = {}
+    for planning in (*own, *default_candidates(n), *(halves if not any(c.segments for c in own) else ())):
+        distinct.setdefault(counted(planning, n), planning)
     last = counted(PolicyClass("full"), n)
-    return dict(sorted(kept.items(), key=lambda item: (item[0] == last, item[1].steps(n) is None, sum(item[0].ends))))
+    return dict(
+        sorted(distinct.items(), key=lambda item: (item[0] == last, item[1].steps(n) is None, sum(item[0].ends)))
+    )
 
 
 def counted(planning: PolicyClass, n: int) -> Counted:
     """Return what a policy class counts for each of n replies.
 
     Raises:
-        ValueError: It is made for another number of turns, or its function can not be had.
+        ValueError: It is made for another number of turns, or its function cannot be loaded.
     """
     k = planning.steps(n)
     if k is not None:
@@ -233,7 +235,7 @@ def counted(planning: PolicyClass, n: int) -> Counted:
 
 
 def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
-    """Return what a reader wants to know of the settings."""
+    """Return the settings that a reader wants to know."""
     if config is None:
         return []
     env, files = config.env, ", ".join(Path(file).name for file in config.offline.files)
@@ -254,15 +256,11 @@ def facts(config: TrainConfig | None) -> list[tuple[str, str]]:
 
 
 def about(config: TrainConfig | None) -> list[str]:
-    """Return what stands beside the page's title: where, by whom unless that is the default agent, with which class."""
+    """Return what goes beside the page's title: the world, the agent unless it is the default one, the policy class."""
     if config is None:
         return []
     (_, where), (_, planning), *_ = facts(config)
     return [where, *([config.learner] if config.learner else []), planning]
-
-
-def _settings(config: TrainConfig | None) -> dict[str, Any]:
-    return flatten(configs.to_dict(config)) if config else {}
 
 
 def _vocabulary(source: Source, named: str | None, notes: list[str]) -> Vocabulary | None:
@@ -272,7 +270,7 @@ def _vocabulary(source: Source, named: str | None, notes: list[str]) -> Vocabula
         return None
     if place is None:
         why = "the run has no checkpoint" if source.config else "a file names no model; give --tokenizer"
-        notes.append(f"Tokens are shown by their numbers: {why}.")
+        notes.append(f"Tokens are shown as numbers: {why}.")
         return None
     return tokens.read(place, ids)
 
@@ -285,7 +283,7 @@ def _metrics(source: Source) -> dict[str, Any]:
 
 
 def evaluations(stored: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return held-out results by iteration, each with its name as ``when``."""
+    """Return held-out results in order of iteration, each with its name as ``when``."""
     results = [{"when": when, **result} for when, result in stored.items() if isinstance(result, Mapping)]
     return sorted(results, key=lambda result: (int(result.get("iteration") or 0), result["when"] != "before"))
 
@@ -322,7 +320,7 @@ def _conversation(conversation: Conversation, vocabulary: Vocabulary | None) -> 
 
 
 def _reads_the_same(ids: Sequence[int], reply: str, vocabulary: Vocabulary | None) -> bool:
-    """Return whether the tokens, one after the other, are the reply and can stand in its place."""
+    """Return whether the tokens, joined, spell the reply and can be shown in its place."""
     if vocabulary is None or right_to_left(reply):
         return False
     return "".join(vocabulary.texts[i] for i in ids if i not in vocabulary.control).strip() == reply.strip()

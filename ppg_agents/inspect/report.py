@@ -1,6 +1,6 @@
 """A run as a short Markdown file with two figures, for a paper's appendix.
 
-Every text that was said, judged or named stands in it as `text.markdown` leaves it: read as it is, never markup.
+Every text from models, judges and personas goes through `text.markdown`: it reads the same, but is never markup.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 READ = 400
-"""Conversations to choose the printed ones among."""
+"""How many conversations to choose the printed ones from."""
 
 _SCORED = ("persona_consistency", "mean reward")
 _LOGGED = ("weighted_token_log_prob", "reward-weighted log-prob per token")
@@ -37,14 +37,14 @@ def write_report(path: Path, out: Path | None = None) -> Path:
 
     Args:
         path: The run folder, or a file of trajectories.
-        out: The folder; default ``report`` in the run folder, or beside the file under its name.
+        out: The folder; default ``report`` in the run folder, or beside the file, named after it.
 
     Returns:
         The Markdown file's path.
 
     Raises:
-        RunError: Neither a run nor a file of trajectories, or a file that cannot be written.
-        ValueError: A damaged line.
+        RunError: The path is neither a run nor a file of trajectories, or a file cannot be written.
+        ValueError: A line is damaged.
     """
     source = read(path, READ)
     out = out or (path / "report" if source.config else path.with_name(f"{path.stem}-report"))
@@ -64,9 +64,9 @@ def write_report(path: Path, out: Path | None = None) -> Path:
 
 
 def chosen(source: Source) -> list[tuple[str, Conversation]]:
-    """Return two or three conversations, each with what it is: one persona before and after, and one that failed.
+    """Return two or three conversations, each with a label: one persona before and after, and one that failed.
 
-    The pair is the held-out one whose change is the median; without any, a persona that was met early and late.
+    The pair is the held-out one with the median change; if there is none, a persona met early and late.
     """
     shown, held_out = source.shown, source.held_out
     typical = held_out.typical() if held_out else None
@@ -84,16 +84,16 @@ def chosen(source: Source) -> list[tuple[str, Conversation]]:
     else:
         picked = [("The only one", shown[0])]
     failed = [c for c in shown if any(status(turn) != "scored" for turn in c.trajectory.turns)]
-    others = [c for c in failed if all(c is not one for _, one in picked)]
+    others = [c for c in failed if all(c is not other for _, other in picked)]
     return [("With a failed verdict", others[0]), *picked] if others else picked
 
 
 def compared(source: Source) -> list[PolicyClass]:
     """Return the policy classes whose credit is printed: greedy, 3-step, the run's own, full planning."""
-    own = own_classes(source.config, source.metrics, [])[-1]
-    n = max(source.turns, own.turns or 0)
-    kept = {counted(c, n): c for c in (*map(PolicyClass.parse, ("greedy", "3-step", "full")), own)}
-    return [kept[rows] for rows in sorted(kept, key=lambda rows: sum(rows.ends))]
+    last = own_classes(source.config, source.metrics, [])[-1]
+    n = max(source.turns, last.turns or 0)
+    distinct = {counted(c, n): c for c in (*map(PolicyClass.parse, ("greedy", "3-step", "full")), last)}
+    return [distinct[rows] for rows in sorted(distinct, key=lambda rows: sum(rows.ends))]
 
 
 def lines(
@@ -104,7 +104,7 @@ def lines(
     yield ""
     yield (
         "A partner talks to a persona, and a judge gives every reply a reward. The credit of the reply at turn t is "
-        "the sum of the rewards that the policy class lets count for it."
+        "the sum of the rewards that the policy class counts for it."
     )
     for note in source.notes:
         yield f"\n{markdown_line(note)}"
@@ -122,16 +122,16 @@ def lines(
         if source.held_out and printed[-1][1].held_out:
             yield _held_out_words(source.held_out)
         trained = sum(not c.held_out for _, c in printed)
-        of = f"{trained} of the {source.counts.conversations:,} that were learned from. " if trained else ""
-        yield f"{of}{_credit_words(source)}"
-        own = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
-        for (what, conversation), mine in zip(printed, own, strict=False):
-            reads = source.config is not None and method.reads_credit(source.config)
-            yield from _conversation(what, conversation, classes, mine if reads else None, _discount(source))
+        share = f"{trained} of the {source.counts.conversations:,} that were learned from. " if trained else ""
+        yield f"{share}{_credit_words(source)}"
+        learned_with = own_classes(source.config, source.metrics, [c.iteration for _, c in printed])
+        reads_credit = source.config is not None and method.reads_credit(source.config)
+        for (label, conversation), own in zip(printed, learned_with, strict=False):
+            yield from _conversation(label, conversation, classes, own if reads_credit else None, _discount(source))
     if "credit.png" in pictures:
         last = f"conversation {printed[-1][1].number}"
         yield f"\n![masks, and credit in {last}](credit.png)"
-        yield f"\nMasks of the policy classes, and the credit that each gives the replies of {last}."
+        yield f"\nThe mask of each policy class, and the credit it gives the replies of {last}."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -142,7 +142,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _evaluation(source: Source) -> Iterator[str]:
     results = evaluations(source.evaluations)
     if not results:
-        yield "There is none."
+        yield "None yet."
         return
     key, name = _LOGGED if source.offline else _SCORED
     head = ["", "iteration", name, *([] if source.offline else ["95% interval", "reachable", "personas"])]
@@ -176,9 +176,9 @@ def _interval(interval: Sequence[float | None] | None) -> str:
 def _failures(source: Source) -> Iterator[str]:
     counts = source.counts
     rows = [(f"verdict: {name}", f"{n:,} of {counts.turns:,} replies") for name, n in counts.statuses.most_common()]
-    whole = f"of {counts.conversations:,} conversations"
-    rows += [(f"partner: {name}", f"{n:,} {whole}") for name, n in counts.partners.most_common()]
-    rows += [("cut short", f"{counts.truncated:,} {whole}"), ("without a turn", f"{counts.empty:,} {whole}")]
+    total = f"of {counts.conversations:,} conversations"
+    rows += [(f"partner: {name}", f"{n:,} {total}") for name, n in counts.partners.most_common()]
+    rows += [("cut short", f"{counts.truncated:,} {total}"), ("without a turn", f"{counts.empty:,} {total}")]
     yield from table(("what", "how many"), rows)
 
 
@@ -201,17 +201,17 @@ def _credit_words(source: Source) -> str:
 
 
 def _conversation(
-    what: str, conversation: Conversation, classes: Sequence[PolicyClass], own: PolicyClass | None, discount: float
+    label: str, conversation: Conversation, classes: Sequence[PolicyClass], own: PolicyClass | None, discount: float
 ) -> Iterator[str]:
     trajectory = conversation.trajectory
     at = "" if conversation.iteration is None else f", iteration {conversation.iteration}"
-    yield f"\n### {what}: conversation {conversation.number}{at}\n"
+    yield f"\n### {label}: conversation {conversation.number}{at}\n"
     ending = "cut short" if trajectory.truncated else "whole"
     fault = "" if trajectory.partner_status == "ok" else f", partner: {markdown(trajectory.partner_status)}"
     yield f"Persona {markdown(trajectory.persona) or 'not named'}, {markdown(trajectory.domain)}; {ending}{fault}."
     yield f"\n> {markdown_line(trajectory.instruction)}\n" if trajectory.instruction else ""
-    labels = [f"{c.label} (own)" if own is not None and c.label == own.label else c.label for c in classes]
-    columns = [_credits(conversation, c, discount) for c in classes]
+    columns = [f"{c.label} (own)" if own is not None and c.label == own.label else c.label for c in classes]
+    credits = [_credits(conversation, c, discount) for c in classes]
     rows = []
     for t, turn in enumerate(trajectory.turns):
         judged = math.isfinite(turn.reward)
@@ -224,14 +224,14 @@ def _conversation(
                 turn.reply,
                 f"{verdict}. {why}" if why else str(verdict),
                 f"{turn.reward:.2f}" if judged else "none",
-                *(f"{column[t]:.2f}" if judged else "masked" for column in columns),
+                *(f"{column[t]:.2f}" if judged else "masked" for column in credits),
             ]
         )
     if rows:
-        head = ("turn", "partner", "persona", "verdict", "reward", *(f"credit, {label}" for label in labels))
+        head = ("turn", "partner", "persona", "verdict", "reward", *(f"credit, {column}" for column in columns))
         yield from table(head, rows)
     else:
-        yield "There is no turn: not even the first prompt fitted into the context."
+        yield "No turns: not even the first prompt fitted into the context."
 
 
 def _credits(conversation: Conversation, planning: PolicyClass, discount: float) -> list[float]:
@@ -243,9 +243,9 @@ def _credits(conversation: Conversation, planning: PolicyClass, discount: float)
 
 
 def _mask(planning: PolicyClass, n: int) -> Mask:
-    """Return the first n turns of a class that may be made for more."""
-    whole: Mask = planning.mask(max(n, planning.turns or 0))[:n, :n]
-    return whole
+    """Return a class's mask of the first n turns; the class may be made for more."""
+    mask: Mask = planning.mask(max(n, planning.turns or 0))[:n, :n]
+    return mask
 
 
 def _discount(source: Source) -> float:
@@ -262,7 +262,7 @@ def curve_picture(source: Source) -> Figure:
 
 
 def credit_picture(conversation: Conversation, classes: Sequence[PolicyClass], discount: float) -> Figure:
-    """Draw every class's mask, and below it the credit that it gives the conversation's replies."""
+    """Draw each class's mask, and below it the credit it gives the conversation's replies."""
     n = max(len(conversation.trajectory.turns), 1)
     figure = new_figure(2.6 * len(classes) + 0.6, 4.4)
     grid = figure.subplots(2, len(classes), squeeze=False, height_ratios=(3, 2))
@@ -271,7 +271,7 @@ def credit_picture(conversation: Conversation, classes: Sequence[PolicyClass], d
         above, below = grid[0][k], grid[1][k]
         mask = _mask(planning, n)
         shown = np.where(mask, mask, np.nan)
-        scale = 1.6 * (np.abs(mask.astype(float)).max() or 1.0)  # in blue what counts, in red what counts against
+        scale = 1.6 * (np.abs(mask.astype(float)).max() or 1.0)  # blue counts for a reply, red against it
         above.imshow(shown, cmap="RdBu", vmin=-scale, vmax=scale, aspect="equal")
         above.set_title(planning.label, fontsize=11)
         above.set(xlabel="reward of turn", ylabel="reply at turn" if k == 0 else "")

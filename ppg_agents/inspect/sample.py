@@ -1,4 +1,4 @@
-"""Which conversations of many are worth showing, and which of them belong side by side. Pure functions over indices."""
+"""Picks the conversations worth showing, and the pairs to show side by side. Pure functions over indices."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FAILED_SHARE, PAIRED_SHARE = 0.25, 0.25
-"""Of the conversations shown, the most that are taken for a failed verdict, and for a persona met early and late."""
+"""At most this share of what is shown has a failed verdict, or a persona met early and late."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A conversation's place in its file, and what the choice of a sample goes by."""
+    """A conversation's place in its file, and what the sample is chosen by."""
 
     offset: int
     number: int
@@ -21,10 +21,10 @@ class Row:
 
 
 def sample(rows: Sequence[Row], most: int) -> list[int]:
-    """Return which conversations to show, in order: all of them when there are at most so many.
+    """Return the indices of at most ``most`` conversations to show, in order.
 
-    Otherwise: conversations with a failed verdict, evenly spread, up to a quarter; the first and the last conversation
-    of personas that were met early and late, up to a quarter; then the first ones and the last ones in equal parts.
+    If there are more: up to a quarter with a failed verdict, evenly spread; up to a quarter that are the first and last
+    conversation of personas met early and late; the rest from both ends of the file in equal parts.
     """
     if len(rows) <= most:
         return list(range(len(rows)))
@@ -40,7 +40,7 @@ def sample(rows: Sequence[Row], most: int) -> list[int]:
 
 
 def pairs(met: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
-    """Return for every persona that was met at different times its first and its last conversation, farthest first.
+    """Return the first and last conversation of every persona met at different times, farthest apart first.
 
     Args:
         met: (persona, order) of every conversation.
@@ -57,7 +57,7 @@ def pairs(met: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
 
 
 def _spread(indices: Sequence[int], most: int) -> list[int]:
-    """Return at most so many of the indices, evenly spread."""
+    """Return at most ``most`` of the indices, evenly spread."""
     if len(indices) <= most:
         return list(indices)
     return [indices[i * len(indices) // most] for i in range(most)]

@@ -1,6 +1,6 @@
-"""What there is to show: a run folder or a file of trajectories, read once, of which a readable sample is kept.
+"""Reads a run folder or a file of trajectories, and keeps a sample small enough to show.
 
-Trajectories are read line by line, so that a large file costs no more memory than its sample.
+Trajectories are read line by line, so a large file needs no more memory than its sample.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory, Turn
 
 HELD_OUT_SHARE = 0.25
-"""Pairs of held-out conversations that are shown, for every conversation that may be."""
+"""Held-out pairs to show, as a share of the most conversations to show."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Conversation:
 
     Attributes:
         number: Its line in the file, from 1.
-        iteration: In which it was learned from, or after which it was played to evaluate; None where nobody knows.
+        iteration: The one that learned from it, or after which it was played for evaluation; None if unknown.
         trajectory: What was said, sampled and judged.
-        held_out: The evaluation that it was played for, by name; empty for one to learn from.
+        held_out: Name of the evaluation it was played for; empty if it was learned from.
     """
 
     number: int
@@ -44,20 +44,20 @@ class Conversation:
 
     @property
     def mean(self) -> float | None:
-        """Mean reward of the judged turns; None without any."""
+        """Mean reward of the judged turns; None if there are none."""
         judged = self.trajectory.judged()
         return sum(judged) / len(judged) if judged else None
 
 
 class Pair(NamedTuple):
-    """A held-out conversation in two evaluations: the same seed, hence the same persona and the same opening line."""
+    """A held-out conversation in two evaluations: same seed, so same persona and opening line."""
 
     before: Conversation
     after: Conversation
 
     @property
     def change(self) -> float | None:
-        """Mean reward after minus before; None where one of them was not judged."""
+        """Mean reward after minus before; None if either was not judged."""
         before, after = self.before.mean, self.after.mean
         return None if before is None or after is None else after - before
 
@@ -67,22 +67,22 @@ class HeldOut:
     """Two evaluations, conversation by conversation.
 
     Attributes:
-        pairs: A sample, in the order of the evaluation, which knows nothing of the outcome.
-        changes: Of every pair that was judged at both times, shown or not; see `Pair.change`.
+        pairs: A sample, in the order of the evaluation, so not chosen by outcome.
+        changes: One per pair judged both times, shown or not; see `Pair.change`.
     """
 
     pairs: Sequence[Pair]
     changes: Sequence[float]
 
     def typical(self) -> Pair | None:
-        """Return the pair shown whose change is the median one, so that nobody has picked it; None without any."""
+        """Return the shown pair with the median change, so it is not hand-picked; None if there is none."""
         judged = [(change, k) for k, pair in enumerate(self.pairs) if (change := pair.change) is not None]
         return self.pairs[sorted(judged)[(len(judged) - 1) // 2][1]] if judged else None
 
 
 @dataclass
 class Counts:
-    """What became of all conversations of a file, shown or not."""
+    """How all conversations of a file ended, shown or not."""
 
     conversations: int = 0
     turns: int = 0
@@ -106,15 +106,15 @@ class Source:
     """A run, or a file of conversations.
 
     Attributes:
-        path: What was named.
-        name: The run's folder or the file, without its parents.
+        path: As the user gave it.
+        name: The name of the run's folder or the file.
         config: The run's settings; None for a file.
         metrics: One object per iteration.
         evaluations: Held-out results: when -> result.
-        shown: The sample of what was learned from, in the order of the file.
-        counts: Of everything there is to learn from.
-        notes: What is not as usual, in whole sentences.
-        held_out: The first and the newest evaluation; None where a run has not kept two.
+        shown: A sample of the training conversations, in the order of the file.
+        counts: Over all training conversations.
+        notes: Anything unusual, in whole sentences.
+        held_out: The first and the newest evaluation; None if the run has not kept two.
     """
 
     path: Path
@@ -129,12 +129,12 @@ class Source:
 
     @property
     def all(self) -> list[Conversation]:
-        """Return everything to show: what was learned from, then the held-out pairs."""
-        return [*self.shown, *(one for pair in (self.held_out.pairs if self.held_out else ()) for one in pair)]
+        """Return everything to show: the training conversations, then the held-out pairs."""
+        return [*self.shown, *(c for pair in (self.held_out.pairs if self.held_out else ()) for c in pair)]
 
     @property
     def offline(self) -> bool:
-        """Whether the conversations were logged by others."""
+        """Whether the run learned from logged dialogues."""
         return self.config is not None and bool(self.config.offline.files)
 
     @property
@@ -144,7 +144,7 @@ class Source:
 
 
 def status(turn: Turn) -> str:
-    """Return the verdict's status; without one, ``scored`` or ``unjudged`` by the reward."""
+    """Return the verdict's status; if it has none, ``scored`` or ``unjudged``, going by the reward."""
     named = turn.verdict.get("status")
     return str(named) if named else "scored" if math.isfinite(turn.reward) else "unjudged"
 
@@ -157,8 +157,8 @@ def read(path: Path, most: int) -> Source:
         most: Conversations to keep, at least 1; see `sample`.
 
     Raises:
-        RunError: Neither a run nor a file of trajectories.
-        ValueError: A damaged line; the message has file and line.
+        RunError: The path is neither a run nor a file of trajectories.
+        ValueError: A line is damaged; the message names file and line.
     """
     path = Path(path)
     if is_run(path):
@@ -171,7 +171,7 @@ def read(path: Path, most: int) -> Source:
         else:
             shown, counts = [], Counts()
         if not counts.conversations and not run.config.offline.files:
-            notes.append("The run has written no conversation yet.")
+            notes.append("The run has not written any conversations yet.")
         name = path.resolve().name
         evaluations = run.evaluations()
         held_out = _held_out(run, evaluations, max(1, int(most * HELD_OUT_SHARE)), notes)
@@ -195,11 +195,11 @@ def conversations(
     Args:
         path: The file.
         most: Conversations to keep.
-        notes: A torn last line, which a crash leaves, is noted here.
-        batch: Conversations per iteration; None where the file is no run's.
+        notes: Gains a line if a crash left the last line torn.
+        batch: Conversations per iteration; None if the file is not a run's.
 
     Raises:
-        ValueError: A damaged line; the message has file and line.
+        ValueError: A line is damaged; the message names file and line.
     """
     from ppg_agents.trajectory import from_json
 
@@ -231,7 +231,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, int, Trajectory]
                     trajectory = from_json(line.decode(errors="replace"))
                 except ValueError as error:
                     if isinstance(error, json.JSONDecodeError) and not line.endswith(b"\n"):
-                        notes.append(f"The last line of {path.name} is torn, as a crash leaves it, and is left out.")
+                        notes.append(f"The last line of {path.name} is torn, as after a crash, and is left out.")
                         return
                     raise ValueError(f"{path}:{number}: {error}") from error
                 yield offset, number, trajectory
@@ -239,33 +239,27 @@ def _lines(path: Path, notes: list[str]) -> Iterator[tuple[int, int, Trajectory]
 
 
 def _held_out(run: Run, evaluations: Mapping[str, Any], most: int, notes: list[str]) -> HeldOut | None:
-    """Return the first and the newest evaluation's conversations, of which the first pairs are kept."""
+    """Return how the first and the newest evaluation differ, with the first ``most`` pairs."""
     names = {int(result.get("iteration", 0)): when for when, result in evaluations.items()}
     files = {iteration: path for iteration, path in run.held_out().items() if iteration in names}
     if len(files) < 2:
         return None
     first, last = min(files), max(files)
-    later = {c.trajectory.seed: c for c in _played(files[last], last, names[last], notes)}
+    later = {t.seed: Conversation(number, last, t, names[last]) for _, number, t in _lines(files[last], notes)}
     pairs: list[Pair] = []
     changes: list[float] = []
-    for one in _played(files[first], first, names[first], notes):
-        other = later.get(one.trajectory.seed)
-        if other is None or other.trajectory.persona != one.trajectory.persona:
+    for _, number, trajectory in _lines(files[first], notes):
+        after = later.get(trajectory.seed)
+        if after is None or after.trajectory.persona != trajectory.persona:
             continue
-        pair = Pair(one, other)
+        pair = Pair(Conversation(number, first, trajectory, names[first]), after)
         pairs += [pair] if len(pairs) < most else []
         changes += [pair.change] if pair.change is not None else []
     return HeldOut(pairs, changes) if pairs else None
 
 
-def _played(path: Path, iteration: int, when: str, notes: list[str]) -> Iterator[Conversation]:
-    """Yield an evaluation's conversations."""
-    for _, number, trajectory in _lines(path, notes):
-        yield Conversation(number, iteration, trajectory, when)
-
-
 def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conversation], Counts]:
-    """Return a sample of the logged dialogues that a run learned from; without tokens, which a run does not keep."""
+    """Return a sample of the logged dialogues a run learned from, without tokens: a run does not keep them."""
     from ppg_agents.offline import read_files
     from ppg_agents.trajectory import Trajectory, Turn
     from ppg_gym.data import split_by_persona
@@ -276,7 +270,7 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
     except (OSError, ValueError) as error:
         notes.append(f"The run learned from logged dialogues, which cannot be read here: {error}.")
         return [], Counts()
-    notes.append("The conversations are the logged dialogues that the run learned from; others had spoken them.")
+    notes.append("These are the logged dialogues that the run learned from; other speakers produced them.")
     logged, counts, rows = [], Counts(), []
     for number, dialogue in enumerate(learned, start=1):
         turns = tuple(
@@ -292,9 +286,11 @@ def _logged(config: TrainConfig, most: int, notes: list[str]) -> tuple[list[Conv
             )
             for turn in dialogue.turns
         )
-        who = dialogue.persona
-        trajectory = Trajectory(who.instruction, who.id, dialogue.domain, None, turns, terminated=True, truncated=False)
+        persona = dialogue.persona
+        trajectory = Trajectory(
+            persona.instruction, persona.id, dialogue.domain, None, turns, terminated=True, truncated=False
+        )
         logged.append(Conversation(number, None, trajectory))
-        rows.append(Row(0, number, 0, who.id, any(status(turn) != "scored" for turn in turns)))
+        rows.append(Row(0, number, 0, persona.id, any(status(turn) != "scored" for turn in turns)))
         counts.add(trajectory)
     return [logged[i] for i in sample(rows, most)], counts

@@ -1,6 +1,6 @@
-"""Texts of models made fit to be shown: nothing in them is invisible, and nothing in them is markup.
+"""Makes models' texts safe to show: nothing in them stays invisible, and nothing becomes markup.
 
-Pure functions over text. What a text says is left as it is.
+Pure functions over text. The wording is left alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-# Default_Ignorable_Code_Point outside the category Cf, and the blank that looks like nothing (braille).
+# Default_Ignorable_Code_Point outside the category Cf, and the blank braille pattern.
 _IGNORABLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
     map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
 )
-# What begins markup, a link, a mention, a formula or an emoji's name in some reader of Markdown; and at a line's start.
+# Starts markup, a link, a mention, a formula or an emoji's name in some Markdown reader; below, at a line's start.
 _MARKUP = re.compile(r"[\\`*_\[\]()|~$#!@{}^]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
 _OPENERS = frozenset("-+=")
 _ITEM = re.compile(r"(\d{1,9})[.)](?=\s|$)")
@@ -28,9 +28,9 @@ _IN_SCRIPT: dict[str, str | int | None] = {character: f"\\u{ord(character):04x}"
 def visible(text: str) -> str:
     r"""Return a text with every invisible character spelled out: a right-to-left override becomes ``⟨U+202E⟩``.
 
-    Spelled out are control characters (but line break and tab), format characters (zero-width, bidirectional, tags,
+    That covers control characters (except line break and tab), format characters (zero-width, bidirectional, tags,
     soft hyphen), variation selectors, lone surrogates, private and unassigned characters. Joiners and selectors stay
-    where they make an emoji. ``\r\n`` counts as a line break.
+    where they form an emoji. ``\r\n`` counts as a line break.
     """
     text = text.replace("\r\n", "\n")
     if text.isprintable() and _IGNORABLE.isdisjoint(text):
@@ -48,7 +48,7 @@ def _seen(character: str) -> bool:
 
 
 def _in_emoji(text: str, i: int) -> bool:
-    """Return whether the character at i is an emoji's own: its selector, or the joiner between two pictures."""
+    """Return whether the character at i is part of an emoji: its selector, or the joiner between two pictures."""
     before = unicodedata.category(text[i - 1]) if i else ""
     if text[i] == "\ufe0f":
         return before == "So"
@@ -57,7 +57,7 @@ def _in_emoji(text: str, i: int) -> bool:
 
 
 def right_to_left(text: str) -> bool:
-    """Return whether some of the text runs from right to left."""
+    """Return whether any of the text runs from right to left."""
     return any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in text)
 
 
@@ -77,19 +77,19 @@ def shown(value: Any) -> Any:
 
 
 def script_json(value: Any) -> str:
-    """Return JSON that may stand inside a ``<script>`` element: ASCII, without ``<``, ``>`` and ``&``."""
+    """Return JSON that is safe inside a ``<script>`` element: ASCII, without ``<``, ``>`` and ``&``."""
     text = json.dumps(shown(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.translate(str.maketrans(_IN_SCRIPT))
 
 
 def markdown(text: str) -> str:
-    """Return a text as Markdown inside a line or a cell: it reads as it is; no HTML, link or emphasis begins in it."""
+    """Return Markdown, for inside a line or cell, that reads like the text: no HTML, link or emphasis starts in it."""
     line = " ".join(visible(text).split()).translate(str.maketrans(_ENTITIES))
     return _ADDRESS.sub("`@`", _MARKUP.sub(r"\\\g<0>", line))
 
 
 def markdown_line(text: str) -> str:
-    """Return a text as `markdown` that may stand at the beginning of a line: no list, quote or rule begins in it."""
+    """Return `markdown` that is safe at the start of a line too: no list, quote or rule starts in it."""
     line = markdown(text)
     item = _ITEM.match(line)
     if item:

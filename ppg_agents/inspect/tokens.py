@@ -1,4 +1,4 @@
-"""What the token ids of a run's conversations stand for, piece by piece. Encodes nothing and loads no weights."""
+"""The text of each token id in a run's conversations. Encodes nothing and loads no weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Vocabulary:
     """Some tokens of a tokenizer.
 
     Attributes:
-        texts: Token id -> its text in the middle of a reply. A token that is only a part of a character stands as the
-            tokenizer names it, in ``⟨⟩``.
+        texts: Token id -> its text in the middle of a reply. A token that is only part of a character is
+            given by the tokenizer's name for it, in ``⟨⟩``.
         control: Ids of tokens that no text can spell, such as the end of a turn.
     """
 
@@ -28,14 +28,14 @@ class Vocabulary:
 
 
 def folder(source: Source, named: str | None) -> Path | None:
-    """Return where the tokenizer is: as named, else the run's newest checkpoint, else its model when that is a folder.
+    """Return the tokenizer's folder: the one named, else the run's newest checkpoint, else a local model's.
 
     Args:
         source: The run or file.
-        named: ``tiny``, a run or a folder with a tokenizer; None when nothing was named.
+        named: ``tiny``, a run or a folder with a tokenizer; None if the user named none.
 
     Raises:
-        ValueError: There is no tokenizer where one was named.
+        ValueError: The place named has no tokenizer.
     """
     if named is not None:
         place = _in_run(Path(named)) if is_run(Path(named)) else _place(named)
@@ -50,12 +50,7 @@ def folder(source: Source, named: str | None) -> Path | None:
 
 
 def read(place: Path, ids: Iterable[int]) -> Vocabulary:
-    """Look tokens up.
-
-    Args:
-        place: A folder with a tokenizer.
-        ids: Token ids; one that the tokenizer does not know becomes its number.
-    """
+    """Look up tokens in a folder's tokenizer; an id it does not know becomes its number."""
     wanted = sorted(set(ids))
     decode: Callable[[int], str]
     piece: Callable[[int], str | None]
@@ -94,5 +89,5 @@ def _in_run(run: Path) -> Path | None:
 def _place(name: str) -> Path | None:
     """Return the folder if it holds a tokenizer."""
     place = Path(str(resources.files("ppg_agents.models.tiny"))) if name == _TINY else Path(name)
-    held = any((place / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
-    return place if held else None
+    has_tokenizer = any((place / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    return place if has_tokenizer else None

@@ -1,1 +1,1 @@
-"""The language models: those that ship with the package (data), and how any model is found, loaded and saved."""
+"""Language models: the ones that ship with the package (data), and code to find, load and save any model."""

@@ -1,4 +1,4 @@
-"""Finds a causal language model: in the package, in a folder or on the hub. Loads none, and imports no torch."""
+"""Finds a causal language model: in the package, in a folder or on the hub. Loads nothing, and never imports torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PROBE_SECONDS = 10.0
 
 
 def base_of(name_or_path: str | Path) -> tuple[str, Path | None]:
-    """Return the name of the base model, and the folder of the adapter if a PEFT folder was named.
+    """Return the base model's name, and the adapter's folder if a PEFT folder was named.
 
-    A folder's name is made absolute, so that what is saved with it can be loaded from anywhere.
+    A folder becomes an absolute path, so that whatever is saved with it loads from anywhere.
     """
     name, adapter = str(name_or_path), None
     if (Path(name) / "adapter_config.json").is_file():
@@ -31,11 +31,11 @@ def base_of(name_or_path: str | Path) -> tuple[str, Path | None]:
 def locate(name: str) -> str:
     """Return the folder or the hub name under which transformers finds the model.
 
-    A hub name is asked for once, with a short timeout; transformers itself would try each file for most of a
-    minute before it says that there is no connection.
+    The hub is asked once, with a short timeout; without a connection, transformers itself would retry each file for
+    most of a minute.
 
     Raises:
-        FileNotFoundError: Neither a model folder nor a model of the hub.
+        FileNotFoundError: It is neither a model folder nor a model on the hub.
         PermissionError: Its licence has not been accepted.
         ConnectionError: The hub cannot be reached, and the model is not in the local cache.
     """
@@ -70,9 +70,9 @@ def locate(name: str) -> str:
         raise FileNotFoundError(f"{expected}: the hub has no such model, or it is private{hint}") from None
     except EntryNotFoundError:
         raise FileNotFoundError(f"{expected}: there is no config.json; an adapter is given as a folder") from None
-    except Exception as error:  # what a failed connection raises differs between versions of the hub's client
+    except Exception as error:  # versions of the hub's client raise different errors for a failed connection
         if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-            log.info("the hub cannot be reached; %s is read from the local cache", name)
+            log.info("the hub cannot be reached; reading %s from the local cache", name)
             return str(Path(cached).parent)
         if isinstance(error, HfHubHTTPError):
             why = f"answered with status {error.response.status_code}"
@@ -86,7 +86,7 @@ def locate(name: str) -> str:
 
 
 def _nearest(name: str) -> str:
-    """Return which name was probably meant: the embedded model's, or a folder's beside the one that was named."""
-    beside = Path(name).parent
-    folders = [str(path) for path in beside.iterdir() if path.is_dir()] if name.strip() and beside.is_dir() else []
+    """Suggest what was probably meant: the embedded model, or a folder beside the one named."""
+    parent = Path(name).parent
+    folders = [str(path) for path in parent.iterdir() if path.is_dir()] if name.strip() and parent.is_dir() else []
     return did_you_mean(Path(name), [TINY, *folders])

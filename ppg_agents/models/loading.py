@@ -1,6 +1,6 @@
 """Loads a causal language model and its tokenizer.
 
-No code that comes with a model is ever run. Nothing here puts LoRA on a model or renders a prompt.
+Never runs code that comes with a model. Adding LoRA and rendering prompts happen elsewhere.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def load_base(
     Args:
         name: ``"tiny"``, a model folder or a hub name.
         device: Where the weights go.
-        dtype: Of the weights; of the computation when they are quantised.
+        dtype: Of the weights; of the computation if they are quantised.
         quantisation: ``"4bit"`` stores the weights as NF4 with double quantisation (arXiv 2305.14314).
-        adapter: A PEFT folder; its tokenizer, if it holds one, is taken, with the template it was trained on.
-        chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
-        kernels: ``"liger"`` exchanges this model's norms and MLPs for liger-kernel's fused ones.
+        adapter: A PEFT folder; its tokenizer, if it has one, is used, with the template it was trained on.
+        chat_template: Jinja text, or a path to it; replaces the tokenizer's own.
+        kernels: ``"liger"`` swaps this model's norms and MLPs for liger-kernel's fused ones.
 
     Raises:
-        FileNotFoundError: Neither a model folder nor a model of the hub.
+        FileNotFoundError: The name is neither a model folder nor a model on the hub.
         ConnectionError: The hub cannot be reached, and the model is not in the local cache.
         ModuleNotFoundError: An option needs a package that is not installed.
-        ValueError: An option needs a CUDA device, an unknown option, or a tokenizer that cannot be loaded.
+        ValueError: An option is unknown or needs a CUDA device, or the tokenizer cannot be loaded.
     """
     path = locate(name)  # before transformers is imported, which takes seconds
     options = _options(quantisation, kernels, device, dtype)
@@ -67,7 +67,7 @@ def load_base(
 
 
 def _options(quantisation: str, kernels: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the keyword arguments of a quantised load; raise for what cannot be had here."""
+    """Return the keyword arguments of a quantised load; raise for an option that does not work here."""
     for option, value, known, package in (
         ("quantisation", quantisation, "4bit", "bitsandbytes"),
         ("kernels", kernels, "liger", "liger_kernel"),
@@ -91,16 +91,13 @@ def _options(quantisation: str, kernels: str, device: torch.device, dtype: torch
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _use_liger(model: Any) -> None:
-    """Exchange the norms and MLPs of this model; rotary embeddings would change for every model of its family."""
+    """Swap this model's norms and MLPs; swapping rotary embeddings would change every model of its family."""
     liger = importlib.import_module("liger_kernel.transformers.monkey_patch")
     if (kind := model.config.model_type) not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
@@ -112,26 +109,23 @@ def _use_liger(model: Any) -> None:
 
 
 def _tokenizer(path: str) -> Any:
-    """Load a tokenizer; what transformers says of a broken one names no file."""
+    """Load a tokenizer; name the folder if it is broken, which transformers' own error does not."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason if len(reason) <= 160 else reason[:160] + "…"
         raise ValueError(
-            f"{path}: expected a tokenizer that transformers can load, got {_one_line(error)}; put the model's "
+            f"{path}: expected a tokenizer that transformers can load, got {reason}; put the model's "
             "tokenizer.json and tokenizer_config.json there, and check that config.json is the model's"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:160] + "…"
-
-
 @contextmanager
 def quiet(active: bool = True) -> Iterator[None]:
-    """Hide the progress bar of reading or writing weights, unless it is not ``active``."""
+    """Hide the progress bar of reading or writing weights, if ``active``."""
     from transformers.utils import logging as progress
 
     if not active or not progress.is_progress_bar_enabled():

@@ -1,6 +1,6 @@
-"""A model's weights in a folder: its adapter where it has one, else all of them; and its tokenizer beside them.
+"""Saves a model's weights (only the adapter, if it has one) and its tokenizer in a folder.
 
-Safetensors and JSON alone, no pickles. What is in such a folder is found and loaded anew by `loading`.
+Safetensors and JSON only, no pickles. `loading` loads such a folder again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def save(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
     Args:
         model: A transformers causal LM or a PEFT model around one.
         tokenizer: Its tokenizer.
-        name: Of the base model, under which `loading` finds it again.
-        folder: Made when it is not there.
+        name: The base model's name, by which `loading` finds it again.
+        folder: Made if it does not exist.
     """
     if hasattr(model, "peft_config"):
         for config in model.peft_config.values():
@@ -31,11 +31,11 @@ def save(model: Any, tokenizer: Any, name: str, folder: Path) -> None:
 
 
 def read_into(model: Any, folder: Path, device: torch.device) -> None:
-    """Read back what `save` wrote, into the weights of a model that is loaded.
+    """Read back what `save` wrote, into a model that is already loaded.
 
     Raises:
-        FileNotFoundError: No weights in the folder.
-        ValueError: They belong to another architecture or another LoRA.
+        FileNotFoundError: The folder has no weights.
+        ValueError: The weights belong to another architecture or another LoRA.
     """
     from safetensors.torch import load_file
 

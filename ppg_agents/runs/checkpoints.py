@@ -1,8 +1,7 @@
-"""The ``checkpoints/`` folder of a run: one numbered folder per checkpoint, there whole or not at all.
+"""The ``checkpoints/`` folder of a run: one numbered folder per checkpoint, complete or absent.
 
-A checkpoint is written beside its place, forced onto the disk and renamed. Its ``state.json`` lists its files and their
-sizes, so that one that was damaged later is noticed, and how long the run's line files were then. What else is in it is
-the business of whoever writes it.
+A checkpoint is written under a temporary name, synced to disk and renamed. Its ``state.json`` lists its files with
+their sizes, to detect later damage, and the length of the run's JSONL files at the time. The caller adds the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def damaged(root: Path) -> list[tuple[int, Path, str]]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder: a file that is missing or of another size; None when whole."""
+    """Return what is wrong with a checkpoint folder: a file missing or of the wrong size; None if whole."""
     try:
         state = json_object(checkpoint / "state.json")
     except (OSError, RunError) as error:
@@ -48,7 +47,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def lengths(checkpoint: Path) -> dict[str, int]:
-    """Return how many bytes each of the run's line files had when the checkpoint was written."""
+    """Return the size in bytes of each of the run's JSONL files when the checkpoint was written."""
     return dict(json_object(checkpoint / "state.json")["bytes"])
 
 
@@ -58,12 +57,12 @@ def write(root: Path, step: int, save: Callable[[Path], None], lines: Sequence[P
     Args:
         root: The ``checkpoints`` folder.
         step: Iterations done.
-        save: Writes what is to be kept into the folder it is given.
-        lines: Files outside, whose lengths belong to the checkpoint.
-        keep: How many checkpoints stay.
+        save: Writes the checkpoint's content into the folder it gets.
+        lines: Files outside the checkpoint whose lengths it records.
+        keep: How many checkpoints to keep.
 
     Raises:
-        OSError: It cannot be written; the checkpoints before it are as they were.
+        OSError: It cannot be written; earlier checkpoints are untouched.
     """
     target, temporary, replaced = root / str(step), root / f".{step}.tmp", root / f".{step}.replaced"
     try:
@@ -84,21 +83,17 @@ def write(root: Path, step: int, save: Callable[[Path], None], lines: Sequence[P
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
     for old, path in whole(root)[:-keep]:
-        removed = root / f".{old}.removed"  # out of the way in one go: half a folder is no checkpoint
+        removed = root / f".{old}.removed"  # rename first: a half-deleted folder must not pass for a checkpoint
         os.rename(path, removed)
         shutil.rmtree(removed)
     return target
 
 
 def read(folder: Path, load: Callable[[Path], None]) -> None:
-    """Read a checkpoint back.
-
-    Args:
-        folder: Of the checkpoint.
-        load: Reads what was saved out of the folder it is given.
+    """Read a checkpoint folder back with ``load``.
 
     Raises:
-        RunError: A file of it cannot be read, or is of something else.
+        RunError: A file cannot be read, or belongs to something else.
     """
     from safetensors import SafetensorError
 
@@ -112,14 +107,14 @@ def read(folder: Path, load: Callable[[Path], None]) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint to ``<step>.damaged``, so that nothing takes it for one; return its new place."""
+    """Rename a damaged checkpoint to ``<step>.damaged``, so that nothing loads it; return its new path."""
     aside = free(checkpoint.with_name(f"{checkpoint.name}.damaged"))
     os.rename(checkpoint, aside)
     return aside
 
 
 def tidy(root: Path) -> None:
-    """Undo or finish what a killed process left half-done."""
+    """Undo or finish what a killed process left half done."""
     for path in list(root.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None:
@@ -131,9 +126,9 @@ def tidy(root: Path) -> None:
 
 
 def free(path: Path) -> Path:
-    """Return the path, with a number when it is taken."""
+    """Return the path, with a number appended if it exists."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:

@@ -1,4 +1,4 @@
-"""The picture of a run. Draws from plain numbers; reads no model and opens no window."""
+"""The picture of a run. Draws from plain numbers; loads no model and opens no window."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEFORE, AFTER, LINE, LIMIT = ORANGE, BLUE, BLUE, GREEN
 
 
 def curve(run: Run) -> Path:
-    """Draw ``curve.png`` of a run from its metrics and evaluations; return the file."""
+    """Draw a run's ``curve.png`` from its metrics and evaluations; return the path."""
     figure, offline = new_figure(11, 4.6), bool(run.config.offline.files)
     title = f"{run.config.subject}, policy class: {run.config.label}, seed {run.config.seed}"
     figure.suptitle(title, fontweight="bold")
@@ -52,12 +52,8 @@ def draw_results(
 
 
 def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
-    """Draw consistency against iterations, the held-out results, and the reachable value."""
-    steps, values = _series(metrics, "consistency")
-    if len(steps):
-        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
-        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
-    last = max((int(m["iteration"]) for m in metrics), default=0)
+    """Draw consistency by iteration, the held-out results, and the reachable value."""
+    last = _draw_training(ax, metrics, "consistency")
     for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
         if when in evaluations and evaluations[when]["persona_consistency"] is not None:
             point = evaluations[when]
@@ -83,7 +79,7 @@ def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations
 
 
 def draw_turns(ax: Axes, evaluations: Mapping[str, Any]) -> None:
-    """Draw the reward of each turn on held-out personas, before and after."""
+    """Draw the reward of each turn on held-out personas, before and after training."""
     shown = [when for when in ("before", "after") if when in evaluations]
     n = max((len(evaluations[when]["per_turn"]) for when in shown), default=1)
     lines = n > 12
@@ -102,7 +98,7 @@ def draw_turns(ax: Axes, evaluations: Mapping[str, Any]) -> None:
                 turns + (k - (len(shown) - 1) / 2) * width,
                 means,
                 width * 0.92,
-                yerr=errors.tolist(),  # matplotlib takes a row of one for a number
+                yerr=errors.tolist(),  # matplotlib mistakes a row of one for a number
                 color=color,
                 error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#444444"},
                 label=when,
@@ -117,12 +113,8 @@ def draw_turns(ax: Axes, evaluations: Mapping[str, Any]) -> None:
 
 
 def draw_likelihood(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:
-    """Draw the reward-weighted log-likelihood of every step, and of the held-out part before and after."""
-    steps, values = _series(metrics, "weighted_token_log_prob")
-    if len(steps):
-        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
-        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
-    last = max((int(m["iteration"]) for m in metrics), default=0)
+    """Draw the reward-weighted log-likelihood of each step, and of the held-out part before and after training."""
+    last = _draw_training(ax, metrics, "weighted_token_log_prob")
     for when, at, color in (("before", 0, BEFORE), ("after", last, AFTER)):
         if when in evaluations and evaluations[when]["weighted_token_log_prob"] is not None:
             value = evaluations[when]["weighted_token_log_prob"]
@@ -143,7 +135,7 @@ def draw_likelihood(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations:
 
 
 def draw_likelihood_per_file(ax: Axes, evaluations: Mapping[str, Any]) -> None:
-    """Draw the held-out likelihood of every file, before and after."""
+    """Draw the held-out likelihood of each file, before and after training."""
     shown = [when for when in ("before", "after") if when in evaluations]
     names = list(evaluations[shown[0]]["per_file"]) if shown else []
     for k, when in enumerate(shown):
@@ -166,14 +158,18 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([_nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _draw_training(ax: Axes, metrics: Sequence[Mapping[str, Any]], key: str) -> int:
+    """Draw a metric by iteration, and its running mean; return the last iteration."""
     points = [(m["iteration"], m[key]) for m in metrics if m.get(key) is not None]
-    table = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
+    if points:
+        steps, values = np.array(points, dtype=np.float64).T
+        ax.plot(steps, values, color=LINE, alpha=0.25, linewidth=1, label="training, each batch")
+        ax.plot(steps, smooth(values), color=LINE, linewidth=2, label="training, running mean")
+    return max((int(m["iteration"]) for m in metrics), default=0)
 
 
 def _errors(means: Sequence[float], intervals: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
-    """Return distances below and above the mean, [2, n]; 0 where there is no interval."""
+    """Return the distances below and above each mean, [2, n]; 0 where there is no interval."""
     pairs = [
         (0.0, 0.0) if low is None or high is None else (max(mean - low, 0.0), max(high - mean, 0.0))
         for mean, (low, high) in zip(means, intervals, strict=True)

@@ -1,6 +1,6 @@
-"""Files that outlive a crash: replaced whole, forced onto the disk, locked; and clear words when that fails.
+"""Files that survive a crash: replaced atomically, synced to disk, locked; with clear errors when that fails.
 
-Knows neither runs nor learning.
+Knows nothing about runs or learning.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _TODO = {
     errno.EPERM: "make the folder writable",
     errno.EROFS: "choose a folder that can be written",
 }
-_locked: set[tuple[str, int]] = set()  # by (lock, process): a record lock does not keep its own process out
+_locked: set[tuple[str, int]] = set()  # (lock, process): a record lock does not stop its own process
 
 
 class RunError(ValueError):
-    """A run folder is not what it should be; the message says what to do."""
+    """Something is wrong with a run folder; the message tells the user what to do."""
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keep every other process from training in a run folder meanwhile; a process that dies lets go of it.
+    """Keep every other process from training in a run folder; the lock is released if the process dies.
 
     Raises:
         RunError: Another process is training there, or the folder cannot be written.
@@ -71,7 +71,7 @@ def _lock(path: Path) -> int:
         except OSError as error:
             say(f"{path}: {error.strerror}: this file system has no locks; let nothing else train in {path.parent}")
             return descriptor
-        os.close(descriptor)  # whoever held it has removed it
+        os.close(descriptor)  # its holder has just deleted the file
 
 
 def _in_use(folder: Path, holder: str) -> str:
@@ -80,16 +80,16 @@ def _in_use(folder: Path, holder: str) -> str:
 
 @contextmanager
 def writing(path: Path, todo: str) -> Iterator[None]:
-    """Name what could not be written, why, and what to do.
+    """Report what could not be written, why, and what to do.
 
-    Libraries written in Rust raise their own errors, whose text ends with the operating system's number.
+    Libraries written in Rust raise their own errors; those are recognised by the error number at the end.
 
     Args:
-        path: What is written.
-        todo: The way on; ``{todo}`` in it becomes what the reason asks for.
+        path: The file or folder being written.
+        todo: What to do; ``{todo}`` in it becomes the remedy for this error.
 
     Raises:
-        RunError: In place of an error of the operating system.
+        RunError: In place of an operating system error.
     """
     try:
         yield
@@ -107,7 +107,7 @@ def writing(path: Path, todo: str) -> Iterator[None]:
 
 
 def replace(path: Path, text: str) -> None:
-    """Replace a small file whole."""
+    """Replace a small file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -116,7 +116,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file or folder onto the disk; file systems that cannot sync folders need not."""
+    """Sync a file or folder to disk; a file system that cannot sync folders is excused."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -131,7 +131,7 @@ def json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
-        RunError: It holds something else.
+        RunError: The file holds anything else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -143,10 +143,10 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSONL file; a torn last line is left out, a missing file is empty.
+    """Return the objects in a JSONL file, leaving out a torn last line; a missing file is empty.
 
     Raises:
-        RunError: Another line is damaged.
+        RunError: Any other line is damaged.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     objects = []
@@ -168,7 +168,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """Return ``value`` as plain JSON, with None for every number that is not finite."""
+    """Return ``value`` as plain JSON, with None for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -181,5 +181,5 @@ def finite(value: Any) -> Any:
 
 
 def size(path: Path) -> int:
-    """Return the bytes in a file, 0 when there is none."""
+    """Return a file's size in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0

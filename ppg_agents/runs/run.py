@@ -4,13 +4,12 @@
       config.toml            the resolved settings
       metrics.jsonl          one line per iteration, flushed
       trajectories.jsonl     every conversation that was learned from
-      evaluation.json        held-out results before and after
-      held_out/<step>.jsonl  the conversations of each evaluation, the same seeds in all of them
+      evaluation.json        held-out results before and after training
+      held_out/<step>.jsonl  each evaluation's conversations, with the same seeds every time
       checkpoints/<step>/    adapter, tokenizer, optimizer, state.json, config.toml (see `checkpoints`)
 
-Knows files, not learning: what a checkpoint contains is the agent's affair. Resuming cuts the two JSONL files that grow
-back to the length they had when the checkpoint was written, and drops evaluations that came after it. Whoever trains
-holds `lock`; reading a run needs none.
+Knows files, not learning: the agent decides what goes into a checkpoint. Resuming cuts the two growing JSONL files back
+to their length at the checkpoint, and drops later evaluations. Training needs `lock`; reading a run does not.
 """
 
 from __future__ import annotations
@@ -34,17 +33,7 @@ from ppg_agents.terminal.progress import say
 if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory
 
-__all__ = [
-    "Run",
-    "RunError",
-    "check_new",
-    "default_folder",
-    "finite",
-    "is_run",
-    "lock",
-    "newest_run",
-    "read_jsonl",
-]
+__all__ = ["Run", "RunError", "check_new", "default_folder", "finite", "is_run", "lock", "newest_run", "read_jsonl"]
 
 LINES = ("metrics.jsonl", "trajectories.jsonl")
 HELD_OUT = "held_out"
@@ -52,7 +41,10 @@ HELD_OUT = "held_out"
 
 @dataclass(frozen=True)
 class Run:
-    """An open run folder."""
+    """An open run folder.
+
+    Methods that write raise `RunError` if the file cannot be written; methods that read, if it is damaged.
+    """
 
     folder: Path
     config: TrainConfig
@@ -69,10 +61,10 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, config: TrainConfig) -> Run:
-        """Make the folder of a new run and write its settings.
+        """Make a new run's folder and write its settings.
 
         Raises:
-            RunError: The folder holds something already, or cannot be written.
+            RunError: The folder is not empty, or cannot be written.
         """
         folder = Path(folder)
         check_new(folder)
@@ -84,90 +76,62 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """Open the folder of an existing run; changes nothing in it.
+        """Open an existing run's folder, changing nothing in it.
 
         Raises:
-            RunError: There is no run in it.
+            RunError: It holds no run.
             ConfigError: Its settings are damaged.
         """
         folder = Path(folder)
         if not is_run(folder):
-            what = "" if folder.is_dir() else ", which is a file" if folder.exists() else ", which is not there"
+            problem = "" if folder.is_dir() else ", which is a file" if folder.exists() else ", which does not exist"
             raise RunError(
-                f"expected a run folder with config.toml and checkpoints/, got {folder}{what}{_near(folder)}"
+                f"expected a run folder with config.toml and checkpoints/, got {folder}{problem}{_near(folder)}"
             )
         return cls(folder, configs.load(folder / "config.toml"))
 
     def write_config(self) -> None:
-        """Write the resolved settings.
-
-        Raises:
-            RunError: They cannot be written.
-        """
+        """Write the resolved settings."""
         with self._writing("config.toml"):
             self._write_config()
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one line; numbers that are not finite are written as null.
-
-        Raises:
-            RunError: It cannot be written.
-        """
+        """Append one line; NaN and infinity become null."""
         with self._writing("metrics.jsonl"), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def append_trajectories(self, trajectories: Iterable[Trajectory]) -> None:
-        """Append one line per conversation.
-
-        Raises:
-            RunError: They cannot be written.
-        """
+        """Append one line per conversation."""
         from ppg_agents.trajectory import append
 
         with self._writing("trajectories.jsonl"):
             append(self.trajectories_file, trajectories)
 
     def write_held_out(self, iteration: int, conversations: Iterable[Trajectory]) -> None:
-        """Store the conversations of the evaluation after so many iterations, whole or not at all.
-
-        Raises:
-            RunError: They cannot be written.
-        """
+        """Store an evaluation's conversations, whole or not at all, under the number of iterations done."""
         from ppg_agents.trajectory import to_json
 
         path = self.folder / HELD_OUT / f"{iteration}.jsonl"
         with self._writing(f"{HELD_OUT}/{path.name}"):
             path.parent.mkdir(exist_ok=True)
-            replace(path, "".join(f"{to_json(one)}\n" for one in conversations))
+            replace(path, "".join(f"{to_json(conversation)}\n" for conversation in conversations))
 
     def held_out(self) -> dict[int, Path]:
-        """Return the files that `write_held_out` stored, iterations done -> file, in this order."""
+        """Return the files that `write_held_out` stored, iterations done -> file, in order of iterations."""
         return dict(sorted((int(p.stem), p) for p in (self.folder / HELD_OUT).glob("*.jsonl") if p.stem.isdigit()))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return all lines so far; a torn last line is left out.
-
-        Raises:
-            RunError: Another line is damaged; the message has its number.
-        """
+        """Return all lines so far, leaving out a torn last line."""
         return read_jsonl(self.metrics_file)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replace a JSON file of the folder whole; numbers that are not finite are written as null.
-
-        Raises:
-            RunError: It cannot be written.
-        """
+        """Replace a JSON file in the folder atomically; NaN and infinity become null."""
         with self._writing(name):
             text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False)
             replace(self.folder / name, text + "\n")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return the object that `write_json` stored, None when there is no such file.
-
-        Raises:
-            RunError: The file is damaged.
-        """
+        """Return the object that `write_json` stored, None if the file does not exist."""
         path = self.folder / name
         return json_object(path) if path.exists() else None
 
@@ -176,11 +140,7 @@ class Run:
         self.write_json("evaluation.json", {**self.evaluations(), when: result})
 
     def evaluations(self) -> dict[str, Any]:
-        """Return the stored held-out results, empty before the first one.
-
-        Raises:
-            RunError: ``evaluation.json`` is damaged.
-        """
+        """Return the stored held-out results, empty before the first one."""
         try:
             return self.read_json("evaluation.json") or {}
         except RunError as error:
@@ -194,7 +154,7 @@ class Run:
     def latest_checkpoint(self) -> tuple[int, Path] | None:
         """Return the newest whole checkpoint as (step, folder), None before the first one.
 
-        A newer one that is damaged is named on stderr.
+        Reports newer damaged ones on stderr.
         """
         whole = self.checkpoints()
         for step, path, why in checkpoints.damaged(self.folder / "checkpoints"):
@@ -207,10 +167,10 @@ class Run:
 
         Args:
             step: Iterations done.
-            save: Writes the agent into the folder it is given.
+            save: Writes the agent into the folder it gets.
 
         Raises:
-            RunError: It cannot be written; the checkpoints before it are as they were.
+            RunError: It cannot be written; earlier checkpoints are untouched.
         """
 
         def fill(folder: Path) -> None:
@@ -226,16 +186,16 @@ class Run:
         checkpoints.read(folder, load)
 
     def rewind(self) -> tuple[int, Path | None]:
-        """Go back to the newest whole checkpoint: for whoever holds `lock`.
+        """Go back to the newest whole checkpoint; the caller must hold `lock`.
 
-        Removes what a killed process left half-written, sets damaged checkpoints aside as ``<step>.damaged`` and says
-        so on stderr, and cuts metrics, trajectories and evaluations back to the checkpoint.
+        Removes what a killed process left half written, renames damaged checkpoints to ``<step>.damaged`` with a line
+        on stderr, and cuts metrics, trajectories and evaluations back to the checkpoint.
 
         Returns:
             Its step and folder; 0 and None before the first one.
 
         Raises:
-            RunError: All checkpoints are damaged, or a file lacks lines that the checkpoint was written after.
+            RunError: All checkpoints are damaged, or a file is shorter than when the checkpoint was written.
         """
         root = self.folder / "checkpoints"
         with self._writing("checkpoints"):
@@ -245,7 +205,7 @@ class Run:
         whole, damaged = self.checkpoints(), checkpoints.damaged(root)
         if damaged and not whole:
             why = "; ".join(f"{path}: {why}" for _, path, why in damaged)
-            raise RunError(f"expected a whole checkpoint, got {why}; put the files back, or move it away to begin anew")
+            raise RunError(f"expected a whole checkpoint, got {why}; put the files back, or move it away to start over")
         step, folder = whole[-1] if whole else (0, None)
         lengths = checkpoints.lengths(folder) if folder else {}
         for name in LINES:
@@ -263,9 +223,9 @@ class Run:
                 if (self.folder / name).exists():
                     os.truncate(self.folder / name, lengths.get(name, 0))
             stored = self.evaluations()
-            kept = {when: found for when, found in stored.items() if found.get("iteration", 0) <= step}
-            if kept != stored:
-                self.write_json("evaluation.json", kept)
+            earlier = {when: result for when, result in stored.items() if result.get("iteration", 0) <= step}
+            if earlier != stored:
+                self.write_json("evaluation.json", earlier)
             for iteration, path in self.held_out().items():
                 if iteration > step:
                     path.unlink()
@@ -280,15 +240,15 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether the folder is that of a run."""
+    """Return whether the folder holds a run."""
     return (Path(folder) / "config.toml").is_file() and (Path(folder) / "checkpoints").is_dir()
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that a new run cannot have.
+    """Refuse a folder that a new run cannot use.
 
     Raises:
-        RunError: It holds something already, or is no folder.
+        RunError: It is not empty, or not a folder.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -299,19 +259,19 @@ def check_new(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be made, before the work that goes into it.
+    """Refuse an output file that cannot be created, before any work is done.
 
     Raises:
-        RunError: Its folder is not there, or it is a folder itself.
+        RunError: The parent folder does not exist, or the path is a folder.
     """
     if path.is_dir():
         raise RunError(f"expected a file to write, got the folder {path}; change --out")
     if not path.parent.is_dir():
-        raise RunError(f"expected a file in a folder that is there, got {path}; make {path.parent} first")
+        raise RunError(f"expected a file in an existing folder, got {path}; make {path.parent} first")
 
 
 def _near(folder: Path) -> str:
-    """Return which run was probably meant: one of that name, beside it or under ``runs/``."""
+    """Suggest the run that was probably meant: one with a similar name, beside it or under ``runs/``."""
     places = [place for place in (folder.parent, Path("runs")) if place.is_dir()]
     known = {path.name: path for place in places for path in sorted(place.iterdir()) if is_run(path)}
     meant = nearest(folder.name, known)
@@ -319,7 +279,7 @@ def _near(folder: Path) -> str:
 
 
 def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
-    """Return a folder under ``root`` that does not exist yet, named by what is trained."""
+    """Return a folder under ``root`` that does not exist yet, named after what is trained."""
     name = re.sub(r"[^a-zA-Z0-9+]+", "-", f"{config.subject} {config.label} seed {config.seed}")  # +: of reinforce++
     return checkpoints.free(root / name)
 
@@ -330,14 +290,14 @@ def newest_run(root: Path = Path("runs")) -> Path:
     Raises:
         RunError: There is none.
     """
-    found = [path for path in root.iterdir() if is_run(path)] if root.is_dir() else []
-    if not found:
+    runs = [path for path in root.iterdir() if is_run(path)] if root.is_dir() else []
+    if not runs:
         raise RunError(f"expected a run under {root}/ to resume, got none; give its folder: --resume FOLDER")
-    return max(found, key=lambda path: max(f.stat().st_mtime for f in (path, *path.glob("*.jsonl"))))
+    return max(runs, key=lambda path: max(f.stat().st_mtime for f in (path, *path.glob("*.jsonl"))))
 
 
 def _unused(folder: Path) -> bool:
-    """Return whether nothing is in the folder but what a process that was killed while making a run left."""
+    """Return whether the folder is empty, apart from leftovers of a process killed while making a run."""
     ours = (LOCK, ".config.toml.tmp")
     if not folder.is_dir():
         return False

@@ -1,8 +1,8 @@
-"""A run's numbers sent elsewhere too: TensorBoard, Weights & Biases, trackio.
+"""Sends a run's numbers to trackers: TensorBoard, Weights & Biases, trackio.
 
-``metrics.jsonl`` is complete without any of this. A tracker's library is imported only when it is named. Every tracker
-works in a thread of its own, so that one that is slow, unreachable or broken can neither hold a run up nor end it: it
-is given up with one line on stderr. Nothing here may change what is computed.
+``metrics.jsonl`` is complete without any of this. A tracker's library is imported only if the tracker is named. Each
+tracker has its own thread, so a slow, unreachable or broken one can neither delay a run nor end it: it is dropped, with
+one line on stderr. Nothing here may change what is computed.
 """
 
 from __future__ import annotations
@@ -28,18 +28,14 @@ from ppg_agents.nearest import not_one_of
 from ppg_agents.runs.files import RunError, json_object, replace
 from ppg_agents.terminal.progress import say
 
-START, FINISH = 60.0, 60.0  # seconds that a tracker gets to connect, and to send the rest at the end
-WAITING = 10_000  # steps whose numbers may wait for a tracker before it counts as hanging
+START, FINISH = 60.0, 60.0  # seconds a tracker gets to connect, and to send the rest at the end
+WAITING = 10_000  # steps that may queue for a tracker before it counts as hanging
 
 _Item = tuple[dict[str, float], int] | None
 
 
 class Tracker(Protocol):
-    """Where numbers go; made from a `Place`; may block, and may raise anything.
-
-    Attributes:
-        module: What it imports.
-    """
+    """Receives numbers; made from a `Place`; imports ``module``; may block, and may raise anything."""
 
     module: str
 
@@ -56,9 +52,9 @@ class Place:
 
     Attributes:
         folder: The run folder.
-        id: Names the run for ever, however often it is resumed.
+        id: Identifies the run; stays the same however often it is resumed.
         config: The resolved settings as plain tables.
-        step: Iterations done; what a killed process had logged after it is logged again.
+        step: Iterations done; later ones that a killed process already logged are logged again.
     """
 
     folder: Path
@@ -68,7 +64,7 @@ class Place:
 
 
 class TensorBoard:
-    """Event files in ``<run>/tensorboard``; what was logged beyond the checkpoint is hidden when a run is resumed."""
+    """Event files in ``<run>/tensorboard``; a resumed run hides what was logged after its checkpoint."""
 
     module = "torch.utils.tensorboard"
 
@@ -90,7 +86,7 @@ class TensorBoard:
 class Wandb:
     """A Weights & Biases run, in the project ``WANDB_PROJECT`` or ``ppg-gym``; resumed by its id.
 
-    Numbers are plotted against ``iteration``: its own step counter refuses steps that it has seen, and a resumed run
+    Numbers are plotted against ``iteration``: wandb's own step counter refuses to repeat a step, and a resumed run
     logs some again.
     """
 
@@ -148,7 +144,7 @@ TRACKERS: dict[str, type[TensorBoard] | type[Wandb] | type[Trackio]] = {
 
 
 class Background:
-    """One tracker in its own thread; after its first failure it is silent."""
+    """One tracker in its own thread; silent after its first failure."""
 
     def __init__(self, name: str, make: Callable[[Place], Tracker], place: Place) -> None:
         self.name = name
@@ -159,12 +155,12 @@ class Background:
         self._thread.start()
 
     def started(self, seconds: float) -> None:
-        """Wait until it is connected; give it up when that takes too long."""
+        """Wait until it is connected; drop it if that takes too long."""
         if not self._ready.wait(seconds):
             self._give_up(f"no answer within {seconds:.0f} s")
 
     def put(self, item: _Item) -> None:
-        """Hand numbers over, without waiting."""
+        """Queue numbers, without waiting."""
         if self.lost:
             return
         try:
@@ -173,7 +169,7 @@ class Background:
             self._give_up(f"it has not taken the last {WAITING} steps")
 
     def finish(self, seconds: float) -> None:
-        """Let it send what is left; give it up when that takes too long."""
+        """Let it send what is left; drop it if that takes too long."""
         self.put(None)
         if not self.lost:
             self._thread.join(seconds)
@@ -187,7 +183,7 @@ class Background:
             while not self.lost and (item := self._items.get()) is not None:
                 tracker.log(*item)
             tracker.close()
-        except (Exception, SystemExit) as error:  # whatever a library does, the run goes on
+        except (Exception, SystemExit) as error:  # the run goes on whatever a library does
             self._give_up(f"{type(error).__name__}: {error}")
         self._ready.set()
 
@@ -205,19 +201,14 @@ class Trackers:
         self._trackers = list(trackers)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Send numbers to every tracker, and return at once; never raises.
-
-        Args:
-            metrics: As in ``metrics.jsonl``; see `flat`.
-            step: Iterations done.
-        """
+        """Send an iteration's metrics (see `flat`) to every tracker, and return at once; never raises."""
         if self._trackers:
             numbers = flat(metrics)
             for tracker in self._trackers:
                 tracker.put((numbers, step))
 
     def close(self) -> None:
-        """Send what is left; never raises, and waits `FINISH` seconds at most for each tracker."""
+        """Send what is left, waiting up to `FINISH` seconds per tracker; never raises."""
         if not self._trackers:
             return
         with contextlib.redirect_stdout(sys.stderr):
@@ -237,10 +228,10 @@ class Trackers:
 
 
 def require(names: Iterable[str]) -> None:
-    """Import what the named trackers need, so that a missing package is noticed before anything starts.
+    """Import what the named trackers need, to notice a missing package before anything starts.
 
     Raises:
-        ConfigError: No tracker of that name; the message offers the nearest.
+        ConfigError: No tracker has that name; the message offers the nearest.
         ModuleNotFoundError: A package is not installed.
     """
     for name in names:
@@ -251,21 +242,21 @@ def require(names: Iterable[str]) -> None:
                 importlib.import_module(TRACKERS[name].module)
         except ModuleNotFoundError:
             raise
-        except Exception:  # installed and broken: its thread will say so
+        except Exception:  # installed but broken: its thread will report it
             continue
 
 
 def make_trackers(names: Iterable[str], run_folder: Path, config: TrainConfig, *, step: int = 0) -> Trackers:
-    """Connect the named trackers; none in another process than the first of a distributed run.
+    """Connect the named trackers, in the first process of a distributed run only.
 
     Args:
-        names: Out of `TRACKERS`.
-        run_folder: Holds the id (``tracking.json``) by which a resumed run goes on in the same tracker run.
-        config: The run's settings, for trackers that show settings.
+        names: Keys of `TRACKERS`.
+        run_folder: Holds the id (``tracking.json``) by which a resumed run continues the same tracker run.
+        config: The run's settings, for trackers that show them.
         step: Iterations done.
 
     Raises:
-        ConfigError: No tracker of that name.
+        ConfigError: No tracker has that name.
         ModuleNotFoundError: A package is not installed.
     """
     names = tuple(dict.fromkeys(names)) if os.environ.get("RANK", "0") == "0" else ()
@@ -281,9 +272,9 @@ def make_trackers(names: Iterable[str], run_folder: Path, config: TrainConfig, *
 
 
 def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the finite numbers among metrics by name.
+    """Return the finite numbers in metrics by name, and nothing else.
 
-    A table gives ``name/key``, a list ``name/1``, ``name/2``, …; what is not a number is left out.
+    A table gives ``name/key``, a list ``name/1``, ``name/2``, …
     """
     numbers: dict[str, float] = {}
     for key, value in metrics.items():
@@ -298,13 +289,13 @@ def flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _id(path: Path) -> str:
-    """Return the run's id, a new one where there is none."""
+    """Return the run's id, a new one if there is none."""
     try:
         if path.exists():
             return str(json_object(path)["id"])
     except (OSError, RunError, KeyError) as error:
-        say(f"{path} cannot be read ({error}); trackers begin a new run")
-    run = uuid.uuid4().hex[:12]
+        say(f"{path} cannot be read ({error}); trackers start a new run")
+    identifier = uuid.uuid4().hex[:12]
     with contextlib.suppress(OSError):  # without it, a resumed run is a new one to its trackers
-        replace(path, json.dumps({"id": run}) + "\n")
-    return run
+        replace(path, json.dumps({"id": identifier}) + "\n")
+    return identifier

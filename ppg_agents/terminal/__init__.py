@@ -1,1 +1,1 @@
-"""What a person at the terminal sees, and how they stop a run."""
+"""What the user sees at the terminal, and how they stop a run."""

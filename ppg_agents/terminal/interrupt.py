@@ -1,7 +1,7 @@
-"""Stop a run on Ctrl-C or SIGTERM at a place where its state is whole.
+"""Stops a run on Ctrl-C or SIGTERM at a point where its state is consistent.
 
-While conversations are sampled nothing is being changed, so they are abandoned at once; everything else runs
-to its end first. A second signal stops at once. Nothing here saves or prints results.
+Sampling conversations changes nothing, so it is abandoned at once; everything else finishes first. A second signal
+stops at once. Nothing here saves or prints results.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ppg_agents.terminal.progress import say
 
 
 class Stop(KeyboardInterrupt):
-    """The user asked the run to stop; a KeyboardInterrupt, so that no ``except Exception`` takes it."""
+    """The user asked the run to stop; a KeyboardInterrupt, so that no ``except Exception`` catches it."""
 
 
-class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
+class Interrupted(Exception):  # noqa: N818 (not an error: the user asked for it)
     """The user stopped the run; it is saved after ``iteration`` iterations in ``folder``."""
 
     def __init__(self, folder: Path, iteration: int) -> None:
@@ -30,13 +30,13 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user asked for it)
 
 
 def saved(folder: Path, iteration: int) -> str:
-    """Return where a stopped run is, and how to go on with it."""
+    """Return where a stopped run was saved, and how to resume it."""
     return f"saved after iteration {iteration}; go on with: ppg-agent train --resume {folder}"
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM inside this block, in the main thread: so processes end as by Ctrl-C."""
+    """Treat SIGTERM like Ctrl-C inside this block (in the main thread): raise KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,16 +48,16 @@ def terminable() -> Iterator[None]:
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into `Stop` at safe places, while it is entered in the main thread."""
+    """Turns SIGINT and SIGTERM into `Stop` at safe points, while entered in the main thread."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.alone = True  # several processes must stop at the same place: set to False, nothing is abandoned
+        self.alone = True  # several processes must stop at the same step: False abandons nothing
         self._abandon = False
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Take the signals over."""
+        """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._former[number] = signal.signal(number, self._handle)
@@ -66,13 +66,13 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Raise `Stop` at once inside this block, and before it if a signal has come already; unless not ``alone``."""
+        """Let a signal, even an earlier one, raise `Stop` at once inside this block; only if ``alone``."""
         self._abandon = self.alone
         try:
             if self.alone:
@@ -82,7 +82,7 @@ class Interrupt:
             self._abandon = False
 
     def check(self) -> None:
-        """Raise `Stop` if a signal has come."""
+        """Raise `Stop` if a signal has arrived."""
         if self.requested:
             raise Stop
 

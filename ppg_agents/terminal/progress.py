@@ -1,6 +1,6 @@
-"""What the terminal shows while a run goes on: a bar, or a plain line now and then.
+"""Progress at the terminal: a bar, or a plain line now and then.
 
-Everything goes to stderr, so that stdout stays free for results. Nothing here may change what is computed.
+Everything goes to stderr, so stdout stays free for results. Nothing here may change what is computed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float | None]) -> str:
-    """Return numbers in [0, 1] as one block each, lowest to highest; a gap where there is no number."""
+    """Return one block per number in [0, 1], its height the value; a gap where there is no number."""
     return "".join(
         " " if value is None or math.isnan(value) else BLOCKS[min(max(int(value * 8), 0), 7)] for value in values
     )
 
 
 def number(value: float | None) -> str:
-    """Return a score with three digits, a dash where there is none."""
+    """Return a score with three decimals, or a dash if there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def status(metrics: Mapping[str, Any]) -> str:
-    """Return the numbers of an iteration in a few words."""
+    """Return an iteration's numbers as one short line."""
     if "log_likelihood" in metrics:
         return f"reward-weighted log-prob {number(metrics['weighted_token_log_prob'])} per token"
     turns = metrics.get("reward_per_turn") or []
@@ -44,17 +44,10 @@ def status(metrics: Mapping[str, Any]) -> str:
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line at most every ten seconds."""
+    """A progress bar on a terminal; elsewhere a plain line at most every ``every`` seconds."""
 
     def __init__(self, what: str, total: int, *, start: int = 0, every: float = 10.0) -> None:
-        """Begin.
-
-        Args:
-            what: What is counted.
-            total: Steps in all.
-            start: Steps done already.
-            every: Seconds between plain lines.
-        """
+        """Count up to ``total`` steps under the heading ``what``; ``start`` are already done."""
         self.what, self.total, self.done, self.every = what, total, start, every
         self._began, self._start, self._said = time.monotonic(), start, -math.inf
         self._bar: Bar | None = None
@@ -76,7 +69,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar and leave it on screen."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -94,12 +87,12 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """Write one line for the person at the terminal."""
+    """Write one line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own progress bars off when stderr is not a terminal."""
+    """Turn off transformers' own progress bars when stderr is not a terminal."""
     if not sys.stderr.isatty():
         from transformers.utils import logging
 

@@ -9,8 +9,8 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> li
     """Return a line for each row, with every cell padded to the width of its column.
 
     Args:
-        rows: Cells, equally many in each row.
-        right: Columns, from 0, whose cells end at the same place; the others begin at the same place.
+        rows: Cells, the same number in each row.
+        right: Columns, from 0, to align on the right; the others are aligned on the left.
     """
     columns = list(zip(*rows, strict=True))
     sides = [str.rjust if i in right else str.ljust for i in range(len(columns))]
@@ -19,6 +19,6 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> li
 
 
 def in_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table, a line for each row; what is in the cells is Markdown already."""
+    """Return a Markdown table, a line for each row; the cells must already be Markdown."""
     first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return [first, "|" + "---|" * len(head), *others]

@@ -154,7 +154,7 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
     assert [json.loads(line)["iteration"] for line in metrics] == [1, 2, 3]
     assert "iterations are done" not in capfd.readouterr().err
     assert cli.main(["train", "--resume", str(folder)]) == 0
-    assert "all 3 iterations are done; go further with --iterations" in capfd.readouterr().err
+    assert "all 3 iterations are done; to go further, raise --iterations" in capfd.readouterr().err
 
     results = []
     for target, extra in ((str(folder), []), ("model", [*("--set", "env.id=cli_toy:CliToy-v0")])):

@@ -139,7 +139,7 @@ def test_no_key_and_no_proxy_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unsendable[1].endswith("no list of models (ValueError)")
     assert (refused[1].rpartition(": ")[2], refused[2]) == ("status 401", "set OPENAI_API_KEY to its key")
     assert {one.status for one in findings if one.section == "servers"} == {"fault"}
-    assert [one.name for one in findings][-2:] == ["judge (URL not repeated)"] * 2
+    assert [one.name for one in findings][-2:] == ["judge (URL not shown)"] * 2
     assert SECRET not in repr((unsendable, refused, findings))
     assert "OPENAI_API_KEY" in by_name(findings)["environment/variables set"].value
 

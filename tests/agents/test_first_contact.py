@@ -62,7 +62,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "run folder in use": (("train", "--out", "full"), "got full with files; empty it, or change --out"),
     "run folder of a run": (("train", "--out", "runs/quickstart"), "go on with --resume runs/quickstart"),
     "run folder, a file": (("train", "--out", "afile"), "got afile, which is a file; change --out"),
-    "resume": (("train", "--resume", "quikstart"), "which is not there; did you mean runs/quickstart?"),
+    "resume": (("train", "--resume", "quikstart"), "which does not exist; did you mean runs/quickstart?"),
     "offline, missing": (
         ("train", "--offline", "no.json"),
         "no.json: expected a readable file, got No such file or directory; check the path",
@@ -100,12 +100,12 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "judge, no model": (("judge", "attack", "--judge-url", "http://h/v1"), "give --judge-model NAME"),
     "doctor, no endpoint": (("doctor", "--partner-model", "m"), "give --partner-url too"),
     "no folder for the advice": (("horizon", "tiny", "--out", "afile/x"), "afile/x: Not a directory; check the path"),
-    "onto itself": (("data", "import", "afile", "--out", "./afile"), "another file than those that are read"),
+    "onto itself": (("data", "import", "afile", "--out", "./afile"), "expected a file other than the input files"),
     "persona": (("chat", "tiny", "--persona", "chatting-held-out-7"), "did you mean 'chatting-held-out-"),
     "persona elsewhere": (("chat", "tiny", "--persona", "chatting-train-007"), "which is in personas='train'"),
     "attack, too many": (
         ("judge", "attack", "--personas", "99999"),
-        "--personas: expected at most 128, the held-out personas of chatting, got 99999",
+        "--personas: expected at most 128, chatting's held-out personas, got 99999",
     ),
     "no folder for the page": (("inspect", "runs/quickstart", "--out", "no/x.html"), "got no/x.html; make no first"),
     "report among the run's own": (

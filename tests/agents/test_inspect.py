@@ -313,7 +313,7 @@ def test_odd_conversations_and_runs_can_be_shown(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", TrainConfig())
     data = contents(run.folder)
     assert (data["conversations"], data["evaluations"], data["pairs"]) == ([], [], [])
-    assert any("no conversation" in note for note in data["notes"])
+    assert any("not written any conversations" in note for note in data["notes"])
     file = tmp_path / "played.jsonl"
     odd = [
         conversation(truncated=True),

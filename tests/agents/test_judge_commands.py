@@ -126,7 +126,7 @@ def test_attack(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         (["attack", "--judge-options", "{oops}"], "expected a JSON object, got '{oops}'"),
         (["attack", "--judge-options", '{"scale": 1}'], "expected no judge_options for the facts judge, got ['scale']"),
         (["attack", "--no-cache"], "expected a judge that asks an endpoint, got 'facts'"),
-        (["attack", "--personas", "9999"], "--personas: expected at most 128, the held-out personas of chatting"),
+        (["attack", "--personas", "9999"], "--personas: expected at most 128, chatting's held-out personas"),
         (["rescore", "nowhere.jsonl"], "nowhere.jsonl: expected a readable file"),
         (["rescore", "run", "--out", "run/trajectories.jsonl"], "give another --out"),
         (["validate", "--labels", "nowhere.json"], "nowhere.json: expected a readable"),

@@ -180,7 +180,7 @@ def test_a_damaged_id_begins_a_new_run(
 ) -> None:
     (tmp_path / "tracking.json").write_text('{"i')
     track(name, tmp_path)
-    assert re.search(r"tracking\.json cannot be read .* begin a new run", capfd.readouterr().err)
+    assert re.search(r"tracking\.json cannot be read .* start a new run", capfd.readouterr().err)
     assert len(json.loads((tmp_path / "tracking.json").read_text())["id"]) == 12
 
 
