@@ -21,9 +21,7 @@ REPORT, PICTURES = "report.md", ("curve.png", "credit.png")
     "--conversations", type=click.IntRange(1), default=CONVERSATIONS, show_default=True, metavar="N",
     help="The most to show: failed verdicts, personas met early and late, the first and last ones.",
 )  # fmt: skip
-@click.option(
-    "--tokenizer", metavar="RUN_OR_FOLDER", help="Its tokenizer reads the tokens; default: the run's. Also: tiny."
-)
+@click.option("--tokenizer", metavar="RUN_OR_FOLDER", help="Whose tokenizer to use; default: the run's. Also: tiny.")
 def inspect_(target: str, out: str | None, conversations: int, tokenizer: str | None) -> None:
     """Write one HTML page that shows a run: curves, conversations, verdicts, credit, tokens.
 

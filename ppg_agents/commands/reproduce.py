@@ -26,7 +26,7 @@ def parse_numbers(_: click.Context, parameter: click.Parameter, text: str | None
 @click.command()
 @click.argument("figure", type=click.Choice(FIGURES))
 @click.option("--domain", "domains", multiple=True, metavar="NAME", help="Repeatable. Default: all; --quick: therapy.")
-@click.option("--quick", is_flag=True, help="Fewer domains, classes, sizes and seeds: two minutes, proves nothing.")
+@click.option("--quick", is_flag=True, help="Fewer domains, classes, sizes and seeds: about 2 minutes, proves nothing.")
 @click.option("--model", help="tiny (embedded, default), or a Hugging Face model or folder; with one GPU, --jobs 1.")
 @click.option("--seeds", type=click.IntRange(1), help="Training seeds. Default: 5.")
 @click.option("--sizes", callback=parse_numbers, metavar="N,N,…", help="Training conversations: 80,160,320,640.")
