@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 
 from ppg_agents.policy import Policy
 
@@ -64,7 +65,9 @@ def test_liger_changes_this_model_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Let it look as if a package were installed."""
+    """Let it look as if a package were installed, to everybody but peft, which remembers what it finds."""
+    for installed in (is_bnb_available, is_bnb_4bit_available):
+        installed()
     own = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
