@@ -1,4 +1,4 @@
-"""What a run is built from: settings in; policy, agent and schedule out, and a sampler that keeps up with the policy.
+"""Builds a run: settings in; policy, agent and schedule out, and a sampler that keeps up with the policy.
 
 Nothing here loops, writes a file or talks to an environment.
 """
@@ -27,7 +27,7 @@ from ppg_agents.terminal.progress import quiet_libraries
 
 
 def load_policy(config: TrainConfig) -> Policy:
-    """Return the policy that the run starts from: the model with a fresh adapter."""
+    """Return the policy at the start of a run: the model with a fresh adapter."""
     policy = load_model(config, config.model, config.lora if config.lora.rank else None)
     policy.gradient_checkpointing(config.load.gradient_checkpointing)
     return policy
@@ -55,22 +55,22 @@ def load_model(config: TrainConfig, place: str | Path, lora: LoraSettings | None
 
 
 def split(config: TrainConfig, policy: Policy) -> None:
-    """Split the model's weights over all ranks, as the launch asks for.
+    """Split the model's weights over all ranks.
 
     Raises:
         ConfigError: Replies would have to be sampled with split weights.
     """
     if not config.offline.files and not config.sampling.endpoints:
-        raise ConfigError("sampling: split weights (fsdp) can not sample; give vLLM servers with --rollout-endpoints")
+        raise ConfigError("sampling: split weights (fsdp) cannot sample; give vLLM servers with --rollout-endpoints")
     shard_layers(policy.model)
 
 
 def synchronise(sampler: Sampler, policy: Policy, team: Workers) -> None:
-    """Make a sampler with weights of its own speak as the policy is now; all ranks call it together."""
+    """Bring a sampler's own weights up to date; all ranks must call it together."""
     with whole_weights(policy.model) if team.sharded else nullcontext():
         if team.main:
             sampler.sync(policy)
-        team.gather([])  # what rank 0 writes is there
+        team.gather([])  # wait until rank 0 has written
         if not team.main:
             sampler.sync(policy)
 
@@ -84,10 +84,10 @@ def build_agent(
     turns: int | None,
     mask: Callable[[int], Mask],
 ) -> Agent:
-    """Return the learner of a policy class, for conversations of ``turns`` turns, None if that is open.
+    """Return the agent for conversations of ``turns`` turns, None if open.
 
     Raises:
-        ConfigError: No agent of that name, or one that lacks what the settings ask of it.
+        ConfigError: No such agent, or settings that it cannot work with.
     """
     turns = turns or (None if config.policy_class == "auto" else config.policy_class.turns)
     if config.baseline == "moving-average" and turns is None:
@@ -146,6 +146,6 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def integer_seed(seed: int, iteration: int, rank: int = 0) -> int:
-    """Return one integer made of all, for torch's generators; rank -1 is dropout's."""
+    """Return one integer from all three, for torch's generators; rank -1 is for dropout."""
     mixed = np.random.SeedSequence([seed, iteration, 1 + rank])
     return int(mixed.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -7,8 +7,8 @@ R_t ⊆ {t, …, n}. A policy class therefore *is* a boolean matrix M[t, ℓ] = 
 
 Nothing in the product needs M to be boolean: any finite upper triangular matrix weighs the rewards.
 
-[P] marks what the paper states, "own" what this project defines. Numpy only: nothing here may know a
-token, a model or a config.
+[P] marks what the paper states, "own" what this project defines. Numpy only: nothing here may know a token, a model
+or a config.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ppg_agents.nearest import nearest
 
 Mask = NDArray[np.bool_] | NDArray[np.float64]
-"""A policy class [n, n]: M[t, ℓ] says whether, or with which weight, reward ℓ counts for action t."""
+"""A policy class [n, n]: M[t, ℓ] is whether, or with what weight, reward ℓ counts for action t."""
 
 _EXAMPLES = {"full": "full", "greedy": "greedy", "k-step": "k-step 3", "segment": "segment 3,3,2", "auto": "auto"}
 _EXPECTED = "full, greedy, k-step 3, segment 3,3,2, a matrix or module:function (for a run also auto)"
@@ -71,7 +71,7 @@ def segment(n: int, lengths: Sequence[int]) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class PolicyClass:
-    """Which rewards count for an action, for conversations of any length: what settings, flags and reports mean by it.
+    """Which rewards count for an action, for conversations of any length.
 
     Attributes:
         name: ``full``, ``greedy``, ``k-step``, ``segment``, ``custom`` (a matrix), or ``module:function``, a function
@@ -81,7 +81,7 @@ class PolicyClass:
         matrix: M of ``custom``, row by row.
 
     Raises:
-        ValueError: An unknown name, an argument that is missing or not the name's, or a matrix that is no policy class.
+        ValueError: An unknown name, an argument that is missing or belongs to another name, or an invalid matrix.
     """
 
     name: str = "full"
@@ -118,14 +118,14 @@ class PolicyClass:
                 text), or a policy class.
 
         Raises:
-            ValueError: Anything else; the message says what is wrong, in a matrix at which row and column.
+            ValueError: Anything else; for a matrix, the message names the row and column.
         """
         if isinstance(value, PolicyClass):
             return value
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, list | tuple | np.ndarray):
-            return cls("custom", matrix=value)  # type: ignore[arg-type]  # it is checked, and made tuples of
+            return cls("custom", matrix=value)  # type: ignore[arg-type]  # __post_init__ checks it and makes tuples
         if not isinstance(value, str):
             raise ValueError(f"expected {_EXPECTED}, got {value!r}")
         text = value.strip()
@@ -157,7 +157,7 @@ class PolicyClass:
 
     @property
     def spec(self) -> str | list[list[float]]:
-        """What `parse` reads back, as TOML and JSON can hold it: text, or the matrix as lists."""
+        """The class as `parse` reads it, for TOML and JSON: text, or the matrix as lists."""
         if self.matrix is not None:
             return [list(row) for row in self.matrix]
         if self.segments is not None:
@@ -166,13 +166,13 @@ class PolicyClass:
 
     @property
     def turns(self) -> int | None:
-        """The number of turns it is made for, None where it serves any."""
+        """The number of turns it is made for, None if it fits any."""
         if self.segments is not None:
             return sum(self.segments)
         return None if self.matrix is None else len(self.matrix)
 
     def steps(self, n: int) -> int | None:
-        """Return its K in conversations of n turns: 1 for greedy, n for full; None for what is no K-step class."""
+        """Return its K in conversations of n turns: 1 for greedy, n for full; None for other classes."""
         return {"full": n, "greedy": 1}.get(self.name, self.lookahead)
 
     def mask(self, n: int) -> Mask:
@@ -182,8 +182,8 @@ class PolicyClass:
             [n, n], boolean where every entry is 0 or 1.
 
         Raises:
-            ValueError: It is made for another number of turns, its function cannot be had or fails, or what the
-                function returns is no policy class; the message says at which row and column.
+            ValueError: It is made for another number of turns, or its function cannot be imported, fails or returns
+                no policy class; the message names the row and column.
         """
         k = self.steps(n)
         if k is not None:
@@ -195,7 +195,7 @@ class PolicyClass:
         function = self._function()
         try:
             matrix = function(n)
-        except Exception as error:  # it is the user's code: whatever is wrong in it, say whose it is
+        except Exception as error:  # the user's code may raise anything; say whose it is
             raise ValueError(f"{self.name}: expected a matrix for n = {n} turns, got {_words(error)}") from error
         try:
             return _checked(matrix, n)
@@ -203,7 +203,7 @@ class PolicyClass:
             raise ValueError(f"{self.name}: {error}") from error
 
     def check(self, n: int | None) -> None:
-        """Raise unless it can serve conversations of n turns; None where their length is open.
+        """Raise unless it fits conversations of n turns; None if their length is open.
 
         Raises:
             ValueError: As `mask`.
@@ -217,7 +217,7 @@ class PolicyClass:
         try:
             function = EntryPoint(self.name, self.name, "").load()
         except (ImportError, AttributeError) as error:
-            todo = "mend the name, or put its folder on PYTHONPATH"
+            todo = "fix the name, or put its folder on PYTHONPATH"
             raise ValueError(f"expected a function at {self.name!r}, got {_words(error)}; {todo}") from error
         if not callable(function):
             raise ValueError(f"expected a function n -> matrix at {self.name!r}, got {function!r}")
@@ -233,19 +233,17 @@ def credit(
     an action in K-step lookahead lies in [0, K].
 
     Args:
-        rewards: r [B, n], the judge's score of every turn. Whatever stands at an invalid turn, NaN
-            included, contributes nothing.
+        rewards: r [B, n], the judge's score of every turn; values at invalid turns, NaN included, do not count.
         mask: A policy class [n, n]: boolean, or finite weights; 0 below the diagonal.
-        valid: [B, n], true where the turn was played and judged. A conversation that is shorter than n
-            is false after its end.
+        valid: [B, n], true where the turn was played and judged; false after the end of a shorter conversation.
         discount: γ in [0, 1], per turn.
 
     Returns:
         Credit [B, n], in the reward's unit, 0 at invalid turns.
 
     Raises:
-        ValueError: Shapes that do not fit, a mask that is no policy class, a discount outside [0, 1], or a
-            reward at a valid turn that is not finite.
+        ValueError: Shapes that do not fit, an invalid mask, a discount outside [0, 1], or a reward at a valid turn
+            that is not finite.
     """
     rewards, valid = np.asarray(rewards, dtype=np.float64), np.asarray(valid)
     if rewards.ndim != 2:
@@ -276,9 +274,8 @@ def decompose(f: NDArray[np.floating[Any]], monotone: Literal["raise", "running_
     so that r_t ≥ 0 and Σ_t r_t = r(x, τ_n).
 
     An f that decreases somewhere violates the lemma. ``running_max`` puts max_{s ≤ t} f(x, τ_s) in its place
-    (own choice). Then r_t ≥ 0 again, but **the terminal value is another one**: Σ_t r_t = max_t f(x, τ_t) ≥
-    r(x, τ_n), so a conversation that ends badly after a good middle is rewarded for its middle. It is
-    therefore never the default.
+    (own choice). Then r_t ≥ 0 again, but **the terminal value changes**: Σ_t r_t = max_t f(x, τ_t) ≥ r(x, τ_n), so a
+    conversation that ends badly after a good middle is rewarded for its middle. So it is not the default.
 
     Args:
         f: [B, n+1], the score of every prefix τ_0 … τ_n, finite, f[:, 0] = 0.
@@ -334,7 +331,7 @@ def _checked(matrix: Any, n: int | None = None) -> Mask:
         n: Turns expected; None takes the matrix's own size.
 
     Raises:
-        ValueError: It is no policy class; the message says at which row and column, counted from 0.
+        ValueError: It is no policy class; the message names the row and column, counted from 0.
     """
     if not isinstance(matrix, np.ndarray):
         _locate(matrix)
@@ -364,7 +361,7 @@ def _checked(matrix: Any, n: int | None = None) -> Mask:
 
 
 def _locate(matrix: Any) -> None:
-    """Raise where rows are ragged or hold something that is no number, which an array of them would not tell."""
+    """Raise for ragged rows or entries that are not numbers, which numpy would not point to."""
     rows = [list(row) for row in matrix] if np.iterable(matrix) and all(np.iterable(row) for row in matrix) else []
     for t, row in enumerate(rows):
         if len(row) != len(rows[0]):

@@ -1,7 +1,7 @@
 """How consistent a policy is on held-out personas, with intervals.
 
-The figure of merit is the judge's mean score over all judged turns of fixed, seeded conversations. Personas
-are the independent unit: the intervals resample personas, not turns. Nothing here may learn.
+The figure of merit is the judge's mean score over all judged turns of fixed, seeded conversations. The intervals
+resample personas, not turns, as personas are independent. Nothing here may learn.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Evaluation:
         per_turn_ci95: Its intervals, [n] pairs.
         n_personas: Different personas that were judged at least once.
         conversations: Conversations played.
-        reachable: Best mean reward per turn that the environment says can be reached, NaN when unknown.
-        judge_failures: Turns that were played and not judged.
+        reachable: Best possible mean reward per turn according to the environment, NaN when unknown.
+        judge_failures: Turns played but not judged.
         judge_failure_rate: Their share, NaN without turns.
-        partner_failures: The partner's faults: fault -> conversations that it ended. No fault of the policy.
+        partner_failures: The partner's (not the policy's) faults -> conversations that each ended.
         personas: Per persona ``scores`` (the judge's, added up) and ``judged`` (how many) of each turn, both [n].
     """
 
@@ -84,19 +84,19 @@ def play(
     """Play seeded conversations in lockstep, ``config.batch`` at a time.
 
     Args:
-        policy: Who speaks.
-        sampler: How it speaks.
+        policy: The policy.
+        sampler: Draws its replies.
         config: Domain, partner, judge and batch.
         personas: ``train``, ``held-out`` or a path.
         conversations: How many, at least 1.
         seed: Same seed, same personas, same partner, same draws.
-        best_of: Times that every conversation is played, with other draws of the policy; the one with the highest
-            mean score counts, the first of equal ones.
+        best_of: How often to play every conversation, with different draws; the one with the highest mean score
+            counts, the first of ties.
         done: Called with the number of conversations finished.
-        speaker: Who speaks instead of the policy; None for the policy.
+        speaker: Speaks in place of the policy; None for the policy.
 
     Returns:
-        The conversations, and for each the reachable value, [conversations], NaN where unknown.
+        The conversations, and the reachable value of each, [conversations], NaN where unknown.
     """
     import torch
 
@@ -156,7 +156,7 @@ def evaluate(
 
 
 def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64] | None = None) -> Evaluation:
-    """Return the consistency of conversations that were played.
+    """Return the consistency of played conversations.
 
     Args:
         trajectories: At least one conversation.
@@ -195,7 +195,7 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
 
 
 def bootstrap_ci(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Interval:
-    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas; the same one each time.
+    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas; the same every time.
 
     Args:
         sums: Judge's scores added up per persona, [P].
@@ -225,7 +225,7 @@ def bootstrap_ci(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Inte
 
 
 def _score(trajectory: Trajectory) -> float:
-    """Return the mean score of a conversation, below all others when nothing of it was judged."""
+    """Return a conversation's mean score, minus infinity if no turn was judged."""
     judged = trajectory.judged()
     return sum(judged) / len(judged) if judged else -math.inf
 
@@ -235,12 +235,12 @@ def _ratio(total: float, count: float) -> float:
 
 
 class Target(NamedTuple):
-    """What is named on the command line, ready to speak.
+    """A policy named on the command line, ready to speak.
 
     Attributes:
         policy: The policy.
-        sampler: How replies are drawn from it.
-        speaker: The run's own agent, where it speaks for itself; None for the policy.
+        sampler: Draws its replies.
+        speaker: The run's own agent, if it speaks for itself; None for the policy.
     """
 
     policy: Policy
@@ -249,11 +249,11 @@ class Target(NamedTuple):
 
 
 def load_target(target: str, config: TrainConfig) -> Target:
-    """Load what is named on the command line.
+    """Load the target that the command line names.
 
     Args:
         target: A run folder (its newest checkpoint), ``tiny``, or a Hugging Face model or folder.
-        config: Settings of the sampler, and whose agent it is.
+        config: Names the agent and the sampler's settings.
 
     Raises:
         RunError: A run without a checkpoint.
@@ -279,7 +279,7 @@ def load_target(target: str, config: TrainConfig) -> Target:
 
 
 def _own_agent(config: TrainConfig, checkpoint: Path | None) -> Target | None:
-    """Return the run's agent as the one who speaks; None when it leaves speaking to the policy."""
+    """Return the run's agent as speaker; None if the policy speaks for it."""
     from ppg_agents.agents.protocol import SpeakingAgent
     from ppg_agents.building import build_agent, load_policy
     from ppg_agents.distributed import Alone

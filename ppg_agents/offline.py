@@ -1,7 +1,7 @@
 """Logged, judged dialogues as training data: read, split by persona, encoded, learned from, scored.
 
-`Offline` is what the loop in `train` does with them. The one place of the learner that reads a file format of the
-environment package.
+`Offline` is the task that `train` runs on them. The only place here that reads a file format of the environment
+package.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Offline:
         self.mask = Planner(config, turns, team).mask
 
     def remember(self, run: Run) -> None:
-        """Nothing is remembered: every iteration follows from its number."""
+        """Do nothing: every iteration follows from its number."""
 
     def meet(self, agent: Agent) -> None:
         """Take the agent; nobody speaks.
@@ -66,7 +66,7 @@ class Offline:
         self.iterations = self.config.offline.epochs * self.per_epoch
 
     def describe(self, run: Run) -> None:
-        """Say what was read, and keep it in the run folder."""
+        """Report what was read, and record it in the run folder."""
         say(report_table(self.data))
         say(f"run folder: {run.folder}")
         read, before = finite(to_json(self.data)), run.read_json("offline.json")
@@ -99,7 +99,7 @@ class Offline:
             return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to close."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def read_files(settings: OfflineSettings) -> tuple[list[LoggedDialogue], list[Re
     """Read all files.
 
     Raises:
-        DataError: A file that is refused; the message says where and why.
+        DataError: An invalid file; the message says where and why.
     """
     from ppg_gym.data import read_dialogues
 
@@ -149,7 +149,7 @@ def encode(
     """Hold out personas and encode with the policy's tokenizer.
 
     Raises:
-        ValueError: Too few personas to hold some out, or nothing fits into the longest sequence.
+        ValueError: Too few personas to hold some out, or nothing fits the longest sequence.
     """
     from ppg_gym.data import split_by_persona
 
@@ -180,14 +180,14 @@ def likelihood(total: float, trajectories: Sequence[Trajectory], mask: Mask, dis
 
     Args:
         total: Σ_b Σ_t credit_{b,t} · log π(y_{b,t} | …), nats.
-        trajectories: The B conversations that it was summed over.
+        trajectories: The B conversations of the sum.
         mask: The policy class [n, n].
         discount: γ, per turn.
 
     Returns:
         ``log_likelihood``: per conversation; ``log_likelihood_per_token``: per reply token of a judged turn;
         ``weighted_token_log_prob``: per credit-weighted token, total / Σ_b Σ_t credit_{b,t} · |y_{b,t}|, a mean
-        log-probability, which alone can be compared between batches and policy classes; None without credit.
+        log-probability, the only one comparable between batches and policy classes; None without credit.
     """
     n = len(mask)
     rewards = np.full((len(trajectories), n), np.nan)
@@ -210,8 +210,7 @@ def held_out_likelihood(
     """Return the objective of offline learning on held-out personas.
 
     Returns:
-        What `likelihood` returns, for all of them and under ``per_file``; and how many ``conversations`` and
-        judged ``turns`` there are.
+        `likelihood` over all of them and ``per_file``; and the numbers of ``conversations`` and judged ``turns``.
     """
     scored = {name: agent.evaluate_offline(trajectories) for name, trajectories in held_out.items()}
     totals = {name: scored[name]["objective"] * len(trajectories) for name, trajectories in held_out.items()}

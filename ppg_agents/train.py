@@ -5,8 +5,8 @@
              take a batch of logged conversations -> credit -> gradient step              (offline)
     evaluate again, draw the picture
 
-One iteration's randomness comes from (seed, iteration) alone, so a run that is resumed goes on as if it had
-never stopped. An agent may take several gradient steps on a batch.
+An iteration's randomness comes from (seed, iteration) alone: a checkpoint holds no generator, and a resumed run goes on
+as if it had never stopped. An agent may take several gradient steps on a batch.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ from ppg_agents.trajectory import Trajectory
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
-    """Train a policy, and leave everything about it in a run folder.
+    """Train a policy and keep everything about it in a run folder.
 
     Args:
         config: The settings; online unless ``offline.files`` names logged dialogues.
         folder: The run folder: new or empty, or that of the run to resume.
-        resume: Go on from the folder's newest checkpoint.
+        resume: Continue from the folder's newest checkpoint.
 
     Returns:
         The finished run.
 
     Raises:
-        ConfigError: Settings that contradict the environment or the run that is resumed.
+        ConfigError: Settings that contradict the environment or the resumed run.
         RunError: The folder is not empty, holds no run or a damaged one, is in use, or cannot be written.
         ConversationError: The judge fails too often, a server is gone, a budget is used up; the run is saved.
         Interrupted: The user stopped the run; it is saved.
@@ -77,7 +77,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         held.callback(finish)
         team = workers()
         interrupt.alone = team.size == 1
-        folder = Path(team.gather([str(folder)])[0])  # rank 0 says where; it alone writes there
+        folder = Path(team.gather([str(folder)])[0])  # rank 0 picks the folder, and only it writes there
         run = Run.open(folder) if resume else None
         if run is not None:
             if team.main:
@@ -118,7 +118,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
                 for iteration in range(done, task.iterations):
                     interrupt.requested = any(team.gather([interrupt.requested]))
                     interrupt.check()
-                    torch.manual_seed(integer_seed(config.seed, iteration, -1))  # of dropout, where there is any
+                    torch.manual_seed(integer_seed(config.seed, iteration, -1))  # for dropout
                     metrics = task.step(run, iteration)
                     done = iteration + 1
                     save = done % config.checkpoint_every == 0 or done == task.iterations
@@ -139,7 +139,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         except (Stop, ConversationError, GenerationError) as stop:
             latest = run.latest_checkpoint()
             fresh = latest is not None and latest[0] == done
-            if isinstance(stop, Stop):  # all ranks stop together; a fault may be one's alone
+            if isinstance(stop, Stop):  # all ranks stop together; a fault may hit one alone
                 fresh = team.gather([fresh])[0]
             if not fresh and (isinstance(stop, Stop) or not team.sharded):
                 save_checkpoint(run, done, agent, team)
@@ -155,7 +155,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
 
 
 def save_checkpoint(run: Run, done: int, agent: Agent, team: Workers) -> None:
-    """Save after ``done`` iterations: rank 0 writes, and split weights are put together by all."""
+    """Save after ``done`` iterations."""
+    # All ranks hold the same weights, so rank 0 alone writes; split weights need every rank to gather them.
     if team.main:
         run.save_checkpoint(done, agent.save)
     elif team.sharded:
@@ -164,7 +165,7 @@ def save_checkpoint(run: Run, done: int, agent: Agent, team: Workers) -> None:
 
 
 class Task(Protocol):
-    """What is learned from: conversations that the policy plays, or logged ones."""
+    """The source of conversations: played by the policy, or logged."""
 
     iterations: int
     turns: int | None
@@ -176,22 +177,22 @@ class Task(Protocol):
         """Take the agent, which may speak for itself."""
 
     def describe(self, run: Run) -> None:
-        """Say what is learned from."""
+        """Report the data."""
 
     def mask(self, n: int) -> Mask:
         """Return the policy class in use, for conversations of n turns."""
 
     def remember(self, run: Run) -> None:
-        """Take up what a run that is continued had come to."""
+        """Restore what a resumed run had chosen."""
 
     def step(self, run: Run, iteration: int) -> dict[str, Any]:
         """Do one iteration and return its metrics."""
 
     def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
-        """Return held-out results, and the conversations that were played for them; None when evaluation is off."""
+        """Return held-out results and the conversations played for them; None when evaluation is off."""
 
     def close(self) -> None:
-        """Let go of the environments."""
+        """Close the environments."""
 
 
 class Online:
@@ -210,7 +211,7 @@ class Online:
         self.mask = self.planner.mask
 
     def remember(self, run: Run) -> None:
-        """Go on with the policy class that was chosen last."""
+        """Restore the policy class that was chosen last."""
         self.planner.remember(run.metrics())
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
@@ -222,17 +223,17 @@ class Online:
         self.agent = agent
         self.speaker = speaker_of(agent, self.policy, self.sampler)
         if isinstance(self.sampler, SingleSampler) and isinstance(self.speaker, PolicySpeaker):
-            # Servers answer one by one, so that a conversation that waits for its judge holds up no other.
+            # Servers answer one at a time, so a conversation waiting for its judge need not hold up the others.
             self.each = Envs(lambda: make_env(self.config, self.config.personas))
 
     def describe(self, run: Run) -> None:
-        """Say what is learned, and where it is kept."""
+        """Report the task and the run folder."""
         config, length = self.config, f"{self.turns} turns" if self.turns else "open length"
         say(f"{config.subject}, {config.label}: {config.batch} conversations of {length} per iteration")
         say(f"run folder: {run.folder}")
 
     def step(self, run: Run, iteration: int) -> dict[str, Any]:
-        """Sample a batch of conversations, let the agent learn from it, and write it down."""
+        """Sample a batch of conversations, let the agent learn from it, and record it."""
         config = self.config
         draws = np.random.SeedSequence([config.seed, iteration]).generate_state(config.batch // config.group)
         seeds = [int(seed) for seed in np.repeat(draws, config.group)][self.own]  # equal seeds share a persona
@@ -255,21 +256,21 @@ class Online:
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         if self.team.main:
             run.append_trajectories(everything)
-        usage = self.envs.usage()  # what the environment asked servers for
+        usage = self.envs.usage()  # requests to servers
         return {**batch_metrics(everything), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
     def _play(self, sampler: Sampler, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
         """Hold one conversation per seed."""
         if self.each is not None and isinstance(sampler, SingleSampler):
             return collect_each(self.each, self.policy, sampler, seeds, generator, self.config.world)
-        if self.envs.num_envs != len(seeds):  # an agent that learns from pairs plays one half after the other
+        if self.envs.num_envs != len(seeds):  # pairs are played one half after the other
             self.envs.close()
             self.envs = make_envs(self.config, len(seeds), self.config.personas)
         speaker = self.speaker if sampler is self.sampler else PolicySpeaker(self.policy, sampler)
         return collect(self.envs, self.policy, sampler, seeds, generator, self.config.world, speaker=speaker)
 
     def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
-        """Play held-out personas; the agent speaks for itself where it can, else through the policy it learns."""
+        """Play held-out personas; the agent speaks for itself if it can, else the policy speaks."""
         settings = self.config.evaluation
         if not settings.conversations:
             return None
@@ -294,7 +295,7 @@ class Online:
 
 
 def held_out(task: Task, run: Run, when: str, iteration: int, trackers: Trackers) -> None:
-    """Evaluate on held-out personas unless that has been done: by a run that is resumed, or under another name."""
+    """Evaluate on held-out personas unless already done, before a resume or under another name."""
     stored = run.evaluations()
     known = stored.get(when)
     if known is not None and (when == "before" or known["iteration"] == iteration):
@@ -326,10 +327,10 @@ def held_out(task: Task, run: Run, when: str, iteration: int, trackers: Trackers
 
 
 def continue_run(run: Run, config: TrainConfig, *, write: bool = True) -> Run:
-    """Return the run under settings that agree with its own.
+    """Return the run with new settings that agree with its own.
 
     Raises:
-        ConfigError: A setting differs that the run depends on; the message names each.
+        ConfigError: A setting that may not change differs; the message names each.
     """
     different = differences(run.config, config)
     if different:

@@ -1,6 +1,6 @@
-"""The methods' advantages per turn, and which conversations they keep, as rows of `methods` name them.
+"""The advantages per turn and the choice of conversations that rows of `methods` name.
 
-The formulas are in `ppg_agents.alternatives`. All arrays are of the whole batch of all processes.
+The formulas are in `ppg_agents.alternatives`. Arrays cover the whole batch of all processes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ppg_agents.distributed import Workers
 
 @dataclass(frozen=True)
 class Turns:
-    """The whole batch per turn, [B, n]; what stands at invalid turns is not read.
+    """The whole batch per turn, [B, n]; values at invalid turns are ignored.
 
     Attributes:
-        credit: Of the run's policy class.
+        credit: The policy class's credit.
         baselined: The credit less the run's baseline.
         valid: Played and judged.
         groups: B labels, equal for conversations that share a persona.
@@ -48,7 +48,7 @@ def turns_of(data: Batch, whole: Whole, baselined: Array, entropy: Tensor | None
         data: This process's conversations.
         whole: The batch of all processes.
         baselined: [B, n], the credit less the run's baseline.
-        entropy: [N], of this process's trained tokens, row by row; None where nobody asks for it.
+        entropy: [N], of this process's trained tokens, row by row; None if the method does not use it.
         workers: The processes that learn together.
     """
     mask, valid = trained_tokens(data), torch.from_numpy(whole.valid)
@@ -78,7 +78,7 @@ def dr_grpo(turns: Turns, options: Options) -> Tensor:
 
 
 def whitened(turns: Turns, options: Options) -> Tensor:
-    """Return REINFORCE++'s advantage: whitened over turns or, as in its source, over tokens, so that length weighs."""
+    """Return REINFORCE++'s advantage: whitened over turns or, as in its source, over tokens (weighted by length)."""
     credit = turns.credit
     if options["group_mean"]:
         credit = alt.grpo(credit, turns.valid, turns.groups, scale_by_std=False)
@@ -101,7 +101,7 @@ def empg(turns: Turns, options: Options) -> Tensor:
 
 
 def imitated(turns: Turns, options: Options) -> Tensor:
-    """Return 1 everywhere: what was kept is imitated."""
+    """Return 1 everywhere: kept conversations are imitated."""
     return torch.ones_like(turns.credit)
 
 
@@ -115,7 +115,7 @@ def with_spread(whole: Whole, options: Options) -> NDArray[np.bool_]:
 
 
 def best_share(whole: Whole, options: Options) -> NDArray[np.bool_]:
-    """Return the best conversations by mean score over judged turns; of equal ones the earlier."""
+    """Return the best conversations by mean score over judged turns; ties go to the earlier."""
     counts = whole.valid.sum(1)
     mean = np.where(whole.valid, whole.rewards, 0.0).sum(1) / np.maximum(counts, 1)
     order = np.argsort(np.where(counts > 0, -mean, np.inf), kind="stable")

@@ -1,12 +1,12 @@
-"""The learner, of whatever method: judged conversations in, one or several optimiser steps out.
+"""The learner for every method: judged conversations in, one or more optimiser steps out.
 
-`Learner._learn` is the whole path of a reward to the gradient, top to bottom:
+`Learner._learn` is the whole path from a reward to the gradient, top to bottom:
 
     lay out -> check -> shape -> credit -> keep -> advantage -> loss -> descend
 
-What a method does differently at one of these stations stands in its row of `methods.METHODS`. Formulas are in
-`credit`, `baselines`, `losses`, `importance` and `alternatives`, micro-batches in `gradient`, files in `state`.
-Nothing here knows an environment. With LoRA's dropout, ratios to the sampling policy have its noise in them.
+Where a method differs at one of these steps, its row of `methods.METHODS` says so. Formulas are in `credit`,
+`baselines`, `losses`, `importance` and `alternatives`, micro-batches in `gradient`, files in `state`. Nothing here
+knows an environment. LoRA dropout adds noise to the ratios to the sampling policy.
 """
 
 from __future__ import annotations
@@ -47,14 +47,11 @@ from ppg_agents.trajectory import Trajectory
 
 
 class Learner(OfflineAgent):
-    """Learns a policy by the partial policy gradient (arXiv 2603.06138), or by another method of the table.
+    """Learns a policy by the partial policy gradient (arXiv 2603.06138), or another method of the table.
 
     Attributes:
-        name: The method's name.
-        method: Its row.
-        options: The method's options, all of them.
-        settings: What it was given besides.
-        policy: Who learns; its version counts optimiser steps.
+        name: The method's name; ``method`` is its row, ``options`` all its options, ``settings`` the rest.
+        policy: The policy that learns; its version counts optimiser steps.
         optimizer: AdamW over the policy's trainable weights.
         head: The value head; None for a method without one.
     """
@@ -72,17 +69,16 @@ class Learner(OfflineAgent):
         """Make a learner.
 
         Args:
-            policy: Who learns.
+            policy: The policy that learns.
             mask: The policy class: n -> [n, n], boolean or weights (see `ppg_agents.credit`).
-            method: A name out of `methods.METHODS`, or a row of your own.
-            sampler: Asked for the longest reply by methods that divide by it.
-            workers: The processes that learn together, each from its own share of the conversations; None for one.
-            **given: Fields of `LearnerSettings`, and the method's own options; of these, ``aggregation_of_source``
-                (true or false) aggregates token losses as the method's source does.
+            method: A name in `methods.METHODS`, or your own row.
+            sampler: Gives the longest reply to methods that divide by it.
+            workers: The processes that learn together, each from its share of the conversations; None for one.
+            **given: Fields of `LearnerSettings`, and the method's options; ``aggregation_of_source`` (true or false)
+                aggregates token losses as the method's source does.
 
         Raises:
-            ValueError: A setting that the method would ignore, an option that it does not have, or a value out of
-                range.
+            ValueError: A setting that the method would ignore, an unknown option, or a value out of range.
         """
         names = {field.name for field in fields(LearnerSettings)}
         self.name = method if isinstance(method, str) else "custom"
@@ -118,7 +114,7 @@ class Learner(OfflineAgent):
 
     @property
     def needs(self) -> Needs:
-        """What it asks of the loop."""
+        """What the learner needs from the loop."""
         return Needs(
             group=self._group(),
             together=2 if self.method.pair_loss else 1,
@@ -135,7 +131,7 @@ class Learner(OfflineAgent):
 
     @property
     def learns_offline(self) -> bool:
-        """Whether it learns from logged dialogues as well."""
+        """Whether it also learns from logged dialogues."""
         return self.method.offline
 
     @property
@@ -151,13 +147,13 @@ class Learner(OfflineAgent):
             trajectories: B conversations; with several workers, this one's share.
 
         Returns:
-            Metrics of the batch over all workers, by the names of docs/metrics.md; of several steps, the last one's.
-            Without a judged turn there is no step.
+            Metrics of the batch over all workers, named as in docs/metrics.md; after several steps, those of the last.
+            No step is taken without a judged turn.
 
         Raises:
-            LedgerError: The batch is not what was sampled, or not by this version of this policy.
-            ValueError: A persona with too few conversations, or another policy class than full planning where no
-                other is taken.
+            LedgerError: The batch is not what was sampled, or was not sampled by this version of this policy.
+            ValueError: A persona with too few conversations, or a policy class other than full planning where the
+                method takes no other.
             FloatingPointError: The gradient is not finite.
         """
         return self._learn(trajectories, sampled=True)
@@ -177,7 +173,7 @@ class Learner(OfflineAgent):
         return self._learn(trajectories, sampled=False)
 
     def _learn(self, trajectories: Sequence[Trajectory], *, sampled: bool) -> dict[str, float]:
-        """Learn from a batch: the path of a reward to the gradient."""
+        """Learn from a batch: the path from a reward to the gradient."""
         data = self._lay_out(trajectories)
         temperature, staleness = self._check(trajectories, data, sampled=sampled)
         data, shaping = self._shape(data, temperature)
@@ -192,7 +188,7 @@ class Learner(OfflineAgent):
         return {**metrics, **described, **kept, **staleness}
 
     def _lay_out(self, trajectories: Sequence[Trajectory]) -> Batch:
-        """Return the conversations as arrays, with as many turns on every worker."""
+        """Return the conversations as arrays, with the same number of turns on every worker."""
         longest = max((len(t.turns) for t in trajectories), default=1)
         turns = self.settings.n_turns or max(self._workers.gather([longest, 1]))
         self._check_class(turns)
@@ -201,7 +197,7 @@ class Learner(OfflineAgent):
     def _check(
         self, trajectories: Sequence[Trajectory], data: Batch, *, sampled: bool
     ) -> tuple[float, dict[str, float]]:
-        """Return the temperature, and the largest staleness, of conversations that the ledger vouches for."""
+        """Check the conversations against the ledger; return their temperature and largest staleness."""
         temperature, stale, fault = 1.0, 0, None
         try:
             ledger.check_batch(trajectories, data, trained_tokens(data))
@@ -217,7 +213,7 @@ class Learner(OfflineAgent):
         return temperature, {"staleness_max": max(stale for _, stale in reports)} if sampled else {}
 
     def _shape(self, data: Batch, temperature: float) -> tuple[Batch, dict[str, float]]:
-        """Take off the rewards what the method takes off them before credit is formed."""
+        """Subtract from the rewards what the method subtracts before credit is formed."""
         metrics: dict[str, float] = {}
         beta, buffer = self.settings.kl_coefficient, int(self.options.get("overlong_buffer", 0))
         if self.method.kl == "reward" and beta:
@@ -228,7 +224,7 @@ class Learner(OfflineAgent):
         return data, metrics
 
     def _credit(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
-        """Return the credit of all workers' conversations: statistics are of the whole batch, never of a share."""
+        """Return the credit of all workers' conversations: statistics cover the whole batch, never one share."""
         units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
         labels = [t.instruction for t in trajectories]
         parts = self._workers.gather([(self._class_credit(data), data.rewards, data.valid, labels, units)])
@@ -246,7 +242,7 @@ class Learner(OfflineAgent):
     def _keep(
         self, trajectories: Sequence[Trajectory], data: Batch, whole: Whole
     ) -> tuple[Batch, Whole, dict[str, float]]:
-        """Leave out the conversations, or turns, that the method does not learn from."""
+        """Drop the conversations, or turns, that the method does not learn from."""
         self._check_groups(whole)
         if self.method.pair_loss:
             compared = compared_turns(self.name, trajectories, data.valid, branch=self.method.branch)
@@ -276,7 +272,7 @@ class Learner(OfflineAgent):
             return critique
         advantage = whole.credit
         if "baseline" in self.method.takes:
-            # Logged replies are imitated in proportion to their credit: a baseline would make the likelihood unbounded.
+            # Logged replies are imitated in proportion to their credit; with a baseline the likelihood is unbounded.
             subtracted = self._subtract(whole) if sampled else baselines.none(whole.credit, whole.valid)
             advantage = baselines.advantage(whole.credit, subtracted, whole.valid)
             advantage = baselines.standardise(advantage, whole.valid) if self.settings.standardise else advantage
@@ -289,7 +285,7 @@ class Learner(OfflineAgent):
         return Critique(torch.from_numpy(advantage[whole.own]), per_token=False)
 
     def _loss(self, data: Batch, whole: Whole, critique: Critique) -> Loss:
-        """Return the batch's loss, a function of a micro-batch."""
+        """Return the loss as a function of a micro-batch."""
         if self.method.pair_loss:
             return pair_loss(self.method, self.options, whole.credit[whole.own], data.valid)
         advantage = critique.advantage
@@ -308,9 +304,9 @@ class Learner(OfflineAgent):
         *,
         sampled: bool,
     ) -> dict[str, float]:
-        """Take the batch's steps, and the value head's; the sampler is compared with the learner before the first."""
+        """Take the policy's and the value head's steps; compare sampler and learner before the first."""
         objective = self._objective
-        if not sampled:  # nobody knows what sampled logged words
+        if not sampled:  # log-probs of logged words under their sampler are unknown
             objective = replace(objective, importance="none", kl_coefficient=0.0)
         fresh = ledger.of_version(trajectories, self.policy.version, data.valid.shape[1]) if sampled else None
         step = partial(self._descent.step, trajectories, data, whole, loss, objective, temperature)
@@ -325,7 +321,7 @@ class Learner(OfflineAgent):
 
     @torch.no_grad()
     def evaluate_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Return the credit-weighted log-likelihood of conversations, without learning; on this worker alone.
+        """Return the credit-weighted log-likelihood of conversations, without learning, on this worker alone.
 
         Returns:
             ``objective``: Σ_t credit_t · log π(y_t | …), mean per conversation; ``objective_per_turn``: the
@@ -348,21 +344,18 @@ class Learner(OfflineAgent):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write adapter, tokenizer, optimiser, value head and state, as safetensors and JSON; the main worker writes.
+        """Write adapter, tokenizer, optimiser, value head and state, as safetensors and JSON, on the main worker.
 
-        All workers call it when the model's layers are split over them.
+        With split layers, all workers must call it.
         """
-        state = {
-            "steps": self.steps,
-            "policy_version": self.policy.version,
-            "moving_average": self._average.state_dict(),
-        }
+        average = self._average.state_dict()
+        state = {"steps": self.steps, "policy_version": self.policy.version, "moving_average": average}
         save_state(Path(folder), self.policy, self.optimizer, state, self._workers)
         if self.head is not None and self._workers.main:
             self.head.save(Path(folder) / FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Read back what `save` wrote, into a learner made with the same settings.
+        """Read what `save` wrote, into a learner made with the same settings.
 
         Raises:
             ValueError: Another schema, another model, or an optimiser state that does not fit.
@@ -379,7 +372,7 @@ class Learner(OfflineAgent):
         return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self.settings.discount)
 
     def _subtract(self, whole: Whole) -> Array:
-        """Return the baseline [B, n]; asking takes the batch into a moving average."""
+        """Return the baseline [B, n]; a moving average also takes in the batch."""
         if self.settings.baseline == "leave-one-out":
             return baselines.leave_one_out(whole.credit, whole.valid, whole.groups)
         if self.settings.baseline == "batch-mean":
@@ -392,14 +385,14 @@ class Learner(OfflineAgent):
         return measure(data, mask, of, budget=self.settings.micro_batch_tokens, workers=self._workers)
 
     def _without_a_step(self, data: Batch) -> dict[str, float]:
-        """Return the metrics of a method that learns nothing."""
+        """Return the metrics of a method that does not learn."""
         tokens = int(self._workers.sum_number(float(data.attention.sum())))
         still = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0, "padding": 0.0}
         return {**still, "policy_version": self.policy.version, "tokens": tokens}
 
     def _check_class(self, n: int) -> None:
         if self.method.full_only(self.options) and not np.array_equal(self._mask(n), full(n)):
-            todo = "leave out --policy-class: it weighs by no credit"
+            todo = "leave out --policy-class: the method uses no credit"
             if self.method.credit:
                 todo = "set agent_options.credit=class, which takes any policy class"
             raise ValueError(f"{self.name!r}: expected the policy class 'full', got another; {todo}")
@@ -426,9 +419,11 @@ class Learner(OfflineAgent):
         return replace(settings, aggregation=source, constant=constant)
 
     def _longest_reply(self) -> int:
-        """Return the most tokens of a reply."""
+        """Return the most tokens that a reply can have."""
         if self.sampler is None:
-            raise ValueError(f"{self.name!r}: expected a sampler, whose longest reply is asked for, got none")
+            raise ValueError(
+                f"{self.name!r}: expected a sampler, which gives the longest reply, got none; pass sampler="
+            )
         return self.sampler.max_new_tokens
 
     def _try_out(self) -> None:
@@ -438,12 +433,12 @@ class Learner(OfflineAgent):
             longest = torch.tensor([float(self._longest_reply())])
             alt.overlong_penalty(longest, max_length=int(longest), buffer=self.options["overlong_buffer"])
         if self._objective.reference or (self.settings.kl_coefficient and self.method.kl != "none"):
-            every = torch.ones((1, 2), dtype=torch.bool)
-            self.policy.reference_log_probs(every.long(), every)  # refuses a policy without a reference
+            mask = torch.ones((1, 2), dtype=torch.bool)
+            self.policy.reference_log_probs(mask.long(), mask)  # refuses a policy without a reference
 
 
 def _described(whole: Whole) -> dict[str, float]:
-    """Return the mean and the spread of the credit over all judged turns; 0 without any."""
+    """Return the mean and spread of the credit over judged turns; 0 without any."""
     judged = whole.credit[whole.valid]
     if not judged.size:
         return {"credit_mean": 0.0, "credit_std": 0.0}

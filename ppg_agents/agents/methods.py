@@ -1,8 +1,8 @@
-"""The table of methods: what each one is, as data. Listing, checking and describing them needs no torch.
+"""The table of methods, as data. Listing, checking and describing them needs no torch.
 
-A row names its functions by string, ``module:function``; a module without a package is one of ``ppg_agents.agents``.
-`learner.Learner` runs them all. To add a method, add a row here and, where the formula is new, a function. A row of
-your own, for `Learner(method=row)`, may hold the functions themselves.
+A row names its functions by string, ``module:function``; a module without a package is in ``ppg_agents.agents``.
+`learner.Learner` runs them all. To add a method, add a row here and, if the formula is new, a function. Your own row,
+for `Learner(method=row)`, may hold the functions themselves.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Method:
         pair_loss: In place of ``loss``: ``(log w, log w', credit, credit', valid, options) -> [P, n]`` for P pairs of
             conversations, rows 2p and 2p + 1.
         advantage: ``(turns, options) -> [B, n]``, per turn of the whole batch; None is the credit less the baseline.
-        critic: In place of ``advantage``: ``(estimation, options) -> Critique``, from a value head or instead of one.
-        keep: ``(whole, options) -> [B]``, the conversations that are learned from; None keeps all of them.
-        bounds: ``(advantage, options) -> (low, high)`` of w = π / π°, to count what is clipped; None without bounds.
-        check: ``(options, settings) -> None``; raises a ValueError for what no single option can say.
+        critic: In place of ``advantage``: ``(estimation, options) -> Critique``, with or without a value head.
+        keep: ``(whole, options) -> [B]``, the conversations to learn from; None keeps all.
+        bounds: ``(advantage, options) -> (low, high)`` of w = π / π°, to count clipped tokens; None without bounds.
+        check: ``(options, settings) -> None``; raises a ValueError for options or settings that clash.
         ratio: Whether the loss reads w.
         branch: Whether a pair shares its history up to a turn (see ``rollout.pairs``).
         refers: Whether the pair loss reads the reference model in place of the sampler.
-        takes: The run's settings that act on it, out of `SETTINGS`.
+        takes: The settings of `SETTINGS` that the method uses.
         kl: What ``kl_coefficient`` does: nothing; ``loss`` adds ``losses.kl_loss``, ``token`` ``alternatives.kl_term``;
-            ``reward`` takes the log-ratio off the reward before credit is formed.
+            ``reward`` subtracts the log-ratio from the reward before credit is formed.
         group: Least number of conversations per persona.
         source_aggregation: How the source turns token losses into one number; None where we do not know.
-        entropy: Whether the advantage reads the replies' entropies.
-        credit: Whether it reads the policy class's credit at all.
-        offline: Whether it learns from logged dialogues as well.
-        learns: False for what others are only compared with.
-        baseline: The run's baseline where none is named.
-        fixed: Options that the name decides.
+        entropy: Whether the advantage uses the replies' entropies.
+        credit: Whether it uses the policy class's credit.
+        offline: Whether it also learns from logged dialogues.
+        learns: False for methods that only serve as a comparison.
+        baseline: The default baseline.
+        fixed: Options that the name fixes.
     """
 
     options: Options = field(default_factory=dict)
@@ -73,11 +73,7 @@ class Method:
     fixed: Options = field(default_factory=dict)
 
     def fill(self, name: str, given: Options) -> dict[str, Any]:
-        """Return all options, the given ones over the defaults.
-
-        Args:
-            name: The method's, for messages.
-            given: Some of the options.
+        """Return all options, ``given`` over the defaults; ``name`` is the method's, for messages.
 
         Raises:
             ValueError: An option that the method does not have, of the wrong type, out of range, or not a choice.
@@ -118,17 +114,17 @@ class Method:
         return self.refers or variant != "reference_free" or (self.kl == "token" and beta > 0)
 
     def full_only(self, options: Options) -> bool:
-        """Return whether full planning is the only policy class it takes: no credit of a class enters it."""
+        """Return whether it takes full planning only, because it uses no policy class's credit."""
         return not self.credit or options.get("credit") == "gae"
 
     @property
     def repeatable(self) -> bool:
-        """Whether several steps on a batch need no importance weights of the run: its own ratios stand for them."""
+        """Whether several steps on a batch need no importance weights, as the loss has its own ratios."""
         return "importance" not in self.takes
 
 
 def resolve(reference: Reference) -> Callable[..., Any]:
-    """Return the function that a row names as ``module:function``; what is a function is returned as it is."""
+    """Return the function that a row names as ``module:function``, or the function that it holds."""
     if not isinstance(reference, str):
         return reference
     module, _, name = reference.partition(":")
@@ -160,19 +156,19 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "value_clip": (lambda clip: clip >= 0, ">= 0 (0 for none)"),
     "value_learning_rate": (lambda rate: 0 < rate < float("inf"), "> 0"),
 }
-"""Options with a range that holds whatever the method; the losses check their own."""
+"""Ranges of options, the same for every method; the losses check their own."""
 
 SETTINGS: dict[str, tuple[Any, str]] = {
-    "baseline": ("batch-mean", "its advantage has a baseline of its own"),
+    "baseline": ("batch-mean", "its advantage has its own baseline"),
     "standardise": (False, "its advantage is scaled as its source scales it"),
-    "discount": (1.0, "it forms no credit that is discounted by turn"),
-    "importance": ("none", "its loss weighs by ratios of its own, or by none"),
-    "importance_cap": (2.0, "its loss weighs by ratios of its own, or by none"),
+    "discount": (1.0, "it has no credit to discount by turn"),
+    "importance": ("none", "its loss has its own ratios, or none"),
+    "importance_cap": (2.0, "its loss has its own ratios, or none"),
     "kl_coefficient": (0.0, "it has no such term"),
     "aggregation": ("sum", "its loss is no sum over tokens"),
-    "steps_per_batch": (1, "it takes no step on what it samples"),
+    "steps_per_batch": (1, "it takes no optimiser step"),
 }
-"""Settings of a run that not every method takes: their defaults, and why another value does not act."""
+"""Settings that not every method uses: their defaults, and why another value would be ignored."""
 
 _STEPS = frozenset({"aggregation", "steps_per_batch", "discount"})
 _FREE = _STEPS | {"baseline", "standardise"}
@@ -206,7 +202,7 @@ _RPG = Method(
 
 
 def _rpg_variant(divergence: str, form: str) -> Method:
-    """Return RPG with divergence and form decided by the name, so that a comparison can have several of them."""
+    """Return RPG with divergence and form fixed by the name, so that a comparison can include several."""
     decided = {"divergence": divergence, "form": form}
     return replace(_RPG, options={k: v for k, v in _RPG.options.items() if k not in decided}, fixed=decided)
 

@@ -1,7 +1,7 @@
 """Losses that compare two conversations at a time: P3O, CoPG and REFUEL.
 
-P3O takes any two with one persona, at every turn that both have judged; CoPG and REFUEL two that share a history (see
-`ppg_agents.rollout.pairs`), at the turn where they part. Rows 2p and 2p + 1 of a process are a pair, and the loss is
+P3O takes any two with one persona, at every turn that is judged in both; CoPG and REFUEL take two that share a history
+(see `ppg_agents.rollout.pairs`), at the turn where they part. Rows 2p and 2p + 1 of a process are a pair; the loss is
 the mean over pairs.
 """
 
@@ -24,7 +24,7 @@ from ppg_agents.trajectory import Trajectory
 
 
 def p3o(one: Tensor, other: Tensor, credit: Tensor, other_credit: Tensor, valid: Tensor, options: Options) -> Tensor:
-    """Return P3O's loss; a clip of 0 is none."""
+    """Return P3O's loss; 0 switches the clip off."""
     return alt.p3o(one, other, credit, other_credit, valid, clip=options["clip"] or None)
 
 
@@ -70,8 +70,8 @@ def pair_loss(method: Method, options: Options, credit: Array, valid: NDArray[np
     """Return the loss of a micro-batch of whole pairs.
 
     Args:
-        method: Whose loss it is.
-        options: The method's.
+        method: The method.
+        options: Its options.
         credit: [B, n] of this process.
         valid: [B, n], the turns that are compared.
     """

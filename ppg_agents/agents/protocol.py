@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an agent needs of the batches it is given, and of the settings; the defaults ask for nothing.
+    """What an agent needs from batches and settings; the defaults ask for nothing.
 
     Attributes:
-        group: Least number of conversations with one persona.
-        together: Conversations in a row that one process has to have.
-        branch: Whether a batch is made of pairs that share a history (see `ppg_agents.rollout.pairs`).
-        full_only: Whether it takes no other policy class than full planning.
-        one_class: Whether it learns the values of one policy class, so that the class may not change on the way.
-        best_of: Times that every conversation is played in an evaluation; the best one counts.
+        group: Fewest conversations with one persona.
+        together: Consecutive conversations that must be on one process.
+        branch: Whether a batch consists of pairs that share a history (see `ppg_agents.rollout.pairs`).
+        full_only: Whether full planning is the only policy class it takes.
+        one_class: Whether it learns the values of one policy class, so the class may not change during the run.
+        best_of: How often an evaluation plays every conversation; the best one counts.
     """
 
     group: int = 1
@@ -36,24 +36,24 @@ class Needs:
 class Agent(Protocol):
     """Learns from judged conversations, and can be saved.
 
-    The policy and its sampler speak; an agent that has the methods of `SpeakingAgent` too speaks for itself. It is made
-    as ``Class(policy, mask, **settings)`` and must take settings that it does not know. It counts its optimiser steps
-    in ``policy.version``.
+    The policy and its sampler speak, unless the agent also has the methods of `SpeakingAgent`. It is made as
+    ``Class(policy, mask, **settings)``, must accept settings it does not know, and counts its optimiser steps in
+    ``policy.version``.
     """
 
     @property
     def needs(self) -> Needs:
-        """What it asks of the loop; subclasses that ask for nothing inherit this."""
+        """What it needs from the loop; nothing by default."""
         return Needs()
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Learn from a batch of conversations; return metrics, ``policy_version`` among them."""
 
     def save(self, folder: str | Path) -> None:
-        """Write all that is needed to go on."""
+        """Write everything needed to continue."""
 
     def load(self, folder: str | Path) -> None:
-        """Read back what `save` wrote."""
+        """Read what `save` wrote."""
 
 
 @runtime_checkable
@@ -62,7 +62,7 @@ class OfflineAgent(Agent, Protocol):
 
     @property
     def learns_offline(self) -> bool:
-        """Whether it does, with its options."""
+        """Whether it does so with its current options."""
 
     @property
     def loss_is_likelihood(self) -> bool:
@@ -85,5 +85,5 @@ class SpeakingAgent(Protocol):
     def act(self, observations: Mapping[str, Sequence[str]]) -> list[str]:
         """Answer a batch of observations ``{"instruction": [n], "message": [n]}``.
 
-        A conversation that has ended has an empty message; what is answered there is not heard.
+        An ended conversation has an empty message, and the answer to it is ignored.
         """

@@ -1,7 +1,7 @@
-"""Agents by name: the methods of this project, those that other packages install, and anybody's own.
+"""Agents by name: this project's methods, those that other packages install, and your own.
 
 A third party adds an agent through the entry-point group ``ppg_agents.agents``; your own is named
-``package.module:Class``. Nothing heavy is imported before an agent is made.
+``package.module:Class``. Heavy imports wait until an agent is made.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ppg_agents.nearest import did_you_mean
 GROUP = "ppg_agents.agents"
 LEARNER = "ppg_agents.agents.learner:Learner"
 GONE = {"reinforce": "ppg"}
-"""Names that an agent once had, and which one it is now."""
+"""Former names of agents -> their names now."""
 
 
 def agents() -> dict[str, EntryPoint]:
     """Return the agents that are installed, by name.
 
     Raises:
-        ValueError: Another package gives a name that is taken: a run's settings would not say which agent it had.
+        ValueError: Another package uses a name that is taken, so a run's settings would be ambiguous.
     """
     known = {name: EntryPoint(name, LEARNER, GROUP) for name in METHODS}
     for point in entry_points(group=GROUP):
@@ -41,12 +41,12 @@ def make_agent(name: str, *args: Any, **settings: Any) -> Agent:
     """Make an agent.
 
     Args:
-        name: A name out of `agents`, or ``package.module:Class``.
+        name: A name in `agents`, or ``package.module:Class``.
         *args: Passed on to the agent: the policy and the policy class.
         **settings: Passed on to the agent.
 
     Raises:
-        ValueError: No agent of that name is installed, nothing can be imported there, or it lacks a method.
+        ValueError: No agent with that name, nothing to import there, or an agent that lacks a method.
     """
     if name in METHODS:
         settings["method"] = name
@@ -62,7 +62,7 @@ def make_agent(name: str, *args: Any, **settings: Any) -> Agent:
 
 
 def load_agent(name: str) -> Any:
-    """Return what makes the agent of a name.
+    """Return the class or function that makes the named agent.
 
     Raises:
         ValueError: As `make_agent`.
@@ -76,5 +76,5 @@ def load_agent(name: str) -> Any:
         except (ImportError, AttributeError) as error:
             raise ValueError(f"expected an agent at {name!r}, got {type(error).__name__}: {error}") from error
     hint = f"; it is {GONE[name]!r} now" if name in GONE else did_you_mean(name, known)
-    every = f"{', '.join(sorted(known))}, or your own as 'package.module:Class'"
-    raise ValueError(f"expected an agent out of {every}, got {name!r}{hint}")
+    choices = f"{', '.join(sorted(known))}, or your own as 'package.module:Class'"
+    raise ValueError(f"expected an agent out of {choices}, got {name!r}{hint}")

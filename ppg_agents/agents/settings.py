@@ -1,4 +1,4 @@
-"""The settings of a learner, whatever its method, and their ranges."""
+"""The settings of a learner with any method, and their ranges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """What every method is given; a method refuses those that it would ignore.
+    """Settings for every method; a method refuses those that it would ignore.
 
     Attributes:
         n_turns: n; None for the longest conversation of each batch.
@@ -23,20 +23,19 @@ class LearnerSettings:
             ``leave-one-out`` compares conversations with the same instruction.
         standardise: Divide advantages by their standard deviation.
         aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
-        constant: For the aggregation ``constant``.
-        learning_rate: Of AdamW: a number, or a function of the steps taken.
+        constant: The divisor of the aggregation ``constant``.
+        learning_rate: AdamW's: a number, or a function of the steps taken.
         max_grad_norm: The gradient is scaled down to this 2-norm.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's.
         micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
-        importance: Level of the weights for replies that another version or engine sampled, see `importance`.
+        importance: Level of the weights for replies sampled by another version or engine, see `importance`.
         importance_cap: Largest weight.
         kl_coefficient: Weight of the divergence from the model without its adapter, per reply in nats.
         max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
-            nats; None for a limit by the learner's precision (`ledger.default_gap_limit`). Not asked of stale turns.
-        max_staleness: Most optimiser steps that a turn's policy version may be behind; 0 is on-policy.
-        steps_per_batch: Optimiser steps on every batch that is learned from online. From the second on, the replies
-            are those of an older policy, so that more than 1 needs importance weights, or a method whose loss has
-            ratios of its own.
+            nats; None for a limit set by the learner's precision (`ledger.default_gap_limit`). Stale turns are exempt.
+        max_staleness: How many optimiser steps a turn's policy version may be behind; 0 is on-policy.
+        steps_per_batch: Optimiser steps on every online batch. From the second on, the replies come from an older
+            policy, so more than 1 needs importance weights, or a method whose loss has its own ratios.
     """
 
     n_turns: int | None = None
@@ -57,13 +56,13 @@ class LearnerSettings:
     steps_per_batch: int = 1
 
     def __post_init__(self) -> None:
-        """Check what one type cannot say.
+        """Check ranges and combinations.
 
         Raises:
             ValueError: A value out of range, or settings that contradict one another.
         """
         if self.baseline is not None and self.baseline not in get_args(Baseline):
-            raise ValueError(f"expected a baseline out of {get_args(Baseline)}, got {self.baseline!r}")
+            raise ValueError(f"expected a baseline in {get_args(Baseline)}, got {self.baseline!r}")
         if self.baseline == "moving-average" and self.n_turns is None:
             raise ValueError("expected n_turns with baseline 'moving-average', got None; pass n_turns=")
         gap = self.max_log_prob_gap

@@ -1,4 +1,4 @@
-"""What some methods take off the rewards before credit is formed."""
+"""What some methods subtract from the rewards before credit is formed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppg_agents.distributed import Workers
 def less_divergence(
     data: Batch, reference_log_probs: Tensor, beta: float, workers: Workers
 ) -> tuple[Batch, dict[str, float]]:
-    """Take β times the log-ratio to the reference model off every turn's reward.
+    """Subtract β times the log-ratio to the reference model from every turn's reward.
 
     Args:
         data: This process's conversations.
@@ -26,7 +26,7 @@ def less_divergence(
         workers: The processes that learn together.
 
     Returns:
-        The batch with other rewards, and ``kl``, nats per judged turn of all processes.
+        The batch with the new rewards, and ``kl``, nats per judged turn over all processes.
     """
     mask = trained_tokens(data)
     measured = reference_log_probs.cpu().double()
@@ -39,7 +39,7 @@ def less_divergence(
 
 
 def less_overlong(data: Batch, longest: int, buffer: int) -> Batch:
-    """Take DAPO's soft penalty off the rewards of replies that come within ``buffer`` tokens of the longest."""
+    """Apply DAPO's soft penalty to replies within ``buffer`` tokens of the longest."""
     lengths = torch.from_numpy((data.spans[..., 2] - data.spans[..., 1]).astype(np.float64))
     penalty = alt.overlong_penalty(lengths, max_length=longest, buffer=buffer)
     return replace(data, rewards=data.rewards + penalty.numpy())

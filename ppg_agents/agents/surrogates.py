@@ -1,7 +1,7 @@
 """The methods' losses per token, as `methods` names them: micro-batch, advantage, options in, [R, L'] out.
 
-The formulas are in `ppg_agents.alternatives`; here they are given what they read. `token_loss` makes a batch's loss of
-one. Nothing here knows a model.
+The formulas are in `ppg_agents.alternatives`; here they get their inputs. `token_loss` turns one into the loss of a
+batch. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def token_loss(method: Method, options: Options, advantage: Tensor, beta: float)
     """Return a batch's loss: the method's per token, its KL term, and their reduction to one number.
 
     Args:
-        method: Whose loss it is.
-        options: The method's.
+        method: The method.
+        options: Its options.
         advantage: [B, L], at every token.
-        beta: Weight of the KL term of methods that add one per token.
+        beta: Weight of the KL term, for methods that add one per token.
     """
     surrogate = resolve(method.loss)
 
@@ -52,7 +52,7 @@ def token_loss(method: Method, options: Options, advantage: Tensor, beta: float)
 
 @torch.no_grad()
 def count_ratios(method: Method, options: Options, part: Scored, advantage: Tensor) -> Ratios:
-    """Return what is to be said of w = π / π°, that of the reply where the loss weighs by it."""
+    """Return the statistics of w = π / π°, per reply where the loss uses the reply's ratio."""
     mask = part.token_mask
     if not method.ratio or not bool(mask.any()):
         return Ratios()
@@ -83,7 +83,7 @@ def ppo_clip(part: Scored, advantage: Tensor, options: Options) -> Tensor:
     log_ratios = alt.turn_sum(alt.log_ratio(part.log_probs, part.sampling, mask), mask, turn_index, tokens.shape[1])
     of_turn = alt.turn_mean(advantage, mask, turn_index, tokens.shape[1])
     per_turn = alt.ppo_clip_turns(log_ratios, of_turn, tokens > 0, **bounds)
-    # A reply's loss is shared out over its tokens, so that the sum over tokens is the sum over replies.
+    # Spread a reply's loss over its tokens, so that the sum over tokens equals the sum over replies.
     return per_turn.gather(1, turn) * turn_share(mask, turn_index).to(per_turn)
 
 
@@ -125,9 +125,9 @@ def dispo_bounds(advantage: Tensor, options: Options) -> BoundPair:
 
 
 def check_dispo(options: Options, settings: Options) -> None:
-    """Warn when the bounds for negative advantages can never act."""
+    """Warn when the bounds for negative advantages can never apply."""
     if settings["baseline"] == "none":
-        log.warning("dispo: without a baseline no advantage is negative, and its bounds for those never act")
+        log.warning("dispo: without a baseline no advantage is negative, so the bounds for negative ones never apply")
 
 
 def rpg(part: Scored, advantage: Tensor, options: Options) -> Tensor:
@@ -146,7 +146,7 @@ def rpg_bounds(advantage: Tensor, options: Options) -> BoundPair:
 
 
 def a_lol(part: Scored, advantage: Tensor, options: Options) -> Tensor:
-    """Return A-LoL's loss; without a reference the policy itself stands in, and is not read."""
+    """Return A-LoL's loss; without a reference, the policy's log-probs fill the unused argument."""
     reference = part.log_probs.detach() if part.reference is None else part.reference
     given = {key: options[key] for key in ("variant", "clip", "beta")}
     return alt.a_lol(part.log_probs, reference, advantage, part.token_mask, part.turn_index, **given)

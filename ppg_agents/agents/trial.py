@@ -1,4 +1,4 @@
-"""A method tried out on made-up numbers, so that an option out of range is found before anything is sampled."""
+"""Try a method on made-up numbers, to catch an option out of range before anything is sampled."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What is compared: one TOML file, the cells that it asks for, and the runs that fill them.
+"""A comparison's plan: a TOML file, its cells, and the runs that fill them.
 
-Reads and multiplies settings; starts nothing and may not import torch.
+Reads and combines settings; starts nothing and may not import torch.
 
-A run of a constant learning rate is the same whatever its length, so one run fills the cells of all sample sizes, each
-by an evaluation on the way. With a falling rate every size is a run of its own.
+A run with a constant learning rate is the same whatever its length, so one run fills the cells of all sample sizes,
+with evaluations on the way. With a falling rate every size needs its own run.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Plan:
     Attributes:
         domains: Names of domains; left out where ``settings.env.id`` is another environment than PersonaChat-v0.
         agents: Names of agents, ``sb3-ppo``, ``sb3-a2c`` and ``sb3-dqn`` among them.
-        classes: Policy classes, as `PolicyClass.parse` reads them, ``auto``, or ``segment/2`` for so many segments of
+        classes: Policy classes, as `PolicyClass.parse` reads them, ``auto``, or ``segment/2`` for two segments of
             equal length.
         sizes: Training conversations.
-        seeds: Of training; evaluation has the same personas and draws for all.
-        settings: Any of a training run's, for all runs.
+        seeds: For training; evaluation uses the same personas and draws for all.
+        settings: Any settings of a training run, for all runs.
         agent_settings: The same for the runs of one agent, by its name.
-        class_agents: Agents that are run with every class; the others with the first one alone. Empty: all.
+        class_agents: Agents to run with every class, the others with the first alone; empty for all.
     """
 
     domains: tuple[str, ...] = ("chatting",)
@@ -57,7 +57,7 @@ class Plan:
     class_agents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what one type cannot say.
+        """Check the plan.
 
         Raises:
             ConfigError: An empty or repeated list, a size below 1, or settings that the plan itself makes.
@@ -75,7 +75,7 @@ class Plan:
         for name, table in self.agent_settings.items():
             for key in flatten(table):
                 if key.startswith("evaluation.") or key in ("env.id", "env.max_turns", "env.kwargs.max_turns"):
-                    raise ConfigError(f"agent_settings.{name}.{key}: it has to be the same for all; use settings")
+                    raise ConfigError(f"agent_settings.{name}.{key}: it must be the same for all; use settings")
         if flatten(self.settings).get("evaluation.conversations") == 0:
             raise ConfigError("settings.evaluation.conversations: expected at least 1, got 0, which compares nothing")
         for name in (*self.agent_settings, *self.class_agents):
@@ -88,18 +88,18 @@ class Job:
     """One run, and the cells that it fills.
 
     Attributes:
-        agent: Who learns.
-        planning: The policy class in words; empty where the agent has none.
+        agent: The agent.
+        planning: The policy class in words; empty if the agent uses none.
         domain: Where: a domain, or the id of another environment than PersonaChat-v0.
         seed: Of the run.
         sizes: Training conversations of its cells.
         config: Its settings, as plain tables.
 
-    A subclass may have its runs measured further, by a ``module`` of its own.
+    A subclass may add measurements, with its own ``module``.
     """
 
     module: ClassVar[str] = "ppg_agents.compare.cell"
-    further: ClassVar[tuple[str, ...]] = ()  # files that it leaves besides the run's
+    further: ClassVar[tuple[str, ...]] = ()  # more files in its folder
 
     agent: str
     planning: str
@@ -117,13 +117,13 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A folder's name, the same for the same cells whatever sizes are added later."""
+        """The folder's name; it stays the same when sizes are added."""
         size = "" if len(self.sizes) != 1 else f" n{self.sizes[0]}"
         words = f"{self.domain} {self.agent} {self.planning} s{self.seed}{'' if self.nested else size}"
         return re.sub(r"[^a-zA-Z0-9+]+", "-", words).strip("-")
 
     def measured(self, folder: Path) -> bool:
-        """Return whether what a run is to hold besides its cells is there."""
+        """Return whether all further measurements are there."""
         return True
 
     @property
@@ -151,12 +151,10 @@ def read(path: Path) -> Plan:
 
 
 def worlds(plan: Plan) -> dict[str, TrainConfig]:
-    """Return where the plan's runs take place, each with the settings of all runs there, but for class and agent.
-
-    The keys are the domains, or the id of the plan's own environment.
+    """Return the shared settings of all runs by domain, or by the id of the plan's own environment.
 
     Raises:
-        ConfigError: A wrong setting; or domains beside another environment than PersonaChat-v0.
+        ConfigError: A wrong setting; or domains with an environment other than PersonaChat-v0.
     """
     given = flatten(plan.settings)
     shared = [configs.load(None, {**given, "domain": domain}) for domain in plan.domains]
@@ -164,14 +162,14 @@ def worlds(plan: Plan) -> dict[str, TrainConfig]:
 
 
 def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
-    """Return the runs that fill the plan's cells: seed by seed, so that an unfinished comparison has whole rounds.
+    """Return the runs that fill the plan's cells: seed by seed, so an unfinished comparison has whole rounds.
 
     Args:
         plan: What is compared.
         turns: Of a conversation, by the keys of `worlds`.
 
     Raises:
-        ConfigError: An agent that nobody knows or that cannot act there, a class that does not fit a domain's turns, a
+        ConfigError: An agent that is unknown or cannot act there, a class that does not fit a domain's turns, a
             size that is no multiple of the batch, or a wrong setting.
     """
     places = worlds(plan)
@@ -197,10 +195,10 @@ def jobs(plan: Plan, turns: Mapping[str, int]) -> list[Job]:
 
 
 def check_agent(name: str) -> None:
-    """Refuse a name that no run can make an agent of, before the first one is started.
+    """Refuse an unknown agent before the first run starts.
 
     Raises:
-        ValueError: No agent has it; the nearest one is offered.
+        ValueError: No such agent; the message suggests the nearest.
     """
     known = [*agents(), *SB3_AGENTS]
     if name not in known and (":" not in name or name.startswith(SB3)):
@@ -209,7 +207,7 @@ def check_agent(name: str) -> None:
 
 
 def check_models(jobs: Iterable[Job]) -> None:
-    """Refuse a model that no run on this machine would find, before the first one is started.
+    """Refuse a model that is not found, before the first run starts.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: As the run would; see `models.finding.locate`.
@@ -219,12 +217,12 @@ def check_models(jobs: Iterable[Job]) -> None:
 
 
 def _classes(plan: Plan, agent: str, turns: int) -> list[PolicyClass | str]:
-    """Return the classes that an agent is run with, each mask once; ``""`` for an agent that has none."""
+    """Return the classes to run an agent with, one per mask; ``""`` for an agent that uses none."""
     if agent in CLASSLESS or agent.startswith(SB3):
         return [""]
-    every = not plan.class_agents or agent in plan.class_agents
+    all_classes = not plan.class_agents or agent in plan.class_agents
     kept: dict[bytes, PolicyClass | str] = {}
-    for text in plan.classes if every else plan.classes[:1]:
+    for text in plan.classes if all_classes else plan.classes[:1]:
         name, _, parts = text.partition("/")
         if name == "segment" and parts.isdecimal() and 1 <= int(parts) <= turns:
             length, rest = divmod(turns, int(parts))
@@ -263,12 +261,12 @@ def _runs(plan: Plan, agent: str, planning: PolicyClass | str, domain: str, seed
 
 
 def _sized(tables: Mapping[str, Any], sizes: Sequence[int], batch: int) -> dict[str, Any]:
-    """Return a run's settings with its length, and the evaluations on the way."""
+    """Return a run's settings with its length and evaluations."""
     at = [size // batch for size in sizes]
     evaluation = {**tables.get("evaluation", {}), "at": at}
     return configs.to_dict(configs.from_dict({**tables, "iterations": at[-1], "evaluation": evaluation}))
 
 
 def config_of(job: Job) -> TrainConfig:
-    """Return a run's settings as its process takes them: one thread, unless the plan says otherwise."""
+    """Return the settings of a run's process: one thread, unless the plan says otherwise."""
     return configs.from_dict({"threads": 1, **job.config})

@@ -1,6 +1,6 @@
-"""Checks of a run's settings that their types cannot make: ranges, and which settings exclude one another.
+"""Checks of a run's settings beyond their types: ranges, and settings that exclude one another.
 
-Called by `config` for every `TrainConfig` that is made; nothing here knows a file, an environment or a model.
+Run for every `TrainConfig`; nothing here knows a file, an environment or a model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (lambda value: 0 <= value < 1, "a number in [0, 1)", "lora.dropout"),
     (lambda value: 0 < value < 1, "a share in (0, 1)", "offline.held_out"),
 )
-"""What a number may be, how that is said, and the settings that it holds for; a setting that is None is not asked."""
+"""Allowed numbers, their description in messages, and the settings they apply to; None is always allowed."""
 
 
 def check(config: TrainConfig) -> None:
@@ -63,9 +63,9 @@ def check(config: TrainConfig) -> None:
 
 def _check_sampling(config: TrainConfig) -> None:
     if config.lora.dora and config.sampling.backend == "vllm" and config.sampling.sync == "adapter":
-        raise ConfigError("lora.dora: vLLM takes no DoRA adapters; add --set sampling.sync=merged")
+        raise ConfigError("lora.dora: vLLM does not load DoRA adapters; add --set sampling.sync=merged")
     if config.load.quantisation == "4bit" and (config.lora.rank == 0 or config.sampling.sync == "merged"):
-        raise ConfigError("load.quantisation: 4-bit weights are neither trained nor merged; use LoRA adapters")
+        raise ConfigError("load.quantisation: 4-bit weights can be neither trained nor merged; use LoRA adapters")
     if config.sampling.endpoints and config.sampling.backend != "vllm":
         raise ConfigError('sampling.endpoints belong to the backend "vllm"; add --set sampling.backend=vllm')
 
@@ -74,7 +74,7 @@ def _check_batch(config: TrainConfig) -> None:
     if config.batch % config.group:
         raise ConfigError(f"batch: expected a multiple of group = {config.group}, got {config.batch}")
     if config.offline.files and config.steps_per_batch > 1:
-        raise ConfigError("steps_per_batch: of logged dialogues take more passes; set offline.epochs")
+        raise ConfigError("steps_per_batch: expected 1 for logged dialogues; for more passes set offline.epochs")
     if config.baseline == "leave-one-out" and config.group < 2:
         raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
 
@@ -102,7 +102,7 @@ def _check_policy_class(config: TrainConfig) -> None:
         raise ConfigError("policy class 'auto' compares personas: expected a batch of several groups, got one")
     if config.policy_class == "auto" and config.offline.files:
         raise ConfigError(
-            "policy class 'auto' is chosen on conversations of the policy itself; choose one for logged dialogues "
+            "policy class 'auto' needs conversations of the policy itself; for logged dialogues choose a class "
             "with: ppg-agent horizon MODEL --offline FILES"
         )
 

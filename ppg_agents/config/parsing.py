@@ -1,6 +1,6 @@
-"""Frozen dataclasses from nested tables and back: types checked, unknown keys named with the nearest known one.
+"""Frozen dataclasses from nested tables and back: checks types, and suggests the nearest name for an unknown key.
 
-Knows no setting in particular; what the settings are is in ``config``.
+Knows no particular setting; those are in ``config.settings``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build(cls: type[T], table: Mapping[str, Any], prefix: str = "") -> T:
-    """Return the dataclass that a table describes; ``prefix`` is where the table stands in a larger one, for messages.
+    """Return the dataclass that a table describes; ``prefix`` is the table's dotted path, for messages.
 
     Raises:
         ConfigError: An unknown key (with the nearest name) or a wrong type; whatever the dataclass raises.
@@ -94,7 +94,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if hint is PolicyClass:
-        return True  # or it says itself what is wrong
+        return True  # parsing it reports what is wrong
     return isinstance(value, list | tuple) if get_origin(hint) is tuple else isinstance(value, hint)
 
 
@@ -102,7 +102,7 @@ def put(tables: dict[str, Any], key: str, value: Any) -> None:
     """Set a value by its dotted key.
 
     Raises:
-        ConfigError: The key leads through something that is no table.
+        ConfigError: The key passes through something that is not a table.
     """
     *parents, last = key.split(".")
     table = tables
@@ -122,7 +122,7 @@ def tables(settings: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return lists, tables and policy classes as TOML and JSON know them; what is None is left out of tables."""
+    """Return lists, tables and policy classes as plain TOML and JSON values; None is left out of tables."""
     if isinstance(value, PolicyClass):
         return value.spec
     if isinstance(value, Mapping):

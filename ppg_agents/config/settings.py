@@ -1,8 +1,8 @@
 """The settings of one training run: frozen dataclasses, one TOML file, ``--set a.b=c``.
 
-Reads and writes settings and nothing else; it may not import torch, so that the command line can name a wrong key
-at once. A setting that is unknown, of the wrong type (see `tables`) or out of range (see `config_checks`) is an error
-that names it. Precedence: defaults < TOML file < ``--set`` < flags.
+Must not import torch, so that the command line can report a wrong key at once. A setting that is unknown, of the wrong
+type (see `parsing`) or out of range (see `checks`) is an error that names it.
+Precedence: defaults < TOML file < ``--set`` < flags.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ RESUMABLE = (
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
-"""Settings that may differ between a run and its continuation; with more ``iterations``, a falling learning rate
-falls from where the longer schedule puts it."""
+"""Settings that may change when a run is resumed; with more ``iterations``, a falling learning rate continues at its
+place in the longer schedule."""
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adaptation (arXiv 2106.09685): what is adapted, and by how much.
+    """Low-rank adaptation (arXiv 2106.09685): which layers, and how much.
 
     Attributes:
-        rank: Rank of the update; in a run's settings, 0 trains all weights.
+        rank: Rank of the update; in a run, 0 trains all weights.
         alpha: The update is scaled by ``alpha / rank``.
-        dropout: Dropout in front of the update, while gradients are recorded.
+        dropout: Dropout before the update, while gradients are recorded.
         targets: ``"all-linear"`` (every linear layer but the head) or module name endings.
         rslora: Scale by ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
-        dora: Learn magnitude and direction apart (arXiv 2402.09353).
+        dora: Learn magnitude and direction separately (arXiv 2402.09353).
     """
 
     rank: int = 16
@@ -59,7 +59,7 @@ class LoadSettings:
     """How the model is loaded.
 
     Attributes:
-        chat_template: Jinja text, or a path to it, in place of the tokenizer's own.
+        chat_template: Jinja text, or a path to it, to replace the tokenizer's.
         template_options: Extra variables for the template, e.g. ``enable_thinking``.
         quantisation: ``4bit`` keeps the base weights in NF4 (bitsandbytes, CUDA).
         dtype: ``auto`` is bfloat16 on CUDA, else float32.
@@ -77,18 +77,18 @@ class LoadSettings:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How replies are sampled; log-probs in the ledger are those of the distribution that was sampled from.
+    """How replies are sampled; the ledger holds log-probs of the distribution that was sampled from.
 
     Attributes:
         max_new_tokens: A reply is cut at this length.
-        temperature: Of sampling, and of the learner's log-probs.
+        temperature: For sampling and for the learner's log-probs.
         backend: ``hf`` (the learner's own model) or ``vllm``.
-        endpoints: vLLM servers; none: vLLM in this process.
+        endpoints: vLLM servers; empty for vLLM in this process.
         sync: How vLLM gets the newest weights: a new ``adapter`` per version, or ``merged`` weights.
-        timeout: Seconds that one answer of a server may take.
-        patience: Seconds without an answer from any server after which it is an error.
-        api_key_env: Name of the environment variable with the servers' key; unset is right without one.
-        engine: Further arguments of vLLM's engine in this process.
+        timeout: Seconds a server may take for one answer.
+        patience: Seconds without an answer from any server before it is an error.
+        api_key_env: Environment variable with the servers' key; leave it unset if they need none.
+        engine: More arguments for vLLM's engine in this process.
     """
 
     max_new_tokens: int = 48
@@ -106,9 +106,9 @@ class SamplingSettings:
 class EnvSettings:
     """The Gymnasium environment.
 
-    ``kwargs`` goes to ``gym.make_vec`` on top of what the other settings say. For an ``id`` other than
-    PersonaChat-v0, ``kwargs`` is all that is passed; ``held_out_kwargs`` is added for evaluation. ``instruction``
-    is what the policy is told where observations are plain text.
+    ``kwargs`` goes to ``gym.make_vec`` on top of the other settings. An ``id`` other than PersonaChat-v0 gets
+    ``kwargs`` alone; evaluation adds ``held_out_kwargs``. ``instruction`` is what the policy is told where observations
+    are plain text.
     """
 
     id: str = PERSONA_CHAT
@@ -149,9 +149,9 @@ class EvaluationSettings:
     """Held-out evaluation before and after training; 0 conversations switches it off.
 
     Attributes:
-        conversations: Played per evaluation.
-        seed: Of their personas, partners and draws; the same in every evaluation of the run.
-        at: Iterations after which to evaluate as well.
+        conversations: How many to play per evaluation.
+        seed: For personas, partners and draws; the same in every evaluation of the run.
+        at: More iterations after which to evaluate.
     """
 
     conversations: int = 128
@@ -161,14 +161,14 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """The policy class ``auto``: the shortest class that a batch shows to point where full planning points.
+    """The policy class ``auto``: now and then, take the shortest class shown to point where full planning does.
 
-    See ``docs/horizon.md``; it asks again from time to time.
+    See ``docs/horizon.md``.
 
     Attributes:
         every: Iterations from one choice to the next.
-        cosine: That a class has to keep with full planning's gradient; 95% confidence.
-        classes: What may be chosen, as `PolicyClass.parse` reads it; none given: every K.
+        cosine: Least cosine of a class's gradient with full planning's, at 95% confidence.
+        classes: Candidates, as `PolicyClass.parse` reads them; empty for every K.
     """
 
     every: int = 20
@@ -183,9 +183,9 @@ class AutoSettings:
 class TrainConfig:
     """Everything a training run depends on.
 
-    ``batch`` is conversations per iteration; every persona is played by ``group`` of them. ``policy_class`` is written
-    as `PolicyClass.parse` reads it; with ``"auto"``, the settings ``auto`` say how it is chosen. An online agent takes
-    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are the agent's own, by name.
+    ``batch`` is conversations per iteration, ``group`` of them with the same persona. ``policy_class`` is what
+    `PolicyClass.parse` reads, or ``"auto"``, chosen as the settings ``auto`` say. An online agent takes
+    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name.
     """
 
     domain: str = "chatting"
@@ -228,7 +228,7 @@ class TrainConfig:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        """Check what one type cannot say.
+        """Check ranges and combinations.
 
         Raises:
             ConfigError: A value out of range, or settings that contradict one another.
@@ -244,23 +244,23 @@ class TrainConfig:
 
     @property
     def world(self) -> str:
-        """Where the policy speaks, as trajectories and tables say it: PersonaChat's domain, or the environment's id."""
+        """Where the policy speaks, for trajectories and tables: PersonaChat's domain, or the environment's id."""
         return self.domain if self.env.is_persona_chat else self.env.name
 
     @property
     def learner(self) -> str:
-        """The agent's name in titles: of ``module:Class`` the class alone; empty for the default, ``ppg``."""
+        """The agent's name in titles: ``Class`` for ``module:Class``; empty for the default, ``ppg``."""
         return "" if self.agent == "ppg" else self.agent.rpartition(":")[2]
 
     @property
     def subject(self) -> str:
-        """What titles and run names begin with: ``chatting``, ``therapy, grpo``, ``MyEnv-v0``, ``offline, sft``."""
+        """The start of titles and run names: ``chatting``, ``therapy, grpo``, ``MyEnv-v0``, ``offline, sft``."""
         where = "offline" if self.offline.files else self.world
         return f"{where}, {self.learner}" if self.learner else where
 
 
 def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Return the settings of a TOML file with dotted ``overrides`` on top, later keys last.
+    """Return the settings of a TOML file with dotted ``overrides`` on top; later keys win.
 
     Raises:
         ConfigError: The file cannot be read, or a setting is wrong; the message names it.
@@ -286,7 +286,7 @@ def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -
 
 
 def _at_fault(given: Mapping[str, Any], fault: str) -> bool:
-    """Return whether the tables alone are wrong in the same way."""
+    """Return whether the file alone has the same fault."""
     try:
         from_dict(given)
     except ConfigError as error:
@@ -295,10 +295,10 @@ def _at_fault(given: Mapping[str, Any], fault: str) -> bool:
 
 
 def _folded(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one place's settings with ``lookahead`` and ``segments``, of flags and older files, in ``policy_class``.
+    """Return settings with ``lookahead`` and ``segments`` (flags and older files) turned into ``policy_class``.
 
     Raises:
-        ConfigError: They contradict it or one another, or are no lookahead and no lengths.
+        ConfigError: They contradict it or each other, or are not valid.
     """
     kept = dict(given)
     for key, owner in (("lookahead", "k-step"), ("segments", "segment")):
@@ -306,7 +306,7 @@ def _folded(given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if named != owner:
-            raise ConfigError(f"{key}: belongs to the policy class {owner}, got {named}; drop --{key} or take {owner}")
+            raise ConfigError(f"{key}: belongs to the policy class {owner}, got {named}; drop --{key} or use {owner}")
         if key == "segments" and not isinstance(value, list | tuple):
             raise ConfigError(f"segments: expected a list of lengths such as [3, 3, 2], got {value!r}")
         try:

@@ -1,4 +1,4 @@
-"""How far ahead to plan: what one batch says of every policy class."""
+"""How far ahead to plan: every policy class measured on one batch."""
 
 from ppg_agents.horizon.advice import ALIGNED, Horizon, Verdict, advise, own_mean_removed
 

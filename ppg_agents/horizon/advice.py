@@ -8,16 +8,16 @@ curvature is at most L, gains
     E ΔJ ≥ η ⟨μ_full, μ_M⟩ − ½ L η² (‖μ_M‖² + tr Σ_M / B),
 
 at the best η for this class ⟨μ_full, μ_M⟩² / (2L (‖μ_M‖² + tr Σ_M / B)). The square root, sign kept and without the
-common factor, is what classes are ranked by:
+common factor, ranks the classes:
 
     progress_M(B) = ⟨μ_full, μ_M⟩ / √(‖μ_M‖² + tr Σ_M / B) = ‖μ_full‖ · cos(μ_M, μ_full) · √(S / (1 + S)),
 
 S = B ‖μ_M‖² / tr Σ_M the signal-to-noise ratio: the slope of J along the step, per unit of the step's root mean square
-length. A class that leaves rewards out loses by the cosine (bias) and may gain by S (variance); with B → ∞ full
-planning wins always. It is a statement about the next step from here, in plain gradient geometry (no AdamW), and not
-about the value that a class reaches in the end.
+length. A class that leaves rewards out loses by the cosine (bias) and may gain by S (variance); as B → ∞ full planning
+always wins. This is about the next step from here, in plain gradient geometry (no AdamW), not about the value that a
+class reaches in the end.
 
-All is own work, nothing of it in arXiv 2603.06138. Pure functions of sketches in numpy; nothing here may read a policy.
+All own work, not in arXiv 2603.06138. Pure functions of sketches in numpy; nothing here may read a policy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_LAGS = 20
 
 
 def lag_mask(n: int, d: int) -> Mask:
-    """Return the mask that credits an action with the reward d turns later, and no other; [n, n]."""
+    """Return the mask [n, n] that credits an action only with the reward d turns later."""
     mask: Mask = np.eye(n, k=d, dtype=np.bool_)
     return mask
 
@@ -49,8 +49,8 @@ def lag_mask(n: int, d: int) -> Mask:
 def own_mean_removed(rewards: Array, valid: Mask) -> Array:
     """Subtract every conversation's own mean reward.
 
-    What is left says which of a conversation's lines scored better, not which conversation did. The mean contains
-    rewards that the actions brought about: a diagnosis, no objective.
+    The rest shows which of a conversation's lines scored better, not which conversation did. The mean contains rewards
+    that the actions caused, so this is a diagnosis, not an objective.
     """
     kept = np.where(valid, rewards, 0.0)
     return np.asarray(np.where(valid, rewards - (kept.sum(1) / np.maximum(valid.sum(1), 1))[:, None], np.nan))
@@ -67,16 +67,16 @@ class Value:
 
 @dataclass(frozen=True)
 class ClassReport:
-    """What one batch says of a policy class; B is the batch size that the step is taken with.
+    """One policy class as measured on a batch; B is the batch size of the step.
 
     Attributes:
         label: The class.
-        rewards: Rewards that it credits, with whatever weight.
+        rewards: How many rewards it credits, with any weight.
         mean_square: ‖μ‖², unbiased.
         variance: tr Σ of one conversation's contribution.
         snr: B ‖μ‖² / tr Σ.
-        cosine: Of μ with full planning's; the interval is that of all directions where none is seen.
-        progress: See the module; classes are ranked by it.
+        cosine: Of μ with full planning's; the interval is [−1, 1] where no direction is seen.
+        progress: Ranks the classes; see the module.
         behind: progress of the best class less this one's; its interval holds simultaneously for all pairs.
     """
 
@@ -92,13 +92,12 @@ class ClassReport:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which class to take at a batch size.
+    """Which class to use at a batch size.
 
     Attributes:
         batch: B.
         recommended: The class with the most progress.
-        undecided: Classes that can not be told from the best, it included, from few credited rewards to many: a
-            95% confidence set of the best class.
+        undecided: A 95% confidence set of the best class (itself included), from few credited rewards to many.
     """
 
     batch: int
@@ -122,19 +121,19 @@ class Horizon:
     """The advisor's report.
 
     Attributes:
-        conversations: That were read.
-        personas: Different ones.
+        conversations: How many were read.
+        personas: How many different ones.
         turns: n.
-        parameters: Weights that the gradient is of.
+        parameters: How many weights the gradient covers.
         baseline: Subtracted from the credit.
         batch: B of the classes' figures.
         classes: From few credited rewards to many; full planning is one of them.
-        lags: For d = 0, 1, …: the part of full planning's progress that comes of rewards d turns after the reply.
-            They add up to it when there are n of them.
-        reach: The least lookahead that holds every d whose part is shown to be positive, 95% simultaneously over d; 0
-            where none is. What lies beyond is not shown to matter, which does not show that it does not.
-        aligned: Classes whose direction is shown to be full planning's, from few credited rewards to many; full
-            planning is always the last of them (see `advise`).
+        lags: For d = 0, 1, …: the part of full planning's progress that comes from rewards d turns after the
+            reply; n of them add up to it.
+        reach: The least lookahead that covers every d whose part is shown to be positive, 95% simultaneously over d; 0
+            if none is. Rewards beyond it may still matter; the batch does not show it.
+        aligned: Classes shown to point where full planning points, from few credited rewards to many; full planning
+            always comes last (see `advise`).
         verdicts: At several batch sizes, that of ``batch`` first.
     """
 
@@ -178,25 +177,24 @@ def advise(
     """Compare policy classes on one batch of conversations.
 
     A class is *aligned* when cos(μ_M, μ_full) is shown to be at least ``cosine`` (the lower end of its 95% interval
-    is), and so is every class among those given that credits all that it credits: tested from long to short, so that
-    the chance of a wrong one is 2.5% along every chain of nested classes. Ascent along directions whose cosine with
+    is), and so is every given class that credits all that it credits: tested from long to short, so the chance of a
+    wrong one is 2.5% along every chain of nested classes. Ascent along directions whose cosine with
     the gradient stays above a constant > 0 ends where full planning's does, at a stationary point of J (the angle
-    condition, Nocedal & Wright 2006, § 3.2); it has to hold at every step, not at the first one only.
+    condition, Nocedal & Wright 2006, § 3.2); it must hold at every step, not just the first.
 
     Args:
         sketches: The batch.
         classes: Masks [n, n] by label, full planning's as ``full``.
         batch: Conversations per gradient step, B; default as many as were read.
-        other_batches: More batch sizes to give a verdict for. The statistics are those of the batch that was read;
-            only B changes.
+        other_batches: More batch sizes to give a verdict for; only B changes, the statistics stay the same.
         discount: γ, per turn.
         baseline: ``leave-one-out`` or ``none``.
         cosine: In (0, 1]; see above.
-        resamples: Of the bootstrap over personas.
-        rng: Of the bootstrap.
+        resamples: Size of the bootstrap over personas.
+        rng: Random numbers for the bootstrap.
 
     Raises:
-        ValueError: Fewer than two personas, no class ``full``, a mask that does not fit, or a cosine out of (0, 1].
+        ValueError: Fewer than two personas, no class ``full``, a mask that does not fit, or a cosine outside (0, 1].
     """
     if not 0 < cosine <= 1:
         raise ValueError(f"expected a cosine in (0, 1], got {cosine}")
@@ -206,23 +204,23 @@ def advise(
     labels = sorted(classes, key=lambda label: (label == FULL, np.count_nonzero(classes[label])))
     masks = [classes[label] for label in labels]
     lags = [lag_mask(n, d) for d in range(min(n, MOST_LAGS))]
-    found = products(sketches, [*lags, *masks], discount=discount, baseline=baseline)
-    drawn = resample(found, resamples, rng or np.random.default_rng(0))
-    point = estimate(found)
+    sums = products(sketches, [*lags, *masks], discount=discount, baseline=baseline)
+    drawn = resample(sums, resamples, rng or np.random.default_rng(0))
+    point = estimate(sums)
     size = batch or len(sketches.personas)
     part = slice(len(lags), None)
     verdicts = [_verdict(labels, point, drawn, part, b)[0] for b in dict.fromkeys((size, *other_batches))]
     behind = _verdict(labels, point, drawn, part, size)[1]
-    of = {
+    figures = {
         "mean_square": _values(point.mean_square, drawn.mean_square),
         "variance": _values(point.variance, drawn.variance),
         "snr": _values(point.snr(size), drawn.snr(size)),
         "cosine": _cosines(point.cosine(), drawn.cosine()),
         "progress": _values(point.progress(size), drawn.progress(size)),
     }
-    of = {name: values[part] for name, values in of.items()} | {"behind": behind}
+    figures = {name: values[part] for name, values in figures.items()} | {"behind": behind}
     reports = [
-        ClassReport(label, int(np.count_nonzero(mask)), **{name: values[c] for name, values in of.items()})
+        ClassReport(label, int(np.count_nonzero(mask)), **{name: values[c] for name, values in figures.items()})
         for c, (label, mask) in enumerate(zip(labels, masks, strict=True))
     ]
     ahead, ahead_drawn = ((e.alignment / e.rms(size)[..., -1:])[..., : len(lags)] for e in (point, drawn))
@@ -247,7 +245,7 @@ def _values(point: Array, drawn: Array) -> list[Value]:
 
 
 def _cosines(point: Array, drawn: Array) -> list[Value]:
-    """Return cosines with intervals; a resample that shows no direction allows every cosine."""
+    """Return cosines with intervals; a resample without a direction allows every cosine."""
     low, high = (_quantiles(np.nan_to_num(drawn, nan=end), q) for end, q in ((-1.0, 0.025), (1.0, 0.975)))
     return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
 
@@ -270,13 +268,13 @@ def _reach(value: Array, drawn: Array) -> int:
 
 
 def _aligned(labels: Sequence[str], masks: Sequence[Mask], low: Array, least: float) -> tuple[str, ...]:
-    """Return the aligned ones of classes that are sorted from few credited rewards to many, full planning last.
+    """Return the aligned classes.
 
     Args:
-        labels: C classes.
-        masks: Theirs.
+        labels: C classes, from few credited rewards to many, full planning last.
+        masks: Their masks.
         low: [C], lower ends of the cosines' intervals.
-        least: The cosine that is asked for.
+        least: The required cosine.
     """
     passed = {len(labels) - 1}
     counts = [mask != 0 for mask in masks]

@@ -1,6 +1,6 @@
 """Policy classes to choose from, and the choice of one during training.
 
-`horizon.advice` compares masks; here a rule says which of them to use. May read a policy, and may not change it.
+`horizon.advice` compares masks; a rule here picks one. Nothing here may change a policy.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def default_candidates(n: int) -> tuple[PolicyClass, ...]:
 
 
 def distinct(classes: Sequence[PolicyClass], n: int) -> dict[str, PolicyClass]:
-    """Return classes by label, each mask once and full planning among them, from few credited rewards to many.
+    """Return classes by label, one per mask, with full planning, from few credited rewards to many.
 
     Raises:
-        ValueError: A class that does not serve n turns, or two that have one label.
+        ValueError: A class that does not fit n turns, or two with the same label.
     """
     kept: dict[bytes, PolicyClass] = {}
     for one in (PolicyClass(FULL), *classes):
@@ -49,7 +49,7 @@ def by_label(classes: Iterable[PolicyClass]) -> dict[str, PolicyClass]:
     """Return classes by label, in the same order.
 
     Raises:
-        ValueError: Two different ones have one label, as two matrices of one size do.
+        ValueError: Two different classes have the same label, as two matrices of one size do.
     """
     labelled: dict[str, PolicyClass] = {}
     for one in classes:
@@ -62,20 +62,20 @@ def named(label: str, classes: Iterable[PolicyClass]) -> PolicyClass:
     """Return the class that a run's metrics name: one of its candidates, or one of `default_candidates`.
 
     Raises:
-        ValueError: There is no such class.
+        ValueError: No such class.
     """
     return by_label(classes).get(label) or PolicyClass.parse(label)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The policy class to go on with.
+    """The policy class for the next steps.
 
     Attributes:
         policy_class: The class.
-        switched: Whether it is another one than before.
+        switched: Whether it differs from the one before.
         reason: In words, for the log.
-        report: What it was chosen by.
+        report: The measurements behind the choice.
     """
 
     policy_class: PolicyClass
@@ -84,7 +84,7 @@ class Choice:
     report: Horizon
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return what a run logs of it, plain JSON."""
+        """Return the choice as a run logs it, plain JSON."""
         cosines = {c.label: (c.cosine.value, c.cosine.low) for c in self.report.classes}
         return {
             "horizon_class": self.policy_class.label,
@@ -105,20 +105,20 @@ def choose(
     temperature: float = 1.0,
     baseline: Baseline = "leave-one-out",
 ) -> Choice:
-    """Choose the policy class for the next steps: the shortest whose direction is shown to be full planning's.
+    """Choose the policy class for the next steps: the shortest shown to point where full planning points.
 
     Shorter classes have less variance; an aligned one (see `horizon.advise`) loses at most 1 − ``cosine`` of the
-    value's slope. What the conversations do not show is not taken for granted: few of them give full planning.
+    value's slope. With too few conversations to show alignment, full planning is chosen.
 
     Args:
         trajectories: Conversations of this policy, of one or several batches.
-        policy: Who learns; its weights and gradients are left as they are.
-        classes: What may be chosen beside full planning; empty for `default_candidates`.
+        policy: The policy that learns; its weights and gradients stay as they are.
+        classes: Candidates besides full planning; empty for `default_candidates`.
         previous: The class in use.
-        rng: Of the projection and the bootstrap.
-        cosine: That a class has to keep with full planning's gradient.
+        rng: Random numbers for the projection and the bootstrap.
+        cosine: Least cosine with full planning's gradient.
         discount: γ, per turn.
-        temperature: That the replies were sampled at.
+        temperature: At which the replies were sampled.
         baseline: ``leave-one-out`` or ``none``.
 
     Raises:
@@ -126,10 +126,10 @@ def choose(
     """
     from ppg_agents.horizon.sketch import sketch
 
-    found = sketch(policy, trajectories, seed=int(rng.integers(2**31)), temperature=temperature)
-    n = found.valid.shape[1]
+    sketches = sketch(policy, trajectories, seed=int(rng.integers(2**31)), temperature=temperature)
+    n = sketches.valid.shape[1]
     kept = distinct(tuple(classes) or default_candidates(n), n)
-    report = advise(found, masks(kept, n), cosine=cosine, discount=discount, baseline=baseline, rng=rng)
+    report = advise(sketches, masks(kept, n), cosine=cosine, discount=discount, baseline=baseline, rng=rng)
     new = kept[report.aligned[0]]
     switched = not np.array_equal(new.mask(n), previous.mask(n))
     reason = f"switching from {previous.label} to {new.label}" if switched else f"keeping {new.label}"

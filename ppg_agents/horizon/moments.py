@@ -1,10 +1,10 @@
 """Mean and variance of the gradient of every policy class, from one batch's per-turn gradients.
 
-ĝ_b(M) = Σ_t A_{b,t}(M) g_{b,t} is what conversation b contributes under policy class M (see `horizon`). Its mean's
+ĝ_b(M) = Σ_t A_{b,t}(M) g_{b,t} is the contribution of conversation b under policy class M (see `advice`). Its mean's
 squared length, its total variance and its product with full planning's mean are sums of inner products; the estimates
-here are unbiased, because nothing that is multiplied is dependent.
+here are unbiased, because the factors of every product are independent.
 
-All is own work, nothing of it in arXiv 2603.06138. Pure functions of sketches in numpy; nothing here may read a policy
+All own work, not in arXiv 2603.06138. Pure functions of sketches in numpy; nothing here may read a policy
 or judge a class.
 """
 
@@ -28,17 +28,17 @@ Baseline = Literal["leave-one-out", "none"]
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of what C masks make of a batch, added up over the conversations of P personas.
+    """Inner products of conversations' contributions under C masks, added up per pair of P personas.
 
     A product of two conversations' contributions is kept only where their personas differ, so that its expectation is
-    ⟨μ, μ'⟩: conversations with one persona are not independent of each other. Under ``leave-one-out`` the baselines
-    of the two come from halves of the remaining personas, disjoint and without either's own; nothing that is multiplied
-    is dependent then, and the expectation is exact whatever E g_{b,t} is.
+    ⟨μ, μ'⟩: conversations with one persona are not independent. Under ``leave-one-out`` the two baselines come from
+    disjoint halves of the other personas, so the factors are independent and the expectation is exact whatever
+    E g_{b,t} is.
 
     Attributes:
         with_full: [C, P, P], Σ ⟨ĝ_b(M), ĝ_j(full)⟩ over conversations b, j of two personas, symmetric, 0 where equal.
         with_self: [C, P, P], the same of ⟨ĝ_b(M), ĝ_j(M)⟩.
-        squares: [C, P], Σ ‖ĝ_b(M)‖², the baseline being the mean over all conversations with other personas.
+        squares: [C, P], Σ ‖ĝ_b(M)‖², with the mean over all conversations with other personas as baseline.
         counts: [P], conversations.
     """
 
@@ -85,10 +85,11 @@ def products(
         ours = (credits[:, b, None] - means[0]) * valid[b]  # [C, B, n]: b's advantage beside each j
         theirs = (credits - means[1]) * valid
         left = np.einsum("cjt,jts->cjs", ours, gram, optimize=True)
+        # A conversation times itself (or one with its persona) would add variance to ‖μ‖²: only other personas count.
         other = persona != p
-        for found, right in ((with_full, theirs[-1:]), (with_self, theirs)):
+        for sums, right in ((with_full, theirs[-1:]), (with_self, theirs)):
             pair = (left * right).sum(-1) * other  # [C, B]
-            found[:, p] += pair @ member
+            sums[:, p] += pair @ member
         alone = _mean(half[0].sum(2) + half[1].sum(2) - own[0] - own[1])  # [C, n]
         advantage = (credits[:, b] - (alone if baseline != "none" else 0.0)) * valid[b]
         squares[:, p] += np.einsum("ct,ts,cs->c", advantage, gram[b], advantage)
@@ -118,7 +119,7 @@ def _mean(sums: Array) -> Array:
 
 @dataclass(frozen=True)
 class Estimates:
-    """What products say of C masks, [..., C]; expectations, so the first two may come out negative."""
+    """Unbiased estimates for C masks, [..., C]; so the first two may be negative."""
 
     mean_square: Array  # ‖μ_M‖²
     variance: Array  # tr Σ_M of one conversation
@@ -129,7 +130,7 @@ class Estimates:
         return batch * _ratio(self.mean_square, self.variance)
 
     def cosine(self) -> Array:
-        """Return cos(μ_M, μ_full), clipped to [−1, 1]; NaN where a squared norm is not estimated above 0."""
+        """Return cos(μ_M, μ_full), clipped to [−1, 1]; NaN where the estimate of a squared norm is not above 0."""
         square = np.maximum(self.mean_square, 0.0)
         length = np.sqrt(square * square[..., -1:])
         cosine: Array = np.clip(_ratio(self.alignment, length), -1.0, 1.0)
@@ -153,7 +154,7 @@ def estimate(found: Products, weights: Array | None = None) -> Estimates:
     """Return the unbiased estimates, U-statistics over pairs of conversations with different personas.
 
     Args:
-        found: Of C masks.
+        found: For C masks.
         weights: How often each persona counts, [R, P]; default once.
 
     Returns:
@@ -169,10 +170,10 @@ def estimate(found: Products, weights: Array | None = None) -> Estimates:
 
 
 def resample(found: Products, resamples: int, rng: np.random.Generator) -> Estimates:
-    """Return bootstrap estimates [resamples, C], personas being drawn with replacement.
+    """Return bootstrap estimates [resamples, C], drawing personas with replacement.
 
-    Baselines stay those of the batch. Pairs of a persona with itself stay out. Where no mean gradient can be told from
-    0 the intervals are up to √3 too wide, which is the safe side.
+    Baselines stay those of the batch; pairs of a persona with itself are left out. Where no mean gradient stands out
+    from 0, the intervals are up to √3 times too wide, which errs on the safe side.
     """
     P = len(found.counts)
     weights = rng.multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)

@@ -1,7 +1,6 @@
-"""Which policy class a run plans with: the one that its settings name, or the one chosen anew from time to time.
+"""The policy class of a run: the one that its settings name, or one chosen again every so often.
 
-Says how far ahead; learns nothing and changes no weight. What was chosen is in the run's metrics, and a run that is
-continued reads it there.
+Learns nothing and changes no weight. The choice is in the run's metrics, where a resumed run reads it.
 """
 
 from __future__ import annotations
@@ -24,29 +23,29 @@ from ppg_agents.trajectory import Trajectory
 class Planner:
     """The policy class of a run.
 
-    With the policy class ``auto`` a run takes, from time to time, the shortest class whose direction one batch shows
-    to be full planning's (see `horizon_choice.choose`). The batch that decides is learned from as well.
+    With ``auto`` a run takes, every so often, the shortest class that one batch shows to point where full planning
+    points (see `horizon.choice.choose`). The run also learns from that batch.
 
     Attributes:
-        current: The class in use; with a class that the settings name, it is that one.
+        current: The class in use.
     """
 
     def __init__(self, config: TrainConfig, turns: int | None, workers: Workers | None = None) -> None:
-        """Begin with the settings' class.
+        """Start with the settings' class.
 
         Args:
             config: The settings.
-            turns: In every conversation, None where that is open.
+            turns: Of every conversation, None if open.
             workers: The processes that learn together.
 
         Raises:
-            ConfigError: A class that does not serve the number of turns, or ``auto`` with split weights.
+            ConfigError: A class that does not fit the number of turns, or ``auto`` with split weights.
         """
         self._config, self._workers = config, workers or Alone()
         self._auto = config.policy_class == "auto"
         self.current = PolicyClass() if config.policy_class == "auto" else config.policy_class
-        wanted = {"policy_class": (self.current,), "auto.classes": config.auto.classes}
-        for setting, classes in wanted.items():
+        configured = {"policy_class": (self.current,), "auto.classes": config.auto.classes}
+        for setting, classes in configured.items():
             try:
                 for one in by_label(classes).values():
                     one.check(turns)
@@ -60,29 +59,29 @@ class Planner:
         return self.current.mask(n)
 
     def remember(self, metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Take up the choice of a run that is continued."""
+        """Go on with the last choice in a run's metrics."""
         for line in metrics:
             if line.get("horizon_class"):
                 self.current = named(str(line["horizon_class"]), self._config.auto.classes)
 
     def review(self, trajectories: Sequence[Trajectory], policy: Policy, iteration: int) -> dict[str, Any]:
-        """Choose anew when it is time, from conversations of the policy as it is now.
+        """Choose again when it is time, from conversations of the current policy.
 
         Args:
             trajectories: This process's share of the batch.
-            policy: Who is learning; left as it is.
+            policy: The policy that learns; it stays as it is.
             iteration: From 0.
 
         Returns:
-            What to log of the choice (see ``Choice.metrics``); empty when it is not time, or with one persona alone.
+            The choice to log (see ``Choice.metrics``); empty when it is not time, or with a single persona.
         """
         if not self._auto or iteration % self._config.auto.every:
             return {}
-        everything, found = self._workers.gather(list(trajectories)), None
+        everything, choice = self._workers.gather(list(trajectories)), None
         if len({trajectory.persona for trajectory in everything}) < 2:
             return {}
         if self._workers.main:
-            found = choose(
+            choice = choose(
                 everything,
                 policy,
                 self._config.auto.classes,
@@ -92,8 +91,8 @@ class Planner:
                 discount=self._config.discount,
                 temperature=self._config.sampling.temperature,
             )
-            say(f"iteration {iteration + 1}: {found.reason}")
-        chosen = self._workers.gather([(found.policy_class, dict(found.metrics()))] if found else [])
+            say(f"iteration {iteration + 1}: {choice.reason}")
+        chosen = self._workers.gather([(choice.policy_class, dict(choice.metrics()))] if choice else [])
         metrics: dict[str, Any]
         self.current, metrics = chosen[0]
         return metrics

@@ -1,8 +1,8 @@
-"""Per-turn score gradients of a policy, each kept as a random projection.
+"""Per-turn score gradients of a policy, each stored as a random projection.
 
-∇ log π(y_{b,t} | x_b, τ_{b,t−1}) is the same for every policy class; only the credit that multiplies it differs. Kept
-once, these vectors give the gradient of any class (see `horizon`). A policy has too many weights to keep them whole, so
-each is projected to D numbers by a count sketch, which preserves inner products up to a known error.
+∇ log π(y_{b,t} | x_b, τ_{b,t−1}) is the same for every policy class; only the credit that multiplies it differs. These
+vectors give the gradient of any class (see `advice`). A policy has too many weights to store them whole, so each is
+projected to D numbers by a count sketch, which preserves inner products up to a known error.
 
 Nothing here knows a reward's meaning, a policy class or a baseline.
 """
@@ -31,15 +31,15 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133
 
 @dataclass(frozen=True)
 class Sketches:
-    """What is known of a batch of B conversations of at most n turns.
+    """Projected gradients and scores of B conversations of at most n turns.
 
     Attributes:
         vectors: [B, n, D] float32, the projected gradient of log π(reply of turn t); 0 at invalid turns.
         rewards: [B, n], the judge's scores.
         valid: [B, n] bool, played and judged.
-        personas: B labels; conversations with equal labels are not independent of one another.
-        parameters: Weights that the gradients were taken of.
-        seed: Of the projection; sketches can be compared only under one seed.
+        personas: B labels; conversations with equal labels are not independent.
+        parameters: How many weights the gradients cover.
+        seed: Of the projection; only sketches with the same seed can be compared.
     """
 
     vectors: NDArray[np.float32]
@@ -67,9 +67,9 @@ class CountSketch:
     For fixed x, y and random h, s: E⟨Sx, Sy⟩ = ⟨x, y⟩ and
     Var⟨Sx, Sy⟩ = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ_i x_i² y_i²) / D; with x = y the relative error is below √(2/D).
 
-    h and s are hashes (splitmix64) of the weight's index and the seed, computed as they are needed: nothing of
-    size P × D, or even P, is kept, and the map is the same on every device. On CUDA sums are added in any order,
-    so that results differ in the last bits from run to run.
+    h and s are hashes (splitmix64) of the weight's index and the seed, computed when needed: nothing of size
+    P × D, or even P, is stored, and the map is the same on every device. CUDA adds up in any order, so results differ
+    in the last bits from run to run.
     """
 
     def __init__(self, dimension: int = DIMENSION, seed: int = 0) -> None:
@@ -95,7 +95,7 @@ class CountSketch:
             sizes: Elements of every piece.
         """
         place = next((g.device for g in gradients if g is not None), torch.device("cpu"))
-        found = torch.zeros(self.dimension, dtype=torch.float64, device=place)
+        total = torch.zeros(self.dimension, dtype=torch.float64, device=place)
         start = 0
         for gradient, size in zip(gradients, sizes, strict=True):
             if gradient is not None:
@@ -103,9 +103,9 @@ class CountSketch:
                 for at in range(0, size, _CHUNK):
                     piece = flat[at : at + _CHUNK].double()
                     bucket, sign = self.places(start + at, len(piece), place)
-                    found.index_add_(0, bucket, piece * sign)
+                    total.index_add_(0, bucket, piece * sign)
             start += size
-        return found.cpu()
+        return total.cpu()
 
     def places(self, start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the bucket (long) and the sign (float64) of weights start, …, start + count − 1."""
@@ -127,15 +127,15 @@ def sketch(
 ) -> Sketches:
     """Project the gradient of every judged turn.
 
-    One forward pass per conversation and one backward pass per judged turn; memory is that of learning from one
-    conversation. Where LoRA has dropout it is on, as it is in learning.
+    One forward pass per conversation and one backward pass per judged turn; memory as for learning from one
+    conversation. LoRA dropout is on, as in learning.
 
     Args:
-        policy: Whose trainable weights the gradients are of.
+        policy: Gradients are taken of its trainable weights.
         trajectories: At least one.
         dimension: D.
         seed: Of the projection.
-        temperature: That the replies were sampled at.
+        temperature: At which the replies were sampled.
         n_turns: n; default the longest conversation.
         done: Called with the number of conversations finished.
 
@@ -172,7 +172,7 @@ def turn_gradients(
         policy: Who is scored.
         data: The batch.
         row: Which conversation.
-        temperature: That the replies were sampled at.
+        temperature: At which the replies were sampled.
 
     Raises:
         ValueError: The policy has no trainable weights.
@@ -192,9 +192,9 @@ def turn_gradients(
             return
         turn = data.turn_index[part].to(log_probs.device)
         for t in judged:
-            own = log_probs.masked_fill((turn != t) | ~token_mask.to(log_probs.device), 0.0).sum()
+            reply = log_probs.masked_fill((turn != t) | ~token_mask.to(log_probs.device), 0.0).sum()
             more: dict[str, Any] = {"retain_graph": t != judged[-1], "allow_unused": True}
-            yield t, list(torch.autograd.grad(own, parameters, **more))
+            yield t, list(torch.autograd.grad(reply, parameters, **more))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which runs a figure needs: cells as `compare` keeps them, shared by all figures of a folder.
+"""The runs that a figure needs: `compare` cells, shared by all figures of a folder.
 
-Reads and multiplies settings; starts nothing and may not import torch.
+Reads and combines settings; starts nothing and may not import torch.
 
 The paper's figures [P] are: (2) residual of persona consistency against the step, K = 1..5; (3) consistency against the
 number of training trajectories, K = 1..5; (4) the best K against that number; (5) mean consistency of conversations of
@@ -37,18 +37,18 @@ STEPS, LENGTHS = "steps.json", "lengths.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be drawn.
+    """A figure to draw.
 
     Attributes:
         figure: One of `FIGURES`.
-        domains: Where.
+        domains: Names of domains.
         sizes: Training conversations.
-        seeds: Training seeds 0, 1, …, so many.
+        seeds: How many training seeds: 0, 1, ….
         turns: Lengths of the conversations of figure 5.
         lookaheads: K of figures 2 to 5.
-        train_turns: Figure 5 trains at each length, instead of evaluating the same policies at all of them.
+        train_turns: Train figure 5 at each length, instead of evaluating the same policies at all.
         quick: Fewer of everything.
-        settings: Of all runs, by dotted name, on top of `SETTINGS`.
+        settings: For all runs, by dotted name, on top of `SETTINGS`.
     """
 
     figure: str
@@ -64,11 +64,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Measured(Job):
-    """A run that is measured further.
+    """A run with more measurements.
 
     Attributes:
-        steps: Whether it is evaluated turn by turn after a history of the untrained model (`step_level`).
-        turns: Further lengths of conversations that it is evaluated on.
+        steps: Whether to evaluate it turn by turn after a history of the untrained model (`step_level`).
+        turns: More lengths of conversations to evaluate it on.
     """
 
     module: ClassVar[str] = "ppg_agents.reproduce.cell"
@@ -78,20 +78,20 @@ class Measured(Job):
     turns: tuple[int, ...] = ()
 
     def measured(self, folder: Path) -> bool:
-        """Return whether all of it is there."""
+        """Return whether all measurements are there."""
         lengths = measurements(self, folder, LENGTHS)
         return all(str(n) in lengths for n in self.turns) and bool(not self.steps or measurements(self, folder, STEPS))
 
 
 def measurements(job: Job, folder: Path, name: str) -> dict[str, Any]:
-    """Return what was measured on the policy that the largest size has trained; empty when nothing was.
+    """Return the measurements of the policy trained with the largest size; empty without any.
 
     Raises:
         RunError: The file is damaged.
     """
     path = folder / name
-    found: dict[str, Any] = json_object(path).get(after(job), {}) if path.exists() else {}
-    return found
+    measured: dict[str, Any] = json_object(path).get(after(job), {}) if path.exists() else {}
+    return measured
 
 
 def after(job: Job) -> str:
@@ -100,17 +100,17 @@ def after(job: Job) -> str:
 
 
 def from_json(text: str) -> Measured:
-    """Read what `compare.cell.to_json` wrote of such a run."""
+    """Read what `compare.cell.to_json` wrote."""
     fields = json.loads(text)
     return Measured(**{**fields, "sizes": tuple(fields["sizes"]), "turns": tuple(fields["turns"])})
 
 
 def plan(request: Request, turns: int | None = None) -> Plan:
-    """Return the comparison that a figure is drawn from.
+    """Return the comparison behind a figure.
 
     Args:
-        request: What is to be drawn.
-        turns: Of every conversation; None for the domain's own.
+        request: The figure.
+        turns: Of every conversation; None for the domain's default.
 
     Raises:
         ConfigError: A wrong setting.
@@ -122,7 +122,7 @@ def plan(request: Request, turns: int | None = None) -> Plan:
     lookaheads = tuple(map(str, request.lookaheads))
     classes = lookaheads if request.figure == "fig2" else (*lookaheads, FULL)
     table = request.figure == "table"
-    if table:  # an agent that is run with one class gets the first
+    if table:  # an agent with one class gets the first
         classes = QUICK_METHOD_CLASSES if request.quick else METHOD_CLASSES
     return Plan(
         domains=request.domains,
@@ -136,7 +136,7 @@ def plan(request: Request, turns: int | None = None) -> Plan:
 
 
 def planned(request: Request, out: Path) -> dict[Path, list[Job]]:
-    """Return the runs of a figure, by the folder that keeps them.
+    """Return the runs of a figure, by folder.
 
     Raises:
         ConfigError: A wrong setting, or a folder whose runs have other settings.
@@ -147,28 +147,28 @@ def planned(request: Request, out: Path) -> dict[Path, list[Job]]:
         wanted = {out: plan(request)}
     further: dict[str, Any] = {"steps": request.figure == "fig2"}
     further["turns"] = request.turns if request.figure == "fig5" and not request.train_turns else ()
-    found = {
+    runs_of = {
         place: [
             Measured(**job.__dict__, **further) if job.agent == "ppg" else job
             for job in jobs(comparison, turns_of(comparison))
         ]
         for place, comparison in wanted.items()
     }
-    for place, runs in found.items():
+    for place, runs in runs_of.items():
         check(runs, place)
-    return found
+    return runs_of
 
 
 def turns_by_domain(request: Request) -> dict[str, int]:
-    """Return the turns of a conversation, by domain: the K that full planning stands for."""
+    """Return the turns of a conversation, by domain: the K of full planning."""
     return turns_of(plan(request))
 
 
 def check(wanted: Sequence[Job], out: Path) -> None:
-    """Refuse a folder whose runs are others than those that are wanted.
+    """Refuse a folder with other runs.
 
     Raises:
-        ConfigError: A run in it has other settings, or has gone further than what is to be measured on it.
+        ConfigError: A run in it has other settings, or has trained past the size to measure.
     """
     for job in wanted:
         folder = folder_of(job, out)

@@ -25,7 +25,7 @@ TRAIN, HELD_OUT = "train", "held-out"
 
 
 def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
-    """Return what ``gym.make`` gets besides the id.
+    """Return the arguments of ``gym.make`` besides the id.
 
     Args:
         config: The run's settings.
@@ -39,7 +39,7 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
     if not env.is_persona_chat and personas not in (TRAIN, HELD_OUT):
         raise ConfigError(
             f"personas: expected {TRAIN} or {HELD_OUT} with env.id = {env.id!r}, got {personas!r}; "
-            "pass a file of its own with env.kwargs"
+            "pass the environment its own file with env.kwargs"
         )
     if env.is_persona_chat:
         given = {
@@ -63,7 +63,7 @@ class ConversationError(RunError):
 
 @contextmanager
 def _conversation_errors() -> Iterator[None]:
-    """Turn an environment's RuntimeErrors into ConversationErrors, whichever of its parts they come from."""
+    """Turn an environment's RuntimeErrors into ConversationErrors."""
     try:
         yield
     except RuntimeError as error:
@@ -72,14 +72,14 @@ def _conversation_errors() -> Iterator[None]:
 
 @runtime_checkable
 class Metered(Protocol):
-    """An environment that counts what it asks servers for."""
+    """An environment that counts its requests to servers."""
 
     def usage(self) -> dict[str, Any]:
         """Return the counts so far."""
 
 
 class Conversations(gym.vector.VectorWrapper):
-    """The environment as the learner sees it: one kind of error, and the reachable reward that the last reset gave."""
+    """The environment as the learner sees it: one kind of error, and the reachable reward from the last reset."""
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
         super().__init__(env)
@@ -107,7 +107,7 @@ class Conversations(gym.vector.VectorWrapper):
             return self.env.step(actions)
 
     def usage(self) -> dict[str, Any]:
-        """Return what the environment has asked servers for, by partner and judge; empty where it asks none."""
+        """Return the counts of requests to servers, by partner and judge; empty without servers."""
         env = self.env.unwrapped
         return env.usage() if isinstance(env, Metered) else {}
 
@@ -134,7 +134,7 @@ class OneConversation(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def make_env(config: TrainConfig, personas: str) -> OneConversation:
-    """Return one conversation, to be stepped at its own pace; see `make_envs` for its observations.
+    """Return one conversation, stepped at its own pace; see `make_envs` for its observations.
 
     Raises:
         ConfigError: The environment cannot be made: its module, its id or its arguments; or it holds no conversations.
@@ -169,9 +169,7 @@ def _making(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except gym.error.Error as error:
-        todo = (
-            "" if ":" in config.env.id else f"; one of another package is named with its module: MODULE:{config.env.id}"
-        )
+        todo = "" if ":" in config.env.id else f"; for one in another package, name its module: MODULE:{config.env.id}"
         message = f"env.id: expected a registered environment, got {config.env.id!r}: {str(error).rstrip('.')}{todo}"
         raise ConfigError(message) from error
     except TypeError as error:
@@ -182,7 +180,7 @@ def _making(config: TrainConfig) -> Iterator[None]:
 
 
 def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Space[Any]) -> bool:
-    """Return whether an environment shows plain text, which has to be wrapped for a policy to read it.
+    """Return whether an environment shows plain text, which needs a wrapper for the policy to read it.
 
     Args:
         config: The run's settings.
@@ -190,7 +188,7 @@ def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Spa
         heard: The space of an action.
 
     Raises:
-        ConfigError: It holds no conversations, or has an instruction of its own beside ``env.instruction``.
+        ConfigError: It holds no conversations, or has its own instruction besides ``env.instruction``.
     """
     keys = list(shown.spaces) if isinstance(shown, gym.spaces.Dict) else []
     plain = is_text(shown)
@@ -214,7 +212,7 @@ def _shows_plain_text(config: TrainConfig, shown: gym.Space[Any], heard: gym.Spa
 
 
 def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversations:
-    """Return ``num_envs`` conversations in lockstep that wait to be reset when they end.
+    """Return ``num_envs`` conversations in lockstep that wait for a reset when they end.
 
     Observations are ``{"instruction": [N], "message": [N]}``; plain text is the message below ``env.instruction``.
 
@@ -225,7 +223,7 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversation
     with _making(config):
         if gym.spec(name).vector_entry_point is not None:
             envs = gym.make_vec(name, num_envs=num_envs, **given)
-        else:  # an unjudged reward is NaN, which Gymnasium's checker takes for a mistake
+        else:  # Gymnasium's checker rejects NaN, the reward of an unjudged turn
             vector = {"autoreset_mode": AutoresetMode.DISABLED}
             given["disable_env_checker"] = True
             envs = gym.make_vec(name, num_envs, "sync", vector, **given)
@@ -235,12 +233,14 @@ def make_envs(config: TrainConfig, num_envs: int, personas: str) -> Conversation
 
 
 def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | None:
-    """Return how many turns a conversation is planned to have, None where the environment does not say.
+    """Return the planned number of turns of a conversation, None if the environment does not say.
 
     Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
     """
     inner = envs.unwrapped
-    single = inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner  # it does not pass it on
+    single = (
+        inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner
+    )  # SyncVectorEnv does not pass on its attributes
     limits = (
         config.env.max_turns,
         config.env.kwargs.get("max_turns"),

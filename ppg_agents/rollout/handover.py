@@ -1,4 +1,4 @@
-"""One sampler speaks first, another goes on: for pairs that share a history, and for turns judged one by one."""
+"""One sampler starts, another takes over: for pairs that share a history, and turns judged one by one."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ppg_agents.trajectory import Turn
 
 
 class Given:
-    """A sampler that says again what was said: the replies of logged turns, token by token, in their order."""
+    """A sampler that repeats the replies of logged turns, token by token, in order."""
 
     own_model = False
 
     def __init__(self, turns: Sequence[Sequence[Turn]], sampler: Sampler, end_of_turn: int) -> None:
-        """Take the replies of n conversations; the limits are those of the sampler that goes on after them."""
+        """Take the replies of n conversations; limits are those of the sampler that takes over."""
         self.max_new_tokens, self.context_length = sampler.max_new_tokens, sampler.context_length
         self.temperature = sampler.temperature
         self._turns, self._end = turns, end_of_turn
         self._next = [0] * len(turns)
 
     def start(self, n: int) -> None:
-        """Begin again.
+        """Start over.
 
         Raises:
-            ValueError: Not as many conversations as replies are given for.
+            ValueError: Another number of conversations than there are replies for.
         """
         if n != len(self._turns):
             raise ValueError(f"expected {len(self._turns)} conversations, got {n}")
@@ -45,22 +45,22 @@ class Given:
         return Sample(turn.token_ids, turn.log_probs, ended, turn.policy_version, turn.temperature, turn.sampler)
 
     def sync(self, policy: Policy | None = None) -> None:
-        """There are no weights."""
+        """Nothing to sync: there are no weights."""
 
     def cancel(self) -> None:
-        """Nothing is under way."""
+        """Nothing to cancel."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
 
 class Handover:
     """A sampler made of two: the first speaks in a conversation's first turns, the other in all later ones.
 
-    What the second has not heard is its first prompt, so that it need know nothing of this.
+    The second gets everything it has not heard in its first prompt, so it need not know about the first.
     """
 
-    own_model = False  # whoever puts two together merges the policies that speak
+    own_model = False  # the caller merges the policies that speak
 
     def __init__(self, first: Sampler, then: Sampler, turns: Sequence[int]) -> None:
         """Take two samplers.
@@ -100,7 +100,7 @@ class Handover:
         """Return a conversation's next reply.
 
         Raises:
-            TypeError: One of the two can only speak in lockstep.
+            TypeError: One of them can only speak in lockstep.
         """
         if not (isinstance(self._first, SingleSampler) and isinstance(self._then, SingleSampler)):
             raise TypeError("expected two samplers that speak in one conversation at a time, got one in lockstep")
@@ -111,7 +111,7 @@ class Handover:
         return self._then.reply_one(conversation, self._whole(conversation, prompt), seed)
 
     def sync(self, policy: Policy | None = None) -> None:
-        """Each of the two is kept up to date by itself."""
+        """Do nothing: both are synced by their owners."""
 
     def cancel(self) -> None:
         """Make every reply under way raise."""
@@ -120,7 +120,7 @@ class Handover:
                 sampler.cancel()
 
     def close(self) -> None:
-        """The two are closed by those who made them."""
+        """Do nothing: both are closed by their owners."""
 
     def _is_early(self, i: int) -> bool:
         return self._now[i] < self._turns[i]
@@ -130,6 +130,6 @@ class Handover:
         self._now[i] += 1
 
     def _whole(self, i: int, prompt: Sequence[int]) -> list[int]:
-        """Return the prompt after all that the second sampler has not heard."""
+        """Return the prompt, preceded by everything the second sampler has not heard."""
         unheard, self._unheard[i] = self._unheard[i], []
         return [*unheard, *prompt]

@@ -1,7 +1,7 @@
-"""Conversations between a policy and a Gymnasium vector environment, to their end.
+"""Whole conversations between a policy and a Gymnasium vector environment.
 
-Works for any vector environment with observation ``{"instruction": str, "message": str}`` and ``str``
-actions. Nothing here learns, and nothing here knows what the conversation is about.
+Works for any vector environment with observation ``{"instruction": str, "message": str}`` and ``str`` actions. Nothing
+here learns or knows what the conversation is about.
 """
 
 from __future__ import annotations
@@ -32,27 +32,26 @@ def collect(
     *,
     speaker: Speaker | None = None,
 ) -> list[Trajectory]:
-    """Hold one conversation per sub-environment, all of them to their end.
+    """Hold one whole conversation per sub-environment.
 
-    A sub-environment that has ended is left out of sampling. With autoreset disabled it is reset before the
-    next step (Gymnasium refuses to step it otherwise), unless ``envs.metadata["ended_may_step"]`` says that
-    stepping it is harmless.
+    A sub-environment that has ended is not sampled for. With autoreset disabled it is reset before the next step
+    (Gymnasium refuses to step it otherwise), unless ``envs.metadata["ended_may_step"]`` is true.
 
     Args:
         envs: N sub-environments.
-        policy: Who speaks; its LoRA is merged while its own model samples.
-        sampler: How replies are drawn from `policy`.
+        policy: The policy; its LoRA is merged while its own model samples.
+        sampler: Draws its replies.
         seeds: N seeds of the episodes; equal seeds share a persona.
-        generator: Source of randomness of the sampler.
+        generator: Random numbers for the sampler.
         domain: Written into the trajectories.
-        speaker: Who speaks instead of the policy; None for the policy.
+        speaker: Speaks in place of the policy; None for the policy.
 
     Returns:
         N trajectories, in the order of `seeds`. A NaN reward is an unjudged turn. A conversation whose next
         reply might not fit into the policy's context ends truncated.
 
     Raises:
-        ValueError: Not one seed per sub-environment, or observations of another form.
+        ValueError: Not one seed per sub-environment, or observations of another kind.
     """
     n = envs.num_envs
     if len(seeds) != n:
@@ -77,7 +76,7 @@ def collect(
             for i, (record, spoken) in enumerate(zip(records, replies, strict=True)):
                 if spoken is not None:
                     info = _info(infos, i)
-                    info = info.get("final_info", info)  # autoreset in the same step keeps the episode's own info there
+                    info = info.get("final_info", info)  # same-step autoreset keeps the episode's info there
                     record.add(spoken, float(rewards[i]), ends[i], cuts[i], info)
             if all(record.over for record in records):
                 break
@@ -99,15 +98,15 @@ def _texts(observations: Any, n: int) -> tuple[list[str], list[str]]:
 
 def _info(infos: Mapping[str, Any], i: int) -> dict[str, Any]:
     """Return sub-environment i's own info out of Gymnasium's dict of arrays with ``_key`` masks."""
-    own: dict[str, Any] = {}
+    picked: dict[str, Any] = {}
     for key, values in infos.items():
         mask = infos.get(f"_{key}")
         if key.startswith("_") or (mask is not None and not mask[i]):
             continue
         if isinstance(values, Mapping):
-            own[key] = _info(values, i)
+            picked[key] = _info(values, i)
         elif mask is not None or isinstance(values, np.ndarray | list | tuple):
             value = values[i]
             value = value.item() if isinstance(value, np.generic) else value
-            own[key] = None if isinstance(value, float) and math.isnan(value) else value
-    return own
+            picked[key] = None if isinstance(value, float) and math.isnan(value) else value
+    return picked

@@ -1,4 +1,4 @@
-"""What the judge said about a batch of conversations, and when it has failed too often. Judges nothing."""
+"""Metrics of a batch of judged conversations, and a limit on the judge's failures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ppg_agents.rollout.environment import ConversationError
 if TYPE_CHECKING:
     from ppg_agents.trajectory import Trajectory, Turn
 
-FEW = 200  # turns: of fewer than these, as many failures are let pass as would be of these
+FEW = 200  # turns: a smaller batch may have as many failures as one of this size
 SHOWN = 3  # causes
 
 
 def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
-    """Stop where the judge has failed too often; with an environment per conversation, none of them sees it.
+    """Stop when the judge fails too often; an environment with one conversation cannot see that.
 
     Raises:
         ConversationError: More than ``limit`` of the turns (of at least ``FEW``) have a failed verdict.
@@ -32,7 +32,7 @@ def check_judge(trajectories: Sequence[Trajectory], limit: float) -> None:
         newest = list(dict.fromkeys(_cause(turn) for turn in reversed(lost)))[:SHOWN]
         shown = "; ".join(f"{causes[why]} × {why} (last: reply {last[why]!r})" for why in newest)
         raise ConversationError(
-            f"expected at most {limit:.0%} of replies without a score, got {len(lost)} of {len(turns)}; mend the "
+            f"expected at most {limit:.0%} of replies without a score, got {len(lost)} of {len(turns)}; fix the "
             f"judge, or raise env.max_failure_rate. The last causes: {shown}"
         )
 
@@ -42,7 +42,7 @@ def _cause(turn: Turn) -> str:
 
 
 def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Return what the judge said about a batch; unjudged turns are counted and left out of the means.
+    """Return the metrics of a batch; unjudged turns are counted but left out of the means.
 
     Returns:
         ``consistency`` (mean over judged turns) and ``reward_per_turn`` (the same per turn), None where none was

@@ -1,8 +1,7 @@
 """Pairs of conversations that share a history up to a turn, through the environment's interface alone.
 
-A conversation is played; a turn is drawn; it is played again with the same seed, the replies before that turn being the
-first conversation's, as they were sampled. Whether the partner said the same both times is seen from the conversations:
-`branch_point`. Nothing here learns.
+A conversation is played and a turn drawn; then it is played again with the same seed, repeating the sampled replies
+before that turn. `branch_point` checks whether the partner said the same both times. Nothing here learns.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ def play_pairs(
 
     Args:
         play: Holds one conversation per seed with a sampler.
-        sampler: How replies are drawn.
+        sampler: Draws the replies.
         seeds: 2P seeds, two equal ones for each pair.
-        rng: Draws the turn at which each pair parts, all turns of the first conversation alike.
+        rng: Draws the turn at which each pair parts, uniformly over the first conversation.
         end_of_turn: The token that closes a reply.
 
     Returns:
@@ -48,7 +47,7 @@ def play_pairs(
 def branch_point(one: Trajectory, other: Trajectory) -> int | None:
     """Return the first turn at which two conversations with the same history have different replies, from 0.
 
-    None where the partner's lines (or the instructions) part before the replies do, and where nothing differs.
+    None if the partner's lines (or the instructions) differ before the replies do, or if nothing differs.
     """
     for t, (a, b) in enumerate(zip(one.turns, other.turns, strict=False)):
         if a.prompt_ids != b.prompt_ids:

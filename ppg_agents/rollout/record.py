@@ -1,4 +1,4 @@
-"""One conversation as it is written down, whichever loop plays it, and what the loops read of an environment."""
+"""The record of one conversation, in either loop, and the reading of observations."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Record:
     Attributes:
         instruction: The role-play instruction.
         message: The partner's newest line.
-        over: Whether it has ended, in whatever way.
+        over: Whether it has ended in any way.
     """
 
     def __init__(self, observation: tuple[str, str], info: Mapping[str, Any], seed: int | None, domain: str) -> None:
-        """Begin with what the environment's reset returned, as instruction and message."""
+        """Begin with the instruction and message from the environment's reset."""
         self.instruction, self.message = observation
         self.over = False
         self._persona, self._domain = str(info.get("persona", "")), domain
@@ -38,7 +38,7 @@ class Record:
         self._truncated = self.over = True
 
     def add(self, spoken: Spoken, reward: float, terminated: bool, truncated: bool, info: Mapping[str, Any]) -> None:
-        """Write down a reply and what the environment said to it; a reward that is no finite number is unjudged."""
+        """Record a reply and the environment's answer; a reward that is not finite means unjudged."""
         self._turns.append(
             Turn(
                 message=self.message,
@@ -75,7 +75,7 @@ def texts(observation: Any) -> tuple[Any, Any]:
     """Return instruction and message of an observation, or of a batch of them.
 
     Raises:
-        ValueError: An observation of another form.
+        ValueError: Another kind of observation.
     """
     try:
         return observation["instruction"], observation["message"]

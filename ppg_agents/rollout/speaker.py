@@ -1,4 +1,4 @@
-"""Who holds up the policy's end of conversations: the policy through its sampler, or an agent that speaks for itself.
+"""Who speaks for the policy: the policy through its sampler, or an agent that speaks for itself.
 
 Observations in, replies with their tokens out. Nothing here steps an environment.
 """
@@ -17,7 +17,7 @@ from ppg_agents.generation import Sample, Sampler
 from ppg_agents.policy.policy import Policy
 
 AGENT = "agent"
-"""What a turn's ``sampler`` says when an agent spoke for itself."""
+"""A turn's ``sampler`` when an agent spoke for itself."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Spoken:
 
 
 class Side:
-    """The policy's side of one conversation: what its next prompt is, and how many tokens it has."""
+    """The policy's side of one conversation: its next prompt, and the tokens used so far."""
 
     def __init__(self, policy: Policy, sampler: Sampler) -> None:
         """Begin the conversation."""
@@ -46,7 +46,7 @@ class Side:
         self._cut = False
 
     def prompt(self, instruction: str, message: str) -> list[int] | None:
-        """Return the tokens since the last sampled one; a reply that was cut is closed first.
+        """Return the tokens since the last sampled one; a cut reply is closed first.
 
         Args:
             instruction: The role-play instruction; read at the first message.
@@ -62,7 +62,7 @@ class Side:
         return tokens if len(tokens) <= self._room - self._used else None
 
     def said(self, prompt: list[int], sample: Sample) -> Spoken:
-        """Note what was sampled after a prompt, and return it with the text that the environment hears."""
+        """Record the sample after a prompt, and return it with the text that the environment hears."""
         self._cut = not sample.ended
         self._used += len(prompt) + len(sample.token_ids)
         return Spoken(self._policy.spoken(sample.token_ids), prompt, sample)
@@ -84,7 +84,7 @@ class Sides:
         return [side.prompt(instruction, message) if speaks else None for side, instruction, message, speaks in rows]
 
     def said(self, prompts: Prompts, samples: Sequence[Sample | None]) -> list[Spoken | None]:
-        """Note what was sampled after the prompts."""
+        """Record the samples after the prompts."""
         return [
             None if prompt is None or sample is None else side.said(prompt, sample)
             for side, prompt, sample in zip(self._sides, prompts, samples, strict=True)
@@ -113,8 +113,8 @@ class Speaker(Protocol):
             generator: Source of randomness.
 
         Returns:
-            Per conversation the reply; None when it is not active, or when prompt and longest reply would not fit into
-            the context.
+            The reply of each conversation; None if it is not active, or if prompt and longest reply would not fit the
+            context.
         """
 
 
@@ -122,7 +122,7 @@ class PolicySpeaker:
     """The policy speaks, through its sampler."""
 
     def __init__(self, policy: Policy, sampler: Sampler) -> None:
-        """Begin nothing yet."""
+        """Set up; `start` begins conversations."""
         self._policy, self._sampler = policy, sampler
 
     def start(self, n: int, generator: torch.Generator | None = None) -> None:
@@ -143,13 +143,13 @@ class PolicySpeaker:
 
 
 class AgentSpeaker:
-    """An agent speaks for itself, in words; the policy's tokenizer makes the ledger's tokens of them.
+    """An agent speaks for itself, in words; the policy's tokenizer turns them into the ledger's tokens.
 
-    Nobody knows their log-probs, so they are NaN: the built-in learner refuses to learn from them by ratios.
+    Their log-probs are unknown, so NaN: the built-in learner refuses to compute ratios from them.
     """
 
     def __init__(self, agent: SpeakingAgent, policy: Policy, sampler: Sampler) -> None:
-        """Begin nothing yet; of the sampler, only the limits are used."""
+        """Set up; only the sampler's limits are used."""
         self._agent, self._policy, self._sampler = agent, policy, sampler
 
     def start(self, n: int, generator: torch.Generator | None) -> None:
@@ -182,7 +182,7 @@ class AgentSpeaker:
                 f"expected {len(prompts)} texts from {type(self._agent).__name__}.act, got {len(texts)} of "
                 f"{', '.join(sorted({type(text).__name__ for text in texts}))}"
             )
-        # The environment hears the agent's very words, not what the tokenizer makes of them.
+        # The environment hears the agent's own words, not the text decoded from their tokens.
         spoken = self._sides.said(prompts, [self._sample(text) for text in texts])
         return [None if reply is None else replace(reply, text=text) for reply, text in zip(spoken, texts, strict=True)]
 
@@ -192,7 +192,7 @@ class AgentSpeaker:
 
 
 def speaker_of(agent: object, policy: Policy, sampler: Sampler) -> Speaker:
-    """Return who speaks for an agent: the agent where it can, else the policy."""
+    """Return who speaks for an agent: the agent if it can, else the policy."""
     if isinstance(agent, SpeakingAgent):
         return AgentSpeaker(agent, policy, sampler)
     return PolicySpeaker(policy, sampler)

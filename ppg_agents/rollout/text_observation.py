@@ -11,7 +11,7 @@ from gymnasium.vector.utils import batch_space
 
 
 def is_text(space: gym.Space[Any]) -> bool:
-    """Return whether a space holds strings: ``gymnasium.spaces.Text``, or a text space of your own."""
+    """Return whether a space holds strings: ``gymnasium.spaces.Text``, or your own text space."""
     return space.dtype is not None and space.dtype.kind == "U"
 
 
@@ -20,7 +20,7 @@ class TextObservation(gym.ObservationWrapper[dict[str, str], str, str], RecordCo
 
     Args:
         env: Its observations are strings.
-        instruction: What the policy is told about its part; empty for nothing.
+        instruction: The policy's instruction; empty for none.
 
     Raises:
         ValueError: The observations are not strings.
@@ -44,7 +44,7 @@ class TextObservations(
 
     Args:
         env: The vector environment.
-        instruction: The same for all conversations; empty for nothing.
+        instruction: The same for all conversations; empty for none.
 
     Raises:
         ValueError: The observations are not strings, or an environment that has ended is reset in the same step.
@@ -65,6 +65,6 @@ class TextObservations(
 def _with_instruction(space: gym.Space[Any], instruction: str) -> gym.Space[Any]:
     if not is_text(space):
         raise ValueError(f"expected an environment whose observations are strings, got {space}")
-    # Gymnasium's Text admits only the characters it is given, and has to be given at least one
+    # Gymnasium's Text allows only the characters it is given, and needs at least one
     only = gym.spaces.Text(max(len(instruction), 1), min_length=0, charset=frozenset(instruction or " "))
     return gym.spaces.Dict({"instruction": only, "message": space})

@@ -1,7 +1,7 @@
 """Conversations between a policy and single Gymnasium environments, each at its own pace.
 
-A conversation that waits for its judge or its partner does not hold the others: every one is stepped in a thread
-and asks the sampler on its own. What comes out is what `rollout.collect` gives. Nothing here learns.
+A conversation waiting for its judge or partner does not hold up the others: each runs in its own thread and asks the
+sampler by itself. Returns the same as `rollout.collect`. Nothing here learns.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from ppg_agents.rollout.speaker import Side
 from ppg_agents.trajectory import Trajectory
 
 MakeEnv = Callable[[], gym.Env[Any, Any]]
-_GRACE, _LOOK = 0.5, 0.1  # seconds: for conversations to end when the rollout is stopped; between looks for a signal
+# Seconds. Python handles Ctrl-C between waits of the main thread, so it waits in short spells. A thread inside a judge
+# or partner cannot be interrupted: once stopped, threads get a short grace to leave, then the error is raised anyway.
+_GRACE, _LOOK = 0.5, 0.1
 
 
 class Envs:
     """Single environments: made when one is needed, kept for the next conversation, closed together."""
 
     def __init__(self, make: MakeEnv) -> None:
-        """Make none yet."""
+        """Set up without making any."""
         self._make = make
         self._idle: list[gym.Env[Any, Any]] = []
         self._lock = threading.Lock()
@@ -43,7 +45,7 @@ class Envs:
         return self._make()
 
     def give(self, env: gym.Env[Any, Any]) -> None:
-        """Take one back; what comes after `close` is closed at once."""
+        """Take one back; after `close`, close it at once."""
         with self._lock:
             if not self._closed:
                 self._idle.append(env)
@@ -51,7 +53,7 @@ class Envs:
         env.close()
 
     def close(self) -> None:
-        """Close the idle ones, and the others as they are given back."""
+        """Close the idle ones now, and the others when they are given back."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -63,7 +65,7 @@ class Seeds:
     """The seed of every reply: the same, turn by turn, as lockstep conversations draw them from the generator."""
 
     def __init__(self, generator: torch.Generator | None, n: int) -> None:
-        """Draw none yet, for n conversations."""
+        """Set up for n conversations."""
         self._generator, self._n = generator, n
         self._rows: list[list[int | None]] = []
         self._lock = threading.Lock()
@@ -88,16 +90,16 @@ def collect_each(
     generator: torch.Generator | None = None,
     domain: str = "",
 ) -> list[Trajectory]:
-    """Hold one conversation per seed, each in a single environment at its own pace, all of them to their end.
+    """Hold one whole conversation per seed, each in a single environment at its own pace.
 
     An exception in one conversation, Ctrl-C included, stops all: replies under way are cancelled, no environment
-    is stepped again, and the exception is raised within a second. A thread that is inside of an environment then
-    leaves it when that returns.
+    is stepped again, and the exception is raised within a second. A thread inside an environment
+    leaves when that returns.
 
     Args:
-        make_env: Makes an environment, in the thread that steps it; or `Envs` to use again in the next rollout.
-        policy: Who speaks; its LoRA is merged while its own model samples.
-        sampler: How replies are drawn from `policy`.
+        make_env: Makes an environment, in the thread that steps it; or `Envs` to reuse in the next rollout.
+        policy: The policy; its LoRA is merged while its own model samples.
+        sampler: Draws its replies.
         seeds: N seeds of the episodes; equal seeds share a persona.
         generator: Gives every reply its seed; None only for greedy sampling.
         domain: Written into the trajectories.
@@ -106,7 +108,7 @@ def collect_each(
         N trajectories, in the order of `seeds`; see `rollout.collect`.
 
     Raises:
-        ValueError: No generator, or observations of another form.
+        ValueError: No generator, or observations of another kind.
     """
     n = len(seeds)
     if generator is None and sampler.temperature > 0:
@@ -123,7 +125,7 @@ def collect_each(
                 ended.put((i, _converse(env, policy, sampler, i, seeds[i], reply_seeds, domain, stop)))
             finally:
                 envs.give(env)
-        except BaseException as error:  # raised where the rollout is waited for
+        except BaseException as error:  # re-raised by the main thread
             ended.put((i, error))
 
     threads = [threading.Thread(target=work, args=(i,), name=f"ppg-conversation-{i}", daemon=True) for i in range(n)]
@@ -137,7 +139,7 @@ def collect_each(
                 while len(done) < n:
                     try:
                         i, outcome = ended.get(timeout=_LOOK)
-                    except queue.Empty:  # a signal is heard between waits
+                    except queue.Empty:  # a signal is handled between waits
                         continue
                     if isinstance(outcome, BaseException):
                         raise outcome
@@ -184,7 +186,7 @@ def _converse(
 
 
 def _join(threads: Sequence[threading.Thread], seconds: float) -> None:
-    """Wait for threads to end, no longer than so many seconds together."""
+    """Wait for threads to end, at most ``seconds`` in total."""
     deadline = time.monotonic() + seconds
     for thread in threads:
         if thread.ident is not None:

@@ -10,26 +10,26 @@
         policy_class="k-step 3",
     )
 
-GRPOTrainer has one advantage per completion, but its loss takes one per token as well, "to support subclasses": that is
-all this one changes. Sampling, losses, clipping, KL term and logging are TRL's. With the conversations b of one group,
+GRPOTrainer has one advantage per completion, but its loss takes one per token as well, "to support subclasses": this
+class changes nothing else. Sampling, losses, clipping, KL term and logging are TRL's. With the conversations b of one
+group,
 
     credit[b, t] = Σ_{ℓ ∈ R_t} γ^(ℓ−t) · r[b, ℓ]                                                    [P], γ [D]
     A[b, t] = (credit[b, t] − mean over the group of credit[·, t]) / (σ_t + 1e-4)                   [D]
 
 [P] is arXiv 2603.06138, [D] this project's definition: TRL's own rule, for every turn by itself. σ_t is the deviation
 of credit[·, t] in the group (``scale_rewards="group"``) or in the batch (``"batch"``); with ``"none"`` nothing is
-divided. So conversations of one turn are trained by GRPO to the last bit, and with full planning so are those that earn
-nothing before their last turn. A conversation is part of its group's mean: where G of them play a turn, A is (G−1)/G
+divided. So conversations of one turn are trained exactly as by GRPO, and with full planning so are those without a
+reward before the last turn. A conversation is part of its group's mean: where G of them play a turn, A is (G−1)/G
 times the credit less the mean of the others. With ``scale_rewards="none"`` and ``loss_type="dr_grpo"`` the gradient
 is that of the partial policy gradient with the baseline ``leave-one-out``, times (G−1)/G and over
 ``max_completion_length``.
 
 A turn without a verdict has no credit: it is left out of the group's mean, of σ_t and of other turns' credit, and its
 tokens have the advantage 0 (they count where a loss is divided by a number of tokens). What `PersonaChat.reward`
-returns, the mean or the sum of a conversation, is logged and not learned from.
+returns, the mean or the sum of a conversation, is only logged.
 
-It reads what the rollout function returns as ``env_mask`` and ``turn_rewards``, and nothing else of `PersonaChat`: any
-rollout function that returns both will do.
+It works with any rollout function that returns ``env_mask`` and ``turn_rewards``.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.losses import broadcast_credit
 
 
-class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types are not read
-    """TRL's GRPOTrainer, in which every turn of a conversation has an advantage of its own.
+class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
+    """TRL's GRPOTrainer, in which every turn of a conversation has its own advantage.
 
     Args:
         policy_class: A `PolicyClass`, or what its ``parse`` reads: ``greedy``, ``k-step 3``, a matrix, ….
         discount: γ, per turn.
-        *args: Of GRPOTrainer, as are all other names.
+        *args: For GRPOTrainer, as are all other names.
 
     Raises:
-        ValueError: An option that is not what it should be, or one of TRL's that does not go with credit by turn.
+        ValueError: A wrong option, or one of TRL's that does not work with credit by turn.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types ar
         discount: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if not hasattr(GRPOTrainer, "_generate_and_score_completions"):  # else credit would be TRL's, without a word
-            raise ValueError("expected TRL 1.16, or one that makes advantages in the same place; change its version")
+        if not hasattr(GRPOTrainer, "_generate_and_score_completions"):  # else credit would silently be TRL's
+            raise ValueError(
+                "expected TRL 1.16, or a version that computes advantages in the same place; change the version"
+            )
         self._class, self._discount = PolicyClass.parse(policy_class), discount
         self._class.check(None)  # a wrong option is an error now, not at the first step
         credit(np.zeros((1, 1)), np.ones((1, 1), dtype=bool), np.ones((1, 1), dtype=bool), discount)
@@ -85,19 +87,19 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL's types ar
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
         before = torch.nn.functional.pad(mask, (1, -1))
         turn = (mask & ~before).cumsum(1) - 1  # a reply is a run of sampled tokens
-        own = [row["turn_rewards"] for row in inputs]
-        for rewards, replies in zip(own, (turn[:, -1] + 1).tolist(), strict=True):
+        judged = [row["turn_rewards"] for row in inputs]
+        for rewards, replies in zip(judged, (turn[:, -1] + 1).tolist(), strict=True):
             if replies not in (len(rewards), 0):  # 0: mask_truncated_completions
                 raise ValueError(f"expected turn_rewards for {replies} replies, as in env_mask, got {len(rewards)}")
-        every = gather_object(own)  # of all processes: they may share a group
-        advantages = self._advantages(every).to(mask.device)
-        start = self.accelerator.process_index * len(own)
-        here = advantages[start : start + len(own)].nan_to_num(0.0)
+        everywhere = gather_object(judged)  # of all processes: they may share a group
+        advantages = self._advantages(everywhere).to(mask.device)
+        start = self.accelerator.process_index * len(judged)
+        here = advantages[start : start + len(judged)].nan_to_num(0.0)
         output["advantages"] = broadcast_credit(here, mask, turn)
         logged = self._logs["advantages"]  # TRL's, of the newest conversations; now their mean over turns
-        kept = list(logged)[: -len(every)]
+        earlier = list(logged)[: -len(everywhere)]
         logged.clear()
-        logged.extend(kept + advantages.nanmean(1).nan_to_num(0.0).tolist())
+        logged.extend(earlier + advantages.nanmean(1).nan_to_num(0.0).tolist())
         return output
 
     def _advantages(self, turn_rewards: list[list[float | None]]) -> Tensor:

@@ -16,13 +16,13 @@ TRL's ``environment_factory`` is for tools: a conversation would end with the fi
 environment's. The tokens that were sampled are the tokens that are trained on, by id; the partner's and the template's
 are masked (``env_mask``). All completions of a group are conversations of one seed: one persona, one opening line.
 
-What TRL can not do here, and ``ppg-agent train`` can:
+What TRL cannot do here, and ``ppg-agent train`` can:
 
-- With the plain GRPOTrainer: one reward per conversation, so every token of every reply has the same advantage. What a
-  good reply earned is shared by the bad ones beside it. `ppg_agents.trl.credit.PartialCreditTrainer` is a GRPOTrainer
+- With the plain GRPOTrainer: one reward per conversation, so every token of every reply has the same advantage, and bad
+  replies share what a good one earned. `ppg_agents.trl.credit.PartialCreditTrainer` is a GRPOTrainer
   with credit by turn, whose policy class can be chosen.
-- All conversations of a batch wait for one another at every turn, and the model's own ``generate`` reads the whole
-  conversation again at each (vLLM keeps it in its prefix cache).
+- All conversations of a batch wait for one another at every turn, where the model's own ``generate`` reads the whole
+  conversation again (vLLM keeps it in its prefix cache).
 - ``max_completion_length`` limits a reply, not a conversation: ``mask_truncated_completions`` and the clipped ratio
   look at the last reply alone, and ``dr_grpo`` divides by the limit of one reply.
 - Several processes only where each can sample by itself (DDP): not with a vLLM server, tensor parallelism, DeepSpeed or
@@ -65,18 +65,18 @@ ALONE = ("NO", "MULTI_GPU", "MULTI_CPU")  # kinds of distribution in which every
 
 
 class PersonaChat:
-    """What a GRPOTrainer needs to train on PersonaChat-v0: a dataset, a rollout function and a reward function.
+    """A dataset, a rollout function and a reward function, to train a GRPOTrainer on PersonaChat-v0.
 
     Attributes:
         trajectories: The conversations of the newest rollout, in the order of its prompts.
 
     Args:
-        reward: Of a conversation: ``mean`` or ``sum`` of its judged turns.
+        reward: Of a conversation, the ``mean`` or ``sum`` of its judged turns.
         personas: ``train``, ``held-out`` or a path to a persona file.
-        **env_kwargs: Of PersonaChat-v0: ``domain``, ``judge``, ``partner``, ``max_turns``, ``on_judge_failure``, …
+        **env_kwargs: For PersonaChat-v0: ``domain``, ``judge``, ``partner``, ``max_turns``, ``on_judge_failure``, …
 
     Raises:
-        ValueError: An option is not what it should be.
+        ValueError: A wrong option.
     """
 
     def __init__(self, reward: str = "mean", personas: str = "train", **env_kwargs: Any) -> None:
@@ -89,10 +89,10 @@ class PersonaChat:
         self._environments(personas, 1)  # a wrong option is an error now, not at the first step
 
     def dataset(self, conversations: int, seed: int = 0, personas: str | None = None) -> Dataset:
-        """Return one prompt per conversation: it names the seed and the personas, the environment says the rest.
+        """Return one prompt per conversation: it names the seed and the personas, the environment does the rest.
 
         Args:
-            conversations: How many different ones; GRPO plays each ``num_generations`` times.
+            conversations: How many; GRPO plays each ``num_generations`` times.
             seed: Of the first; the others follow.
             personas: Default: those of the constructor. ``held-out`` for an ``eval_dataset``.
 
@@ -112,18 +112,18 @@ class PersonaChat:
         """Hold one conversation per prompt; for ``rollout_func``.
 
         Args:
-            prompts: Out of `dataset`; equal ones, which TRL hands in side by side, are the members of a group.
+            prompts: From `dataset`; equal ones, which TRL passes side by side, form a group.
             trainer: The GRPOTrainer, whose model and sampling settings speak.
 
         Returns:
             Per conversation ``prompt_ids`` (up to the first reply), ``completion_ids`` (from there to its end),
             ``env_mask`` (1 on sampled tokens), ``logprobs`` (with vLLM, else None), ``turn_rewards`` (None where a turn
-            was not judged), ``conversation_reward`` and ``conversation`` (lines and scores, for the eye); TRL hands the
+            was not judged), ``conversation_reward`` and ``conversation`` (lines and scores, as text); TRL passes the
             last three to the reward functions.
 
         Raises:
-            ValueError: A prompt of another dataset, or a trainer that can not be served.
-            RuntimeError: The environment can not go on: see PersonaChat-v0.
+            ValueError: A prompt from another dataset, or an unsuitable trainer.
+            RuntimeError: The environment cannot go on: see PersonaChat-v0.
         """
         _check(trainer)
         personas, seeds = _read(prompts)
@@ -159,7 +159,7 @@ class PersonaChat:
         log_extra: Callable[[str, list[str]], None],
         **_: Any,
     ) -> list[float | None]:
-        """Return what the conversations earned, None for one that TRL is to leave out; for ``reward_funcs``.
+        """Return what the conversations earned, None for TRL to leave one out; for ``reward_funcs``.
 
         Logs ``unjudged_turns``, the share of turns without a score, and for ``log_completions`` the column
         ``conversation``: TRL's own column runs replies and the partner's lines together.
@@ -175,7 +175,7 @@ class PersonaChat:
         return conversation_reward
 
     def close(self) -> None:
-        """Let go of what judge and partner hold."""
+        """Close the environments, with judge and partner."""
         for envs in self._envs.values():
             envs.close()
         self._envs.clear()
@@ -194,7 +194,7 @@ class PersonaChat:
         return self._envs[personas, n]
 
     def _speaker(self, trainer: Any) -> Policy:
-        """Return the trainer's model as a policy, of which the prompt format is used; the model stays as it is."""
+        """Return the trainer's model as a policy, for its prompt format; the model stays as it is."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self._policy is None or self._policy.model is not model:
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
@@ -212,7 +212,7 @@ class PersonaChat:
 class TrainerSampler:
     """A GRPOTrainer's own generation, whichever backend it uses, for n conversations in lockstep."""
 
-    own_model = False  # TRL prepares the model, or the server, by itself
+    own_model = False  # TRL prepares the model or server itself
 
     def __init__(self, trainer: Any, policy: Policy) -> None:
         self.max_new_tokens = int(trainer.max_completion_length)
@@ -226,10 +226,10 @@ class TrainerSampler:
         self._ids = [[] for _ in range(n)]
 
     def sync(self, policy: Policy | None = None) -> None:
-        """TRL keeps its generation up to date by itself."""
+        """Do nothing: TRL keeps its generation up to date."""
 
     def close(self) -> None:
-        """The trainer owns what generates."""
+        """Do nothing: the trainer owns the generator."""
 
     def reply(self, prompts: Sequence[Sequence[int] | None], generator: torch.Generator | None) -> list[Sample | None]:
         """Return one reply per conversation; None in, None out. TRL draws from torch's global generator.
@@ -273,7 +273,7 @@ def _row(trajectory: Trajectory) -> tuple[list[int], list[int], list[float]]:
 
 
 def _text(trajectory: Trajectory) -> str:
-    """Return a conversation for the eye, scores behind the replies."""
+    """Return a conversation as text, with a score after every reply."""
     score = [f"{turn.reward:.2f}" if math.isfinite(turn.reward) else "no score" for turn in trajectory.turns]
     both = zip(trajectory.turns, score, strict=True)
     return "\n".join(f"partner: {turn.message}\npolicy: {turn.reply} ({score})" for turn, score in both)
@@ -285,15 +285,15 @@ def _read(prompts: Sequence[str]) -> tuple[str, list[int]]:
         named = [json.loads(prompt) for prompt in prompts]
         personas, seeds = {str(name["personas"]) for name in named}, [int(name["seed"]) for name in named]
     except (TypeError, KeyError, ValueError) as error:
-        what = f"expected prompts out of PersonaChat.dataset, got {prompts[0]!r}; pass that dataset to the trainer"
-        raise ValueError(what) from error
+        message = f"expected prompts from PersonaChat.dataset, got {prompts[0]!r}; pass that dataset to the trainer"
+        raise ValueError(message) from error
     if len(personas) != 1:
         raise ValueError(f"expected the same personas in a batch, got {sorted(personas)}; keep the datasets apart")
     return personas.pop(), seeds
 
 
 def _check(trainer: Any) -> None:
-    """Raise a ValueError for a trainer with which conversations would go wrong."""
+    """Raise a ValueError for a trainer that cannot hold these conversations."""
     if not hasattr(trainer, "_generate_single_turn"):
         raise ValueError(f"expected TRL's GRPOTrainer, 1.16 or newer, got {type(trainer).__name__}; upgrade TRL")
     if trainer.tools:  # TRL would then drop env_mask and train on the partner's words
@@ -303,5 +303,5 @@ def _check(trainer: Any) -> None:
     if trainer.accelerator.num_processes > 1 and (kind not in ALONE or together):
         raise ValueError(
             f"expected processes that sample by themselves, got {kind}{' with shared vLLM' if together else ''}: the "
-            "conversations of one process may end before those of another, which would wait for ever; use DDP"
+            "conversations of one process may end before those of another, which would wait forever; use DDP"
         )

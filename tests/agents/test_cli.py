@@ -97,7 +97,7 @@ def test_doctor_without_click_stops_in_silence_when_its_reader_has_gone() -> Non
     [
         (["train", "--policy-class", "k-step"], "policy_class: k-step needs lookahead; write 'k-step 3'"),
         (["train", "--policy-class", "gredy"], "got 'gredy'; did you mean 'greedy'?"),
-        (["train", "--policy-class", "full", "--lookahead", "3"], "got full; drop --lookahead or take k-step"),
+        (["train", "--policy-class", "full", "--lookahead", "3"], "got full; drop --lookahead or use k-step"),
         (["train", "--policy-class", "[[1, 0.5], [0]]"], "expected rows of 2 columns, got 1 columns in row 1"),
         (["train", "--policy-class", "[[1, NaN], [0, 1]]"], "expected finite weights, got nan at row 0, column 1"),
         (["train", "--policy-class", "[[1, 0.5], [2, 1]]"], "got 2.0 at row 1, column 0 (1 below the diagonal)"),

@@ -68,7 +68,7 @@ def test_one_run_fills_the_cells_of_all_sizes_when_the_learning_rate_is_constant
         ("[settings]\nseed = 3", r"settings.seed: the comparison sets it itself"),
         ("[agent_settings.pppo]\nbatch = 3", "expected settings of agents out of ppg, got 'pppo'"),
         ("[settings]\nlearning_rates = 3", "did you mean learning_rate"),
-        ("[agent_settings.ppg]\nevaluation.seed = 3", "it has to be the same for all"),
+        ("[agent_settings.ppg]\nevaluation.seed = 3", "it must be the same for all"),
         ("[settings]\nevaluation.conversations = 0", "which compares nothing"),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_comparison_is_named_by_the_environment() -> None:
 def test_a_comparison_that_another_environment_cannot_have_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         jobs(Plan(settings=OWN, **wrong), {"MyEnv-v0": 3})
-    with pytest.raises(ConfigError, match=r"agent_settings.ppg.env.id: it has to be the same for all"):
+    with pytest.raises(ConfigError, match=r"agent_settings.ppg.env.id: it must be the same for all"):
         Plan(agent_settings={"ppg": OWN})
 
 

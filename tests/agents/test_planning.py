@@ -70,7 +70,7 @@ def test_candidates_that_do_not_fit_are_named_before_a_model_is_loaded(auto: dic
 
 
 def test_logged_dialogues_have_no_policy_to_ask() -> None:
-    with pytest.raises(ConfigError, match="policy class 'auto' is chosen on conversations of the policy itself"):
+    with pytest.raises(ConfigError, match="policy class 'auto' needs conversations of the policy itself"):
         from_dict({**AUTO, "offline": {"files": ["a.json"]}})
 
 

@@ -280,7 +280,7 @@ def test_mistakes_are_named() -> None:
     sharded = SimpleNamespace(num_processes=2, distributed_type=SimpleNamespace(name="FSDP"))
     with pytest.raises(ValueError, match="expected processes that sample by themselves, got FSDP"):
         chat.rollout([], trainer_like(accelerator=sharded))
-    with pytest.raises(ValueError, match=r"expected prompts out of PersonaChat\.dataset, got 'Hello'"):
+    with pytest.raises(ValueError, match=r"expected prompts from PersonaChat\.dataset, got 'Hello'"):
         chat.rollout(["Hello"], trainer_like())
     mixed = [json.dumps({"personas": personas, "seed": 0}) for personas in ("train", "held-out")]
     with pytest.raises(ValueError, match="expected the same personas in a batch"):
