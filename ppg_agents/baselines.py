@@ -184,6 +184,15 @@ class MovingAverage:
         self.seen = np.array(state["seen"], dtype=np.bool_)
 
 
+def named(name: str, credit: Array, valid: Mask, groups: Sequence[Hashable], average: MovingAverage) -> Array:
+    """Return the baseline of a name [B, n]; asking for ``moving-average`` takes the batch into ``average``."""
+    if name == "leave-one-out":
+        return leave_one_out(credit, valid, groups)
+    if name == "batch-mean":
+        return batch_mean(credit, valid)
+    return average(credit, valid) if name == "moving-average" else none(credit, valid)
+
+
 def standardise(adv: Array, valid: Mask, eps: float = 1e-8) -> Array:
     """Shift and scale the advantages of a batch: (A − mean) / (std + eps) over all valid turns, 0 elsewhere.
 

@@ -102,7 +102,7 @@ def build_agent(
         "workers": team,
     }
     for key in config.agent_options:
-        if key in settings or hasattr(config, key) or config.agent == "ppg":
+        if key in settings or hasattr(config, key):
             todo = f"set {key} without the prefix" if hasattr(config, key) else "leave it out"
             raise ConfigError(f"agent_options.{key}: expected an option of the agent {config.agent!r} alone; {todo}")
     try:

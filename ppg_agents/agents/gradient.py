@@ -48,6 +48,11 @@ class Whole:
     own: slice
     units: int
 
+    def described(self) -> dict[str, float]:
+        """Return the mean and spread of the credit over judged turns, as metrics; 0 without any."""
+        judged = self.credit[self.valid] if self.valid.any() else np.zeros(1)
+        return {"credit_mean": float(judged.mean()), "credit_std": float(judged.std())}
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ppg_agents import alternatives as alt
 from ppg_agents import baselines, ledger, losses
 from ppg_agents.agents.advantages import turns_of
 from ppg_agents.agents.gradient import Array, Descent, Loss, Objective, Whole, agree, score, trained_tokens
@@ -110,7 +109,10 @@ class Learner(OfflineAgent):
             self.head = ValueHead(int(policy.config.hidden_size), self.options["value_learning_rate"], policy.device)
         if settings.n_turns:
             self._check_class(settings.n_turns)
-        self._try_out()
+        try_out(self.method, self.options, self._longest_reply() if self.options.get("overlong_buffer") else 0)
+        if self._objective.reference or (settings.kl_coefficient and self.method.kl != "none"):
+            two_tokens = torch.ones((1, 2), dtype=torch.bool)
+            policy.reference_log_probs(two_tokens.long(), two_tokens)  # refuses a policy without a reference
 
     @property
     def needs(self) -> Needs:
@@ -138,7 +140,7 @@ class Learner(OfflineAgent):
     def loss_is_likelihood(self) -> bool:
         """Whether the loss of `learn_offline` is minus the credit-weighted log-likelihood."""
         plain = self.settings.aggregation == "sum" and not self.settings.standardise
-        return self.name == "ppg" and plain
+        return plain and self.method.offline and "baseline" in self.method.takes
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Take ``steps_per_batch`` optimiser steps on conversations of the current policy.
@@ -178,7 +180,7 @@ class Learner(OfflineAgent):
         temperature, staleness = self._check(trajectories, data, sampled=sampled)
         data, shaping = self._shape(data, temperature)
         whole = self._credit(trajectories, data)
-        described = {**_described(whole), **shaping}
+        described = {**whole.described(), **shaping}
         if not self.method.learns:
             return {**self._without_a_step(data), **described, **staleness}
         data, whole, kept = self._keep(trajectories, data, whole)
@@ -273,7 +275,13 @@ class Learner(OfflineAgent):
         advantage = whole.credit
         if "baseline" in self.method.takes:
             # Logged replies are imitated in proportion to their credit; with a baseline the likelihood is unbounded.
-            subtracted = self._subtract(whole) if sampled else baselines.none(whole.credit, whole.valid)
+            subtracted = (
+                baselines.named(
+                    self.settings.baseline or "none", whole.credit, whole.valid, whole.groups, self._average
+                )
+                if sampled
+                else baselines.none(whole.credit, whole.valid)
+            )
             advantage = baselines.advantage(whole.credit, subtracted, whole.valid)
             advantage = baselines.standardise(advantage, whole.valid) if self.settings.standardise else advantage
         if self.method.advantage:
@@ -371,16 +379,6 @@ class Learner(OfflineAgent):
         """Return the credit [B, n] of every turn, by the policy class."""
         return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self.settings.discount)
 
-    def _subtract(self, whole: Whole) -> Array:
-        """Return the baseline [B, n]; a moving average also takes in the batch."""
-        if self.settings.baseline == "leave-one-out":
-            return baselines.leave_one_out(whole.credit, whole.valid, whole.groups)
-        if self.settings.baseline == "batch-mean":
-            return baselines.batch_mean(whole.credit, whole.valid)
-        if self.settings.baseline == "moving-average":
-            return self._average(whole.credit, whole.valid)
-        return baselines.none(whole.credit, whole.valid)
-
     def _measure(self, data: Batch, of: Measurement, mask: Tensor) -> Tensor:
         return measure(data, mask, of, budget=self.settings.micro_batch_tokens, workers=self._workers)
 
@@ -425,21 +423,3 @@ class Learner(OfflineAgent):
                 f"{self.name!r}: expected a sampler, which gives the longest reply, got none; pass sampler="
             )
         return self.sampler.max_new_tokens
-
-    def _try_out(self) -> None:
-        """Find what cannot work before anything is sampled."""
-        try_out(self.method, self.options)
-        if self.options.get("overlong_buffer"):
-            longest = torch.tensor([float(self._longest_reply())])
-            alt.overlong_penalty(longest, max_length=int(longest), buffer=self.options["overlong_buffer"])
-        if self._objective.reference or (self.settings.kl_coefficient and self.method.kl != "none"):
-            mask = torch.ones((1, 2), dtype=torch.bool)
-            self.policy.reference_log_probs(mask.long(), mask)  # refuses a policy without a reference
-
-
-def _described(whole: Whole) -> dict[str, float]:
-    """Return the mean and spread of the credit over judged turns; 0 without any."""
-    judged = whole.credit[whole.valid]
-    if not judged.size:
-        return {"credit_mean": 0.0, "credit_std": 0.0}
-    return {"credit_mean": float(judged.mean()), "credit_std": float(judged.std())}

@@ -7,9 +7,10 @@ import torch
 from ppg_agents.agents.advantages import Turns
 from ppg_agents.agents.gradient import Scored
 from ppg_agents.agents.methods import Method, Options, resolve
+from ppg_agents.alternatives import overlong_penalty
 
 
-def try_out(method: Method, options: Options) -> None:
+def try_out(method: Method, options: Options, longest_reply: int = 0) -> None:
     """Compute the method's loss of two tokens and its advantage of two turns.
 
     Raises:
@@ -24,3 +25,7 @@ def try_out(method: Method, options: Options) -> None:
     if method.advantage:
         ones, valid = torch.ones((2, 1), dtype=torch.float64), torch.ones((2, 1), dtype=torch.bool)
         resolve(method.advantage)(Turns(ones, ones, valid, [0, 0], ones, ones), options)
+    if longest_reply:
+        overlong_penalty(
+            torch.tensor([float(longest_reply)]), max_length=longest_reply, buffer=options["overlong_buffer"]
+        )

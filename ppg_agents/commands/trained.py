@@ -33,12 +33,15 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
     flags["evaluation.conversations"] = conversations
     config = target_config(target, **flags)
 
+    from ppg_agents.agents.methods import METHODS
     from ppg_agents.evaluate import evaluate as measure
     from ppg_agents.evaluate import load_target
     from ppg_agents.terminal.progress import Progress, number, sparkline
 
     policy, sampler, speaker = load_target(target, config)
-    best_of = best_of or (int(config.agent_options.get("n", 4)) if config.agent == "best-of-n" else 1)
+    method = METHODS.get(config.agent)
+    options = method.fill(config.agent, config.agent_options) if method else {}
+    best_of = best_of or int(options.get("n", 1))
     with Progress("evaluating", config.evaluation.conversations) as progress:
         result = measure(
             policy, sampler, config, personas=personas, best_of=best_of, done=progress.advance, speaker=speaker

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ppg_agents.agents import agents
+from ppg_agents.agents.methods import METHODS
+from ppg_agents.agents.registry import agents
 from ppg_agents.config import settings as configs
 from ppg_agents.config.parsing import ConfigError, build, flatten, put
 from ppg_agents.config.settings import TrainConfig
@@ -24,8 +25,8 @@ from ppg_agents.horizon.choice import by_label
 from ppg_agents.models.finding import base_of, locate
 from ppg_agents.nearest import did_you_mean
 
-UNTRAINED = ("base", "best-of-n")
-CLASSLESS = (*UNTRAINED, "sft")
+UNTRAINED = tuple(name for name, method in METHODS.items() if not method.learns)
+CLASSLESS = tuple(name for name, method in METHODS.items() if not (method.learns and method.credit))
 SB3 = "sb3-"
 SB3_AGENTS = ("sb3-ppo", "sb3-a2c", "sb3-dqn")
 OURS = ("domain", "agent", "policy_class", "lookahead", "segments", "seed", "iterations", "out", "evaluation.at")

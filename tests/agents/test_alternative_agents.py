@@ -237,7 +237,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("base", {"clip_low": 0.1}, r"an option of 'base' \(none\)"),
     ("grpo", {"clip_low": "small"}, "clip_low: expected float, got 'small'"),
     ("grpo", {"clip_low": 2.0}, "clip_low in"),
-    ("grpo", {"baseline": "none"}, "expected baseline = 'batch-mean', got 'none': its advantage has a baseline"),
+    ("grpo", {"baseline": "none"}, "expected baseline = 'batch-mean', got 'none': its advantage has its own baseline"),
     ("cispo", {"importance": "turn"}, "expected importance = 'none', got 'turn'"),
     ("cispo", {"max_weight": 0.5}, "max_weight >= 1"),
     ("rpg", {"divergence": "reverse-u"}, "expected one of .*, got 'reverse-u'; did you mean 'reverse_u'"),

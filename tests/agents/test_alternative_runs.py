@@ -111,7 +111,7 @@ def test_settings_that_do_not_suit_an_agent_are_named(settings: dict[str, Any], 
         ({"agent": "grpo", "group": 1}, r"expected group >= 2, got 1; add --set group=4"),
         ({"agent": "gppo"}, r"expected an agent out of .*, got 'gppo'; did you mean"),
         ({"agent": "sft", "policy_class": "auto"}, "got 'auto'"),
-        ({"agent": "ppg", "agent_options": {"clip_low": 0.1}}, "agent_options.clip_low: expected an option of the"),
+        ({"agent": "ppg", "agent_options": {"clip_low": 0.1}}, r"expected an option of 'ppg' \(none\), got 'clip_low'"),
         ({"agent": "grpo", "agent_options": {"discount": 0.1}}, "set discount without the prefix"),
     ]
     for changed, message in wrong:
