@@ -85,7 +85,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "4 bits": (("train", "--set", "load.quantisation=4bit"), "on a machine with a CUDA device"),
     "vLLM": (("train", "--set", "sampling.backend=vllm"), 'vllm is not installed; run: pip install "ppg-gym[vllm]"'),
     "argument": (("train", "--set", "env.kwargs.maxturns=3"), "got 'maxturns'; did you mean 'max_turns'?"),
-    "environment": (("train", "--set", "env.id=Mine-v0"), "is named with its module: MODULE:Mine-v0"),
+    "environment": (("train", "--set", "env.id=Mine-v0"), "name its module: MODULE:Mine-v0"),
     "no conversation": (
         ("train", "--set", "env.id=CartPole-v1"),
         "dict with 'instruction' and 'message', got 'CartPole",
