@@ -71,6 +71,13 @@ def _conversation_errors() -> Iterator[None]:
 
 
 @runtime_checkable
+class Planned(Protocol):
+    """An environment that says how many turns a conversation is planned to have."""
+
+    max_turns: int | None
+
+
+@runtime_checkable
 class Metered(Protocol):
     """An environment that counts its requests to servers."""
 
@@ -238,13 +245,12 @@ def planned_turns(envs: VectorEnv[Any, Any, Any], config: TrainConfig) -> int | 
     Read from ``env.max_turns``, the environment's attribute ``max_turns``, or its spec's step limit.
     """
     inner = envs.unwrapped
-    single = (
-        inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner
-    )  # SyncVectorEnv does not pass on its attributes
+    # SyncVectorEnv does not pass on the attributes of what it holds
+    single = inner.envs[0].unwrapped if isinstance(inner, SyncVectorEnv) else inner
     limits = (
         config.env.max_turns,
         config.env.kwargs.get("max_turns"),
-        getattr(single, "max_turns", None),
+        single.max_turns if isinstance(single, Planned) else None,
         envs.spec.max_episode_steps if envs.spec else None,
     )
     return next((int(limit) for limit in limits if limit), None)

@@ -11,8 +11,8 @@
     )
 
 GRPOTrainer has one advantage per completion, but its loss takes one per token as well, "to support subclasses": this
-class changes nothing else. Sampling, losses, clipping, KL term and logging are TRL's. With the conversations b of one
-group,
+class changes nothing else. Sampling, losses, clipping, KL term and logging are TRL's. In a
+group of conversations b,
 
     credit[b, t] = Σ_{ℓ ∈ R_t} γ^(ℓ−t) · r[b, ℓ]                                                    [P], γ [D]
     A[b, t] = (credit[b, t] − mean over the group of credit[·, t]) / (σ_t + 1e-4)                   [D]
