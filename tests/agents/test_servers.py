@@ -61,8 +61,12 @@ class FakeServer:
         await site.start()
         self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
+    async def end(self) -> None:
+        await self.runner.cleanup()
+        await asyncio.sleep(0.01)  # transports close in the loop's next rounds: one that stopped first would leave them
+
     def stop(self) -> None:
-        self.run(self.runner.cleanup())
+        self.run(self.end())
         self.adapters.clear()
 
     def close(self) -> None:
