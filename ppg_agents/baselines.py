@@ -1,16 +1,19 @@
-"""Baselines b [B, n], subtracted from the credit: advantage = (credit − b) · valid.
+"""Baselines b [B, n], subtracted from the credit where a turn is valid.
+
+Each is a mean per column, so it can be taken of the credit or, as `ppg_agents.missing` does, of the rewards that make
+it up: b is linear in them.
 
 All are own choices; arXiv 2603.06138 leaves baselines open. Every docstring states the bias with respect to
-the policy class's own gradient: E[∇ log π(y_t | …) · b] = 0 as long as b does not depend on y_t. Masked turns
-are another matter: if a judge's failure depends on the reply, leaving the turn out changes the objective
-itself, with any baseline.
+the policy class's own gradient: E[∇ log π(y_t | …) · b] = 0 as long as b does not depend on y_t. Faults that depend on
+the reply are another matter: leaving those turns out changes the objective itself, with any baseline.
 
 Numpy only; nothing here may know a token or a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,50 +23,13 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 
-def advantage(credit: Array, baseline: Array, valid: Mask) -> Array:
-    """Return (credit − baseline) · valid.
-
-    Args:
-        credit: [B, n].
-        baseline: [B, n].
-        valid: [B, n] bool.
-
-    Returns:
-        [B, n], 0 at invalid turns.
-
-    Raises:
-        ValueError: Shapes that differ, or ``valid`` not boolean.
-    """
-    _check(credit, valid)
-    if baseline.shape != credit.shape:
-        raise ValueError(f"expected a baseline of shape {list(credit.shape)}, got {list(baseline.shape)}")
-    return np.where(valid, credit - baseline, 0.0)
-
-
-def none(credit: Array, valid: Mask) -> Array:
-    """No baseline, b = 0. Unbiased.
-
-    Args:
-        credit: [B, n].
-        valid: [B, n] bool.
-
-    Returns:
-        Zeros [B, n].
-
-    Raises:
-        ValueError: Shapes that differ, or ``valid`` not boolean.
-    """
-    _check(credit, valid)
-    return np.zeros(credit.shape)
-
-
 def leave_one_out(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Array:
     """Mean credit of turn t over the *other* conversations of the group: RLOO (2402.14740), per turn.
 
-        b_{b,t} = mean{ credit_{j,t} : j ≠ b, groups_j = groups_b, valid_{j,t} },   0 if there is none
+        b_{b,t} = mean{ credit_{j,t} : j ≠ b, groups_j = groups_b, valid_{j,t} }
 
-    Unbiased if the conversations of a batch are sampled independently, even when the policy decides when a
-    conversation ends.
+    Where the group has no other, it is the mean over the other groups (own), and 0 if they have none either. Unbiased
+    if the conversations of a batch are sampled independently, even when the policy decides when a conversation ends.
 
     Args:
         credit: [B, n].
@@ -76,17 +42,30 @@ def leave_one_out(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Arr
     Raises:
         ValueError: Shapes that differ, ``valid`` not boolean, or not one label per conversation.
     """
-    _check(credit, valid)
-    if len(groups) != len(credit):
-        raise ValueError(f"expected one group label for each of {len(credit)} conversations, got {len(groups)}")
-    first: dict[Hashable, int] = {}
-    group = np.array([first.setdefault(label, len(first)) for label in groups], dtype=np.intp)
-    counted = np.where(valid, credit, 0.0)
-    total, count = np.zeros((len(first), credit.shape[1])), np.zeros((len(first), credit.shape[1]))
-    np.add.at(total, group, counted)
-    np.add.at(count, group, valid)
-    others = count[group] - valid
-    return np.where(others > 0, (total[group] - counted) / np.maximum(others, 1), 0.0)
+    counted, totals, counts, group = _per_group(credit, valid, groups)
+    others = counts[group] - valid
+    mean = (totals[group] - counted) / np.maximum(others, 1)
+    return np.where(others > 0, mean, mean_of_others(credit, valid, groups))
+
+
+def mean_of_others(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Array:
+    """Mean credit of turn t over the conversations of *other* groups, 0 if they have none. Unbiased, as above.
+
+    Args:
+        credit: [B, n].
+        valid: [B, n] bool.
+        groups: B labels.
+
+    Returns:
+        [B, n], equal within a group.
+
+    Raises:
+        ValueError: Shapes that differ, ``valid`` not boolean, or not one label per conversation.
+    """
+    _, totals, counts, group = _per_group(credit, valid, groups)
+    others = counts.sum(0) - counts
+    mean = np.where(others > 0, (totals.sum(0) - totals) / np.maximum(others, 1), 0.0)
+    return np.asarray(mean[group], dtype=np.float64)
 
 
 def batch_mean(credit: Array, valid: Mask) -> Array:
@@ -111,6 +90,26 @@ def batch_mean(credit: Array, valid: Mask) -> Array:
     """
     _check(credit, valid)
     return np.broadcast_to(_mean(credit, valid), credit.shape).copy()
+
+
+def group_mean(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> Array:
+    """Mean credit of turn t over the group, including the conversation itself: GRPO (2402.03300), per turn.
+
+    Biased, as `batch_mean` is; N_t counts the group's conversations.
+
+    Args:
+        credit: [B, n].
+        valid: [B, n] bool.
+        groups: B labels; conversations that share a persona have equal labels.
+
+    Returns:
+        [B, n], equal within a group; 0 where no conversation of it is valid.
+
+    Raises:
+        ValueError: Shapes that differ, ``valid`` not boolean, or not one label per conversation.
+    """
+    _, totals, counts, group = _per_group(credit, valid, groups)
+    return np.asarray((totals / np.maximum(counts, 1))[group], dtype=np.float64)
 
 
 class MovingAverage:
@@ -184,13 +183,15 @@ class MovingAverage:
         self.seen = np.array(state["seen"], dtype=np.bool_)
 
 
-def named(name: str, credit: Array, valid: Mask, groups: Sequence[Hashable], average: MovingAverage) -> Array:
-    """Return the baseline of a name [B, n]; asking for ``moving-average`` takes the batch into ``average``."""
+def named(
+    name: str | None, groups: Sequence[Hashable], average: MovingAverage
+) -> Callable[[Array, Mask], Array] | None:
+    """Return the baseline of a name as a function of credit and valid; None for none."""
     if name == "leave-one-out":
-        return leave_one_out(credit, valid, groups)
+        return partial(leave_one_out, groups=groups)
     if name == "batch-mean":
-        return batch_mean(credit, valid)
-    return average(credit, valid) if name == "moving-average" else none(credit, valid)
+        return batch_mean
+    return average if name == "moving-average" else None
 
 
 def standardise(adv: Array, valid: Mask, eps: float = 1e-8) -> Array:
@@ -221,6 +222,20 @@ def _mean(credit: Array, valid: Mask) -> Array:
     """Return the mean over valid conversations per turn, [n]; 0 where there is none."""
     total = np.where(valid, credit, 0.0).sum(0)
     return np.asarray(total / np.maximum(valid.sum(0), 1), dtype=np.float64)
+
+
+def _per_group(credit: Array, valid: Mask, groups: Sequence[Hashable]) -> tuple[Array, Array, Array, NDArray[np.intp]]:
+    """Return the credit with 0 at invalid turns, its sums and counts per group [G, n], and each row's group [B]."""
+    _check(credit, valid)
+    if len(groups) != len(credit):
+        raise ValueError(f"expected one group label for each of {len(credit)} conversations, got {len(groups)}")
+    first: dict[Hashable, int] = {}
+    group = np.array([first.setdefault(label, len(first)) for label in groups], dtype=np.intp)
+    counted = np.where(valid, credit, 0.0)
+    totals, counts = np.zeros((len(first), credit.shape[1])), np.zeros((len(first), credit.shape[1]))
+    np.add.at(totals, group, counted)
+    np.add.at(counts, group, valid)
+    return counted, totals, counts, group
 
 
 def _check(credit: Array, valid: Mask) -> None:

@@ -26,6 +26,8 @@ class Batch:
         turn_index: Long [B, L], each token's turn, from 0; 0 on padding.
         rewards: Float64 [B, n], NaN where a turn was not judged or not played.
         valid: Bool [B, n], True where a turn was played and judged.
+        missing: Bool [B, n], True where a fault took the reward: a turn without a score, and all that follow the loss
+            of judge or partner. Where neither, the conversation had ended.
         sampling_log_probs: Float32 [B, L], 0 outside ``token_mask``, NaN where unknown.
         spans: Int64 [B, n, 3], the `Span` of every turn; -1 where it was not played.
     """
@@ -36,6 +38,7 @@ class Batch:
     turn_index: Tensor
     rewards: NDArray[np.float64]
     valid: NDArray[np.bool_]
+    missing: NDArray[np.bool_]
     sampling_log_probs: Tensor
     spans: NDArray[np.int64]
 
@@ -65,6 +68,7 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
     turn_index = np.zeros(ids.shape, dtype=np.int64)
     log_probs = np.zeros(ids.shape, dtype=np.float32)
     rewards = np.full((len(rows), n), np.nan)
+    played = np.zeros(rewards.shape, dtype=np.bool_)
     spans = np.full((len(rows), n, 3), -1, dtype=np.int64)
     for b, (row, trajectory) in enumerate(zip(rows, trajectories, strict=True)):
         ids[b, : len(row)] = row
@@ -73,8 +77,9 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
             turn_index[b, span.prompt : span.end] = t
             token_mask[b, span.start : span.end] = True
             log_probs[b, span.start : span.end] = turn.log_probs
-            rewards[b, t] = turn.reward
+            rewards[b, t], played[b, t] = turn.reward, True
             spans[b, t] = span
+    lost = np.array([trajectory.lost for trajectory in trajectories], dtype=np.bool_)
     return Batch(
         ids=torch.from_numpy(ids),
         attention=torch.from_numpy(attention),
@@ -82,6 +87,7 @@ def batch(trajectories: Sequence[Trajectory], pad_id: int, n_turns: int | None =
         turn_index=torch.from_numpy(turn_index),
         rewards=rewards,
         valid=np.isfinite(rewards),
+        missing=~np.isfinite(rewards) & (played | lost[:, None]),
         sampling_log_probs=torch.from_numpy(log_probs),
         spans=spans,
     )

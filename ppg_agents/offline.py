@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppg_agents.agents.protocol import Agent, OfflineAgent
+from ppg_agents.batch import batch
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import OfflineSettings, TrainConfig
-from ppg_agents.credit import Mask, credit
+from ppg_agents.credit import Mask
 from ppg_agents.horizon.planner import Planner
+from ppg_agents.missing import Credits
 from ppg_agents.rollout.metrics import batch_metrics
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
@@ -89,7 +91,8 @@ class Offline:
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
         if self.agent.loss_is_likelihood:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
-            metrics |= likelihood(total, trajectories, self.mask(self.turns or 1), self.config.discount)
+            weight = weighted_tokens(trajectories, self.mask(self.turns or 1), self.config.discount)
+            metrics |= likelihood(total, weight, trajectories)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
     def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
@@ -175,31 +178,36 @@ def encode(
     )
 
 
-def likelihood(total: float, trajectories: Sequence[Trajectory], mask: Mask, discount: float) -> dict[str, Any]:
+def weighted_tokens(trajectories: Sequence[Trajectory], mask: Mask, discount: float) -> float:
+    """Return Σ_b Σ_t A_{b,t} · |y_{b,t}|, tokens weighed by what the learner weighs their reply with.
+
+    Args:
+        trajectories: B conversations.
+        mask: The policy class [n, n].
+        discount: γ, per turn.
+    """
+    data = batch(trajectories, 0, len(mask))
+    credits = Credits(data.rewards, data.valid, data.missing, mask, discount)
+    return float((credits.filled() * credits.replies * (data.spans[..., 2] - data.spans[..., 1])).sum())
+
+
+def likelihood(total: float, weight: float, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the reward-weighted log-likelihood of conversations on three scales.
 
     Args:
-        total: Σ_b Σ_t credit_{b,t} · log π(y_{b,t} | …), nats.
+        total: Σ_b Σ_t A_{b,t} · log π(y_{b,t} | …), nats, with A the credit, made up for what faults took away.
+        weight: `weighted_tokens`.
         trajectories: The B conversations of the sum.
-        mask: The policy class [n, n].
-        discount: γ, per turn.
 
     Returns:
         ``log_likelihood``: per conversation; ``log_likelihood_per_token``: per reply token of a judged turn;
-        ``weighted_token_log_prob``: per credit-weighted token, total / Σ_b Σ_t credit_{b,t} · |y_{b,t}|, a mean
+        ``weighted_token_log_prob``: per credit-weighted token, total / Σ_b Σ_t A_{b,t} · |y_{b,t}|, a mean
         log-probability, the only one comparable between batches and policy classes; None without credit.
     """
-    n = len(mask)
-    rewards = np.full((len(trajectories), n), np.nan)
-    lengths = np.zeros(rewards.shape)
-    for b, trajectory in enumerate(trajectories):
-        for t, turn in enumerate(trajectory.turns):
-            rewards[b, t], lengths[b, t] = turn.reward, len(turn.token_ids)
-    judged = np.isfinite(rewards)
-    weight = float((credit(rewards, mask, judged, discount) * lengths).sum())
+    tokens = sum(len(turn.token_ids) for t in trajectories for turn in t.turns if math.isfinite(turn.reward))
     return {
         "log_likelihood": total / len(trajectories),
-        "log_likelihood_per_token": total / float(lengths[judged].sum()),
+        "log_likelihood_per_token": total / tokens,
         "weighted_token_log_prob": total / weight if weight else None,
     }
 
@@ -214,12 +222,13 @@ def held_out_likelihood(
     """
     scored = {name: agent.evaluate_offline(trajectories) for name, trajectories in held_out.items()}
     totals = {name: scored[name]["objective"] * len(trajectories) for name, trajectories in held_out.items()}
+    weights = {name: weighted_tokens(held_out[name], mask, discount) for name in held_out}
     everyone = [trajectory for trajectories in held_out.values() for trajectory in trajectories]
     return {
-        **likelihood(sum(totals.values()), everyone, mask, discount),
+        **likelihood(sum(totals.values()), sum(weights.values()), everyone),
         "conversations": len(everyone),
         "turns": sum(int(result["turns"]) for result in scored.values()),
-        "per_file": {name: likelihood(totals[name], held_out[name], mask, discount) for name in held_out},
+        "per_file": {name: likelihood(totals[name], weights[name], held_out[name]) for name in held_out},
     }
 
 

@@ -77,6 +77,7 @@ class Trajectory:
         terminated: The conversation reached its planned end.
         truncated: It was cut short: by a limit on tokens or turns, or because judge or partner was lost.
         partner_status: ``ok``, or the partner's fault that ended the conversation.
+        lost: A fault of judge or partner ended it, so its further rewards are missing, not 0.
     """
 
     instruction: str
@@ -87,6 +88,7 @@ class Trajectory:
     terminated: bool
     truncated: bool
     partner_status: str = "ok"
+    lost: bool = False
 
     def token_ids(self) -> list[int]:
         """Return the whole conversation's tokens."""
@@ -140,6 +142,7 @@ def from_json(line: str) -> Trajectory:
             )
             for turn in record["turns"]
         )
+        record.setdefault("lost", record.get("partner_status", "ok") != "ok")  # written by earlier versions
         trajectory = Trajectory(**{**record, "turns": turns})
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"expected the fields of {SCHEMA}, got {type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ The formulas are in `ppg_agents.alternatives`. Arrays cover the whole batch of a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
+from ppg_agents import baselines
 from ppg_agents.agents.gradient import Array, Whole, trained_tokens
 from ppg_agents.agents.methods import Options
 from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers
+from ppg_agents.missing import Credits
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Turns:
     """The whole batch per turn, [B, n]; values at invalid turns are ignored.
 
     Attributes:
-        credit: The policy class's credit.
+        credits: The policy class's credit, for any baseline.
+        credit: It without a baseline.
         baselined: The credit less the run's baseline.
         valid: Played and judged.
         groups: B labels, equal for conversations that share a persona.
@@ -33,6 +37,7 @@ class Turns:
         entropy: Mean token entropy of each reply when it was sampled, nats; 0 unless the method asks for it.
     """
 
+    credits: Credits
     credit: Tensor
     baselined: Tensor
     valid: Tensor
@@ -59,29 +64,30 @@ def turns_of(data: Batch, whole: Whole, baselined: Array, entropy: Tensor | None
         of_turns = alt.turn_mean(per_token, mask, data.turn_index, valid.shape[1])
     parts = workers.gather([(lengths.numpy(), of_turns.numpy())])
     everywhere = [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
-    return Turns(torch.from_numpy(whole.credit), torch.from_numpy(baselined), valid, whole.groups, *everywhere)
+    credit = torch.from_numpy(whole.credit)
+    return Turns(whole.credits, credit, torch.from_numpy(baselined), valid, whole.groups, *everywhere)
 
 
 def rloo(turns: Turns, options: Options) -> Tensor:
     """Return the credit less the mean of the group's others."""
-    return alt.rloo(turns.credit, turns.valid, turns.groups)
+    return torch.from_numpy(turns.credits.against(partial(baselines.leave_one_out, groups=turns.groups)))
 
 
 def grpo(turns: Turns, options: Options) -> Tensor:
     """Return the credit less the group's mean, over the group's standard deviation."""
-    return alt.grpo(turns.credit, turns.valid, turns.groups, epsilon=options["epsilon"])
+    std = alt.group_std(turns.credit, turns.valid, turns.groups)
+    scaled: Tensor = dr_grpo(turns, options) / (std + options["epsilon"])
+    return scaled
 
 
 def dr_grpo(turns: Turns, options: Options) -> Tensor:
     """Return the credit less the group's mean."""
-    return alt.grpo(turns.credit, turns.valid, turns.groups, scale_by_std=False)
+    return torch.from_numpy(turns.credits.against(partial(baselines.group_mean, groups=turns.groups)))
 
 
 def whitened(turns: Turns, options: Options) -> Tensor:
     """Return REINFORCE++'s advantage: whitened over turns or, as in its source, over tokens (weighted by length)."""
-    credit = turns.credit
-    if options["group_mean"]:
-        credit = alt.grpo(credit, turns.valid, turns.groups, scale_by_std=False)
+    credit = dr_grpo(turns, options) if options["group_mean"] else turns.credit
     if options["whiten"] == "turns":
         return alt.whiten(credit, turns.valid)
     lengths = (turns.lengths * turns.valid)[..., None]
@@ -109,16 +115,16 @@ def with_spread(whole: Whole, options: Options) -> NDArray[np.bool_]:
     """Return the conversations of groups whose returns differ; all of them without dynamic sampling."""
     if not options["dynamic_sampling"]:
         return np.ones(len(whole.groups), dtype=np.bool_)
-    returns = torch.from_numpy(np.where(whole.valid, whole.rewards, 0.0).sum(1))
+    returns = torch.from_numpy(whole.credits.filled_rewards().sum(1))
     kept: NDArray[np.bool_] = alt.groups_with_spread(returns, whole.groups).numpy()
     return kept
 
 
 def best_share(whole: Whole, options: Options) -> NDArray[np.bool_]:
-    """Return the best conversations by mean score over judged turns; ties go to the earlier."""
-    counts = whole.valid.sum(1)
-    mean = np.where(whole.valid, whole.rewards, 0.0).sum(1) / np.maximum(counts, 1)
-    order = np.argsort(np.where(counts > 0, -mean, np.inf), kind="stable")
+    """Return the best conversations by mean score, missing ones filled in; ties go to the earlier."""
+    counts, judged = (whole.valid | whole.credits.missing).sum(1), whole.valid.any(1)
+    mean = whole.credits.filled_rewards().sum(1) / np.maximum(counts, 1)
+    order = np.argsort(np.where(judged, -mean, np.inf), kind="stable")
     kept = np.zeros(len(mean), dtype=np.bool_)
-    kept[order[: int(np.ceil(options["keep"] * int((counts > 0).sum())))]] = True
+    kept[order[: int(np.ceil(options["keep"] * int(judged.sum())))]] = True
     return kept

@@ -21,6 +21,7 @@ from ppg_agents.agents.sums import Ratios, Sums, WeightSums
 from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers, clip, groups, passes
 from ppg_agents.ledger import LedgerError
+from ppg_agents.missing import Credits
 from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Trajectory
 
@@ -33,16 +34,16 @@ class Whole:
     """The batch of all processes, and which of its rows belong to this one.
 
     Attributes:
-        credit: [B, n], for the conversations of all ranks in rank order.
-        rewards: [B, n], NaN where ``valid`` is false.
-        valid: [B, n].
+        credits: The credit of the conversations of all ranks in rank order, for any baseline.
+        credit: [B, n], without a baseline; what a fault took away is made up for.
+        valid: [B, n], the turns that are learned from.
         groups: B labels, equal for conversations that share a persona.
         own: This rank's rows.
         units: What the aggregation divides by (see `losses.batch_units`).
     """
 
+    credits: Credits
     credit: Array
-    rewards: Array
     valid: NDArray[np.bool_]
     groups: list[Hashable]
     own: slice

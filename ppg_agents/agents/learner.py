@@ -11,6 +11,7 @@ knows an environment. LoRA dropout adds noise to the ratios to the sampling poli
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -37,12 +38,15 @@ from ppg_agents.agents.surrogates import token_loss
 from ppg_agents.agents.trial import try_out
 from ppg_agents.agents.value_head import FILE, Critique, Estimation, ValueHead
 from ppg_agents.batch import Batch, batch
-from ppg_agents.credit import credit, full
+from ppg_agents.credit import full
 from ppg_agents.distributed import Alone, Workers
 from ppg_agents.generation import Sampler
 from ppg_agents.ledger import LedgerError
+from ppg_agents.missing import Credits
 from ppg_agents.policy.policy import Policy
 from ppg_agents.trajectory import Trajectory
+
+log = logging.getLogger(__name__)
 
 
 class Learner(OfflineAgent):
@@ -101,7 +105,7 @@ class Learner(OfflineAgent):
             together=2 if self.method.pair_loss else 1,
         )
         self._mask, self._workers = mask, workers or Alone()
-        self._average = baselines.MovingAverage(settings.n_turns or 1)
+        self._average = baselines.MovingAverage((settings.n_turns or 1) ** 2)  # of every reward, for every reply
         self._descent = Descent(policy, settings, self._workers)
         self.optimizer = self._descent.optimizer
         self.head: ValueHead | None = None
@@ -229,13 +233,15 @@ class Learner(OfflineAgent):
         """Return the credit of all workers' conversations: statistics cover the whole batch, never one share."""
         units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
         labels = [t.instruction for t in trajectories]
-        parts = self._workers.gather([(self._class_credit(data), data.rewards, data.valid, labels, units)])
-        credits, rewards, valid, personas, counts = zip(*parts, strict=True)
+        parts = self._workers.gather([(data.rewards, data.valid, data.missing, labels, units)])
+        rewards, valid, missing, personas, counts = zip(*parts, strict=True)
         before = sum(len(part) for part in personas[: self._workers.rank])
+        credits = self._credits(*(np.concatenate(part) for part in (rewards, valid, missing)))
+        pairs = [b // 2 for b in range(len(credits.valid))] if self.method.pair_loss else None
         return Whole(
-            credit=np.concatenate(credits),
-            rewards=np.concatenate(rewards),
-            valid=np.concatenate(valid),
+            credits=credits,
+            credit=credits.filled(pairs),
+            valid=credits.valid,
             groups=[label for part in personas for label in part],
             own=slice(before, before + len(labels)),
             units=sum(counts),
@@ -264,7 +270,7 @@ class Learner(OfflineAgent):
     ) -> Critique:
         """Return the advantage of this worker's turns or tokens."""
         if self.method.critic:
-            cut = [trajectory.truncated for trajectory in trajectories]
+            cut = [trajectory.truncated and not trajectory.lost for trajectory in trajectories]
 
             def hidden(mask: Tensor) -> Tensor:
                 return self._measure(data, states(self.policy), mask)
@@ -275,14 +281,8 @@ class Learner(OfflineAgent):
         advantage = whole.credit
         if "baseline" in self.method.takes:
             # Logged replies are imitated in proportion to their credit; with a baseline the likelihood is unbounded.
-            subtracted = (
-                baselines.named(
-                    self.settings.baseline or "none", whole.credit, whole.valid, whole.groups, self._average
-                )
-                if sampled
-                else baselines.none(whole.credit, whole.valid)
-            )
-            advantage = baselines.advantage(whole.credit, subtracted, whole.valid)
+            baseline = baselines.named(self.settings.baseline, whole.groups, self._average) if sampled else None
+            advantage = whole.credits.against(baseline) if baseline else advantage
             advantage = baselines.standardise(advantage, whole.valid) if self.settings.standardise else advantage
         if self.method.advantage:
             entropy = None
@@ -296,9 +296,12 @@ class Learner(OfflineAgent):
         """Return the loss as a function of a micro-batch."""
         if self.method.pair_loss:
             return pair_loss(self.method, self.options, whole.credit[whole.own], data.valid)
-        advantage = critique.advantage
+        advantage, trained = critique.advantage, trained_tokens(data)
         if not critique.per_token:
-            advantage = losses.broadcast_credit(advantage, trained_tokens(data), data.turn_index)
+            advantage = losses.broadcast_credit(advantage, trained, data.turn_index)
+        if self._objective.aggregation in ("sum", "constant"):  # the means divide by what is there
+            seen = torch.from_numpy(whole.credits.replies[whole.own])
+            advantage = advantage * losses.broadcast_credit(seen, trained, data.turn_index)
         return token_loss(self.method, self.options, advantage, self.settings.kl_coefficient)
 
     def _descend(
@@ -332,12 +335,14 @@ class Learner(OfflineAgent):
         """Return the credit-weighted log-likelihood of conversations, without learning, on this worker alone.
 
         Returns:
-            ``objective``: Σ_t credit_t · log π(y_t | …), mean per conversation; ``objective_per_turn``: the
+            ``objective``: Σ_t A_t · log π(y_t | …) with A the credit, made up for what faults took away, mean per
+            conversation; ``objective_per_turn``: the
             same per judged turn; ``log_likelihood``: log π(y_t | …), mean per judged turn, unweighted;
             ``turns``: judged turns.
         """
         data = batch(trajectories, self.policy.pad_id, self.settings.n_turns)
-        value = self._class_credit(data)
+        credits = self._credits(data.rewards, data.valid, data.missing)
+        value = credits.filled() * credits.replies
         weighted = likelihood = 0.0
         for part in score(self.policy, data, self.settings.micro_batch_tokens, ledger.temperature(trajectories)):
             per_token = losses.broadcast_credit(torch.from_numpy(value[part.rows]), part.token_mask, part.turn_index)
@@ -369,15 +374,19 @@ class Learner(OfflineAgent):
             ValueError: Another schema, another model, or an optimiser state that does not fit.
         """
         state = load_state(Path(folder), self.policy, self.optimizer)
-        self._average.load_state_dict(state["moving_average"])
+        average = state["moving_average"]
+        if len(average["mean"]) == len(self._average.mean):
+            self._average.load_state_dict(average)
+        elif self.settings.baseline == "moving-average":
+            log.warning("%s: its moving average is of an earlier version, per turn; a new one is begun", folder)
         self._descent.steps = int(state["steps"])
         self.policy.version = int(state["policy_version"])
         if self.head is not None:
             self.head.load(Path(folder) / FILE)
 
-    def _class_credit(self, data: Batch) -> Array:
-        """Return the credit [B, n] of every turn, by the policy class."""
-        return credit(data.rewards, self._mask(data.rewards.shape[1]), data.valid, self.settings.discount)
+    def _credits(self, rewards: Array, valid: NDArray[np.bool_], missing: NDArray[np.bool_]) -> Credits:
+        """Return the credit of conversations by the policy class."""
+        return Credits(rewards, valid, missing, self._mask(valid.shape[1]), self.settings.discount)
 
     def _measure(self, data: Batch, of: Measurement, mask: Tensor) -> Tensor:
         return measure(data, mask, of, budget=self.settings.micro_batch_tokens, workers=self._workers)

@@ -153,6 +153,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (lambda count: count >= 1, ">= 1"),
     "lam": (lambda weight: 0 <= weight <= 1, "in [0, 1]"),
     "token_discount": (lambda discount: 0 <= discount <= 1, "in [0, 1]"),
+    "epsilon": (lambda epsilon: epsilon > 0, "> 0"),
     "value_clip": (lambda clip: clip >= 0, ">= 0 (0 for none)"),
     "value_learning_rate": (lambda rate: 0 < rate < float("inf"), "> 0"),
 }

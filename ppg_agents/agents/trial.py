@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ppg_agents.agents.advantages import Turns
 from ppg_agents.agents.gradient import Scored
 from ppg_agents.agents.methods import Method, Options, resolve
 from ppg_agents.alternatives import overlong_penalty
+from ppg_agents.credit import full
+from ppg_agents.missing import Credits
 
 
 def try_out(method: Method, options: Options, longest_reply: int = 0) -> None:
@@ -23,8 +26,9 @@ def try_out(method: Method, options: Options, longest_reply: int = 0) -> None:
         part = Scored([0], zeros.long(), mask, zeros, zeros, mask, zeros.long())
         resolve(method.loss)(part, zeros + 1, options)
     if method.advantage:
-        ones, valid = torch.ones((2, 1), dtype=torch.float64), torch.ones((2, 1), dtype=torch.bool)
-        resolve(method.advantage)(Turns(ones, ones, valid, [0, 0], ones, ones), options)
+        scores, judged = np.ones((2, 1)), np.ones((2, 1), dtype=np.bool_)
+        credits, ones = Credits(scores, judged, ~judged, full(1)), torch.from_numpy(scores)
+        resolve(method.advantage)(Turns(credits, ones, ones, torch.from_numpy(judged), [0, 0], ones, ones), options)
     if longest_reply:
         overlong_penalty(
             torch.tensor([float(longest_reply)]), max_length=longest_reply, buffer=options["overlong_buffer"]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppg_agents import alternatives as alt
-from ppg_agents import baselines
+from ppg_agents import baselines, losses
 from ppg_agents.agents.gradient import Whole, last_trained, trained_tokens
 from ppg_agents.agents.methods import Options
 from ppg_agents.alternatives.tokens import turn_bounds
@@ -153,14 +155,16 @@ def gae(given: Estimation, options: Options) -> Critique:
         return per_turn(given, options)
     trained = trained_tokens(given.batch)
     hidden, values, spread = _token_values(given, trained)
-    rewards = torch.from_numpy(given.batch.rewards)
     # The head is fitted at trained tokens only, so its value at the last of them stands in for what was cut off.
     last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)
     bootstrap = torch.where(torch.tensor(given.cut), spread[torch.arange(len(last)), last], 0.0)
-    at_ends = alt.at_turn_ends(rewards, trained, given.batch.turn_index)
     factors = {"discount": options["token_discount"], "lam": options["lam"]}
-    estimate = alt.gae(at_ends, spread, trained, bootstrap=bootstrap, **factors)
-    return _token_critique(given, options, trained, hidden, values, estimate)
+
+    def estimate(rewards: Tensor) -> Tensor:
+        at_ends = alt.at_turn_ends(rewards, trained, given.batch.turn_index)
+        return alt.gae(at_ends, spread, trained, bootstrap=bootstrap, **factors).advantage
+
+    return _token_critique(given, options, trained, hidden, values, _of_what_was_seen(given, estimate))
 
 
 def bi_level_gae(given: Estimation, options: Options) -> Critique:
@@ -168,19 +172,22 @@ def bi_level_gae(given: Estimation, options: Options) -> Critique:
     batch, trained = given.batch, trained_tokens(given.batch)
     hidden, values, spread = _token_values(given, trained)
     targets = torch.from_numpy(given.whole.credit[given.whole.own]) if options["credit"] == "class" else None
-    rewards, valid = torch.from_numpy(batch.rewards), torch.from_numpy(batch.valid)
-    estimate = alt.bi_level_gae(
-        rewards,
-        spread,
-        batch.token_mask,
-        batch.turn_index,
-        valid,
-        turn_discount=given.discount,
-        turn_targets=targets,
-        discount=options["token_discount"],
-        lam=options["lam"],
-    )
-    return _token_critique(given, options, trained, hidden, values, estimate)
+    valid = torch.from_numpy(batch.valid)
+
+    def estimate(rewards: Tensor) -> Tensor:
+        return alt.bi_level_gae(
+            rewards,
+            spread,
+            batch.token_mask,
+            batch.turn_index,
+            valid,
+            turn_discount=given.discount,
+            turn_targets=targets,
+            discount=options["token_discount"],
+            lam=options["lam"],
+        ).advantage
+
+    return _token_critique(given, options, trained, hidden, values, _of_what_was_seen(given, estimate))
 
 
 def per_turn(given: Estimation, options: Options) -> Critique:
@@ -190,9 +197,8 @@ def per_turn(given: Estimation, options: Options) -> Critique:
     """
     batch, whole = given.batch, given.whole
     if given.head is None:
-        others = baselines.leave_one_out(whole.credit, whole.valid, [0] * len(whole.credit))
-        advantage = baselines.advantage(whole.credit, others, whole.valid)[whole.own]
-        return Critique(torch.from_numpy(advantage), per_token=False)
+        others = partial(baselines.leave_one_out, groups=[0] * len(whole.valid))
+        return Critique(torch.from_numpy(whole.credits.against(others)[whole.own]), per_token=False)
     trained, turns = trained_tokens(batch), batch.valid.shape[1]
     first = turn_bounds(trained, batch.turn_index, turns)[0]
     rows, columns = (first >= 0).nonzero(as_tuple=True)
@@ -229,11 +235,39 @@ def _token_values(given: Estimation, trained: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _token_critique(
-    given: Estimation, options: Options, trained: Tensor, hidden: Tensor, values: Tensor, estimate: alt.GAE
+    given: Estimation, options: Options, trained: Tensor, hidden: Tensor, values: Tensor, estimate: Tensor
 ) -> Critique:
     advantage = torch.zeros(trained.shape, dtype=torch.float64)
-    advantage = advantage.masked_scatter(trained, _whitened(given, options, estimate.advantage[trained]))
-    return Critique(advantage, per_token=True, regression=Regression(hidden, estimate.target[trained], values))
+    advantage = advantage.masked_scatter(trained, _whitened(given, options, estimate[trained]))
+    return Critique(advantage, per_token=True, regression=Regression(hidden, estimate[trained] + values, values))
+
+
+def _of_what_was_seen(given: Estimation, estimate: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return an advantage [B, L] in which rewards that a fault took away are made up for, see `missing`.
+
+    What a later reward counts differs from reply to reply then, and ``estimate`` takes one reward per turn. But it is
+    linear in them: so each turn's reward is passed alone, as 1, and what it adds to a token is multiplied by what it
+    counts for that token's reply.
+
+    Args:
+        given: The conversations.
+        estimate: ``rewards [B, n] -> advantage [B, L]``.
+    """
+    valid, missing = given.batch.valid, given.whole.credits.missing
+    if not missing.any():
+        return estimate(torch.from_numpy(given.batch.rewards))
+    counts = torch.from_numpy(given.whole.credits.pairs()[given.whole.own])  # [B, n of the reply, n of the reward]
+    nothing = torch.zeros(valid.shape, dtype=torch.float64)
+    without = total = estimate(nothing)
+    n = valid.shape[1]
+    latest = np.maximum.accumulate(np.where(valid, np.arange(n), -1), axis=1)  # a missing reward has no turn to end
+    for reward in range(n):
+        rows = np.flatnonzero(latest[:, reward] >= 0)
+        alone = nothing.clone()
+        alone[rows, latest[rows, reward]] = 1.0
+        per_token = losses.broadcast_credit(counts[:, :, reward], trained_tokens(given.batch), given.batch.turn_index)
+        total = total + (estimate(alone) - without) * per_token
+    return total
 
 
 def _whitened(given: Estimation, options: Options, advantages: Tensor) -> Tensor:

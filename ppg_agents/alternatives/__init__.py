@@ -15,6 +15,7 @@ credit per turn over the tokens, and a loss returns L [B, L] for ``losses.aggreg
 """
 
 from ppg_agents.alternatives.advantages import (
+    group_std,
     groups_with_spread,
     grpo,
     kl_shaped_reward,
@@ -39,6 +40,7 @@ __all__ = [
     "dispo",
     "empg",
     "gae",
+    "group_std",
     "groups_with_spread",
     "grpo",
     "high_entropy_mask",

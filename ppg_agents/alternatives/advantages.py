@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ppg_agents.alternatives.tokens import turn_sum
+from ppg_agents.baselines import group_mean, leave_one_out
 from ppg_agents.losses import constant_per_token
 
 
@@ -25,7 +25,7 @@ def rloo(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> Tensor:
         A_{b,t} = c_{b,t} − (1/(K_t − 1)) Σ_{k ≠ b} c_{k,t}  =  K_t/(K_t − 1) · (c_{b,t} − mean_t)
 
     over the K_t conversations of the group with a valid turn t. Unbiased. If only one conversation reached turn t, its
-    baseline is 0 (ours). Equal to ``baselines.leave_one_out``.
+    baseline is that of ``baselines.leave_one_out``, which this is.
 
     Args:
         credit: c [B, n].
@@ -38,13 +38,12 @@ def rloo(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> Tensor:
     Raises:
         ValueError: Shapes or dtypes that do not fit, or a group of only one conversation.
     """
-    group = _statistics(credit, valid, groups)
     alone = [label for label, size in Counter(groups).items() if size == 1]
     if alone:
         raise ValueError(f"expected at least 2 conversations in every group, got 1 of {alone[0]!r}; sample K >= 2")
-    scaled = group.deviation * (group.count / (group.count - 1).clamp(min=1.0))
-    credits = constant_per_token("credit", credit, valid)
-    return torch.where(group.count > 1, scaled, credits).masked_fill(~valid, 0.0)
+    credits = constant_per_token("credit", credit, valid).double().cpu().numpy()
+    others = leave_one_out(credits, valid.cpu().numpy(), groups)
+    return torch.from_numpy(credits - others).to(credit).masked_fill(~valid, 0.0)
 
 
 def grpo(
@@ -78,8 +77,27 @@ def grpo(
     """
     if not epsilon > 0:
         raise ValueError(f"expected epsilon > 0, got {epsilon}")
-    group = _statistics(credit, valid, groups)
-    return group.deviation / (group.std + epsilon) if scale_by_std else group.deviation
+    credits = constant_per_token("credit", credit, valid).double().cpu().numpy()
+    deviation = torch.from_numpy(credits - group_mean(credits, valid.cpu().numpy(), groups)).to(credit)
+    deviation = deviation.masked_fill(~valid, 0.0)
+    return deviation / (group_std(credit, valid, groups) + epsilon) if scale_by_std else deviation
+
+
+def group_std(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> Tensor:
+    """Return the deviation that ``grpo`` divides by [B, n]: unbiased, over the group's valid turns t, 0 for one alone.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit.
+    """
+    credits = constant_per_token("credit", credit, valid)
+    index, size = _index(groups, len(credits), credits.device)
+
+    def total(per_turn: Tensor) -> Tensor:
+        return credits.new_zeros(size, credits.shape[1]).index_add(0, index, per_turn.to(credits))[index]
+
+    count = total(valid)
+    deviation = (credits - total(credits) / count.clamp(min=1.0)).masked_fill(~valid, 0.0)
+    return (total(deviation.square()) / (count - 1).clamp(min=1.0)).sqrt()
 
 
 def groups_with_spread(returns: Tensor, groups: Sequence[Hashable], *, tolerance: float = 1e-9) -> Tensor:
@@ -185,26 +203,6 @@ def kl_shaped_reward(
     """
     k1 = _k1(sampling_log_probs, reference_log_probs, token_mask)
     return rewards.detach() - beta * turn_sum(k1, token_mask, turn_index, rewards.shape[1]).to(rewards)
-
-
-@dataclass(frozen=True)
-class _Group:
-    count: Tensor  # [B, n], valid turns t in the conversation's group
-    deviation: Tensor  # c − mean, 0 at invalid turns
-    std: Tensor  # unbiased, 0 for a single entry
-
-
-def _statistics(credit: Tensor, valid: Tensor, groups: Sequence[Hashable]) -> _Group:
-    credits = constant_per_token("credit", credit, valid)
-    index, size = _index(groups, len(credits), credits.device)
-
-    def total(per_turn: Tensor) -> Tensor:
-        return credits.new_zeros(size, credits.shape[1]).index_add(0, index, per_turn.to(credits))[index]
-
-    count = total(valid)
-    deviation = (credits - total(credits) / count.clamp(min=1.0)).masked_fill(~valid, 0.0)
-    variance = total(deviation.square()) / (count - 1).clamp(min=1.0)
-    return _Group(count, deviation, variance.sqrt())
 
 
 def _index(groups: Sequence[Hashable], size: int, device: torch.device) -> tuple[Tensor, int]:

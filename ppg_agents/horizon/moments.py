@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ppg_agents.credit import Mask, credit
+from ppg_agents.credit import Mask
+from ppg_agents.missing import Credits
 
 if TYPE_CHECKING:
     from ppg_agents.horizon.sketch import Sketches
@@ -33,7 +34,7 @@ class Products:
     A product of two conversations' contributions is kept only where their personas differ, so that its expectation is
     ⟨μ, μ'⟩: conversations with one persona are not independent. Under ``leave-one-out`` the two baselines come from
     disjoint halves of the other personas, so the factors are independent and the expectation is exact whatever
-    E g_{b,t} is.
+    E g_{b,t} is. Where faults took rewards away, others' means stand in, which ties the factors together a little.
 
     Attributes:
         with_full: [C, P, P], Σ ⟨ĝ_b(M), ĝ_j(full)⟩ over conversations b, j of two personas, symmetric, 0 where equal.
@@ -60,7 +61,7 @@ def products(
         baseline: ``leave-one-out``: the mean credit of the turn over other conversations; or ``none``.
 
     Raises:
-        ValueError: One persona only, an unknown baseline, or arrays that `credit` refuses.
+        ValueError: One persona only, an unknown baseline, or arrays that `Credits` refuses.
     """
     if baseline not in get_args(Baseline):
         raise ValueError(f"expected a baseline out of {', '.join(get_args(Baseline))}, got {baseline!r}")
@@ -71,7 +72,9 @@ def products(
     size, n = valid.shape
     persona = np.array([names.index(name) for name in sketches.personas])
     member = np.eye(len(names))[persona]  # [B, P]
-    credits = np.stack([credit(sketches.rewards, mask, valid, discount) for mask in masks])  # [C, B, n]
+    missing = np.zeros_like(valid) if sketches.missing is None else sketches.missing
+    arrays = (sketches.rewards, valid, missing)
+    credits = np.stack([Credits(*arrays, mask, discount).filled() for mask in masks])  # [C, B, n]
     vectors = sketches.vectors.astype(np.float64)
     flat = vectors.reshape(size * n, -1)
     half = np.stack([_per_persona(member * (np.arange(len(names)) % 2 == h), credits, valid) for h in (0, 1)])

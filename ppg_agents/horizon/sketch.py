@@ -40,6 +40,7 @@ class Sketches:
         personas: B labels; conversations with equal labels are not independent.
         parameters: How many weights the gradients cover.
         seed: Of the projection; only sketches with the same seed can be compared.
+        missing: [B, n] bool, a fault took the reward; None for no faults.
     """
 
     vectors: NDArray[np.float32]
@@ -48,6 +49,7 @@ class Sketches:
     personas: tuple[str, ...]
     parameters: int
     seed: int
+    missing: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         """Check shapes."""
@@ -157,7 +159,7 @@ def sketch(
                 )
         done(b + 1)
     personas = tuple(t.persona or f"conversation {b}" for b, t in enumerate(trajectories))
-    return Sketches(vectors, data.rewards, data.valid, personas, sum(sizes), seed)
+    return Sketches(vectors, data.rewards, data.valid, personas, sum(sizes), seed, data.missing)
 
 
 def turn_gradients(

@@ -30,7 +30,7 @@ class Record:
         self._seed = None if seed is None else int(seed)
         self._turns: list[Turn] = []
         self._terminated = self._truncated = False
-        self._partner = "ok"
+        self._partner, self._lost = "ok", False
 
     def cut(self, number: int) -> None:
         """End conversation ``number``: another reply might not fit into the context."""
@@ -56,6 +56,8 @@ class Record:
         self._partner = str((info.get("partner") or {}).get("status", "ok"))
         self._terminated, self._truncated = bool(terminated), bool(truncated)
         self.over = self._terminated or self._truncated
+        # An environment that cuts a conversation without a score lost its judge; a limit on turns leaves a score.
+        self._lost = self._truncated and (self._partner != "ok" or not math.isfinite(reward))
 
     def trajectory(self) -> Trajectory:
         """Return the conversation so far."""
@@ -68,6 +70,7 @@ class Record:
             terminated=self._terminated,
             truncated=self._truncated,
             partner_status=self._partner,
+            lost=self._lost,
         )
 
 

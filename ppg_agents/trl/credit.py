@@ -25,15 +25,18 @@ times the credit less the mean of the others. With ``scale_rewards="none"`` and 
 is that of the partial policy gradient with the baseline ``leave-one-out``, times (G−1)/G and over
 ``max_completion_length``.
 
-A turn without a verdict has no credit: it is left out of the group's mean, of σ_t and of other turns' credit, and its
-tokens have the advantage 0 (they count where a loss is divided by a number of tokens). What `PersonaChat.reward`
-returns, the mean or the sum of a conversation, is only logged.
+A turn without a verdict has the advantage 0 (its tokens count where a loss is divided by a number of tokens), and what
+judge or partner did not give costs nobody anything: every reward is compared with its own turn's before credit is
+formed, and weighed by how likely it was to be seen (`ppg_agents.missing`). What `PersonaChat.reward` returns, the mean
+or the sum of a conversation, is only logged.
 
-It works with any rollout function that returns ``env_mask`` and ``turn_rewards``.
+It works with any rollout function that returns ``env_mask`` and ``turn_rewards``, and ``lost``, per conversation, if a
+fault may end one: without it a conversation that ends early is taken to have wanted to.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,8 +46,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import nanstd
 
+from ppg_agents.baselines import group_mean
 from ppg_agents.credit import PolicyClass, credit
 from ppg_agents.losses import broadcast_credit
+from ppg_agents.missing import Credits
 
 
 class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not type-checked
@@ -91,7 +96,8 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not typ
         for rewards, replies in zip(judged, (turn[:, -1] + 1).tolist(), strict=True):
             if replies not in (len(rewards), 0):  # 0: mask_truncated_completions
                 raise ValueError(f"expected turn_rewards for {replies} replies, as in env_mask, got {len(rewards)}")
-        everywhere = gather_object(judged)  # of all processes: they may share a group
+        told = [(row["turn_rewards"], bool(row.get("lost"))) for row in inputs]
+        everywhere = gather_object(told)  # of all processes: they may share a group
         advantages = self._advantages(everywhere).to(mask.device)
         start = self.accelerator.process_index * len(judged)
         here = advantages[start : start + len(judged)].nan_to_num(0.0)
@@ -102,25 +108,34 @@ class PartialCreditTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not typ
         logged.extend(earlier + advantages.nanmean(1).nan_to_num(0.0).tolist())
         return output
 
-    def _advantages(self, turn_rewards: list[list[float | None]]) -> Tensor:
-        """Return A [B, n] of the conversations of whole groups; NaN where a turn was not played or not judged."""
-        n = max(len(rewards) for rewards in turn_rewards)
-        table = np.full((len(turn_rewards), n), np.nan)
-        for row, rewards in zip(table, turn_rewards, strict=True):
-            row[: len(rewards)] = [np.nan if reward is None else reward for reward in rewards]
-        value = torch.from_numpy(np.where(np.isfinite(table), self._credit(table), np.nan)).float()
-        value = value * self.reward_weights[0].item()
-        members = self.num_generations if self.model.training else self.num_generations_eval
-        group = value.unflatten(0, (-1, members))
-        centred: Tensor = group - group.nanmean(1, keepdim=True)
-        if self.scale_rewards != "none":
-            deviation = nanstd(value, dim=0) if self.scale_rewards == "batch" else nanstd(group, dim=1, keepdim=True)
-            centred = centred / (deviation + 1e-4)
-        return centred.flatten(0, 1)
+    def _advantages(self, conversations: list[tuple[list[float | None], bool]]) -> Tensor:
+        """Return A [B, n] of the conversations of whole groups; NaN where a turn was not played or not judged.
 
-    def _credit(self, rewards: Any) -> Any:
-        """Return the credit [B, n] of rewards [B, n], which are NaN where there is none."""
-        n = max(rewards.shape[1], self._class.turns or 0)
-        padded = np.pad(rewards, ((0, 0), (0, n - rewards.shape[1])), constant_values=np.nan)
-        made = credit(padded, self._class.mask(n), np.isfinite(padded), self._discount)
-        return made[:, : rewards.shape[1]]
+        Args:
+            conversations: Their rewards, and whether a fault ended them.
+        """
+        turn_rewards, lost = zip(*conversations, strict=True)
+        n = max(len(rewards) for rewards in turn_rewards)
+        table = np.full((len(turn_rewards), max(n, self._class.turns or 0)), np.nan)
+        missing = np.repeat(np.array(lost)[:, None], table.shape[1], axis=1)
+        for row, absent, rewards in zip(table, missing, turn_rewards, strict=True):
+            row[: len(rewards)] = [np.nan if reward is None else reward for reward in rewards]
+            absent[: len(rewards)] = np.isnan(row[: len(rewards)])
+        judged = np.isfinite(table)
+        credits = Credits(table, judged, missing, self._class.mask(table.shape[1]), self._discount)
+        members = self.num_generations if self.model.training else self.num_generations_eval
+
+        def scores(of: Any) -> Tensor:
+            weight = float(self.reward_weights[0])
+            return (torch.from_numpy(np.where(judged, of, np.nan)[:, :n]).float() * weight).view(-1, members, n)
+
+        value = scores(credits.filled())
+        centred = scores(credits.against(partial(group_mean, groups=[b // members for b in range(len(table))])))
+        if self.scale_rewards == "batch":
+            centred = centred / (nanstd(value.flatten(0, 1), dim=0) + 1e-4)
+        elif self.scale_rewards != "none":
+            centred = centred / (nanstd(value, dim=1, keepdim=True) + 1e-4)
+        if self.loss_type == "dr_grpo":  # the other losses divide by the tokens that are there
+            centred = centred * torch.from_numpy(credits.replies[:, :n]).float().view(-1, members, n)
+        advantages: Tensor = centred.flatten(0, 1)
+        return advantages

@@ -118,8 +118,8 @@ class PersonaChat:
         Returns:
             Per conversation ``prompt_ids`` (up to the first reply), ``completion_ids`` (from there to its end),
             ``env_mask`` (1 on sampled tokens), ``logprobs`` (with vLLM, else None), ``turn_rewards`` (None where a turn
-            was not judged), ``conversation_reward`` and ``conversation`` (lines and scores, as text); TRL passes the
-            last three to the reward functions.
+            was not judged), ``lost`` (whether a fault ended it), ``conversation_reward`` and ``conversation`` (lines
+            and scores, as text); TRL passes the last four to the reward functions.
 
         Raises:
             ValueError: A prompt from another dataset, or an unsuitable trainer.
@@ -145,6 +145,7 @@ class PersonaChat:
             "env_mask": [mask for _, mask, _ in rows],
             "logprobs": [log_probs for _, _, log_probs in rows] if trainer.use_vllm else None,
             "turn_rewards": [[t.reward if math.isfinite(t.reward) else None for t in p.turns] for p in played],
+            "lost": [trajectory.lost for trajectory in played],
             "conversation_reward": [self._worth(trajectory) for trajectory in played],
             "conversation": [_text(trajectory) for trajectory in played],
         }
@@ -184,7 +185,7 @@ class PersonaChat:
         judged = trajectory.judged()
         if self._reward == "mean":
             return sum(judged) / len(judged) if judged else None
-        whole = len(judged) == len(trajectory.turns) and trajectory.partner_status == "ok"
+        whole = len(judged) == len(trajectory.turns) and not trajectory.lost
         return sum(judged) if whole else None
 
     def _environments(self, personas: str, n: int) -> gym.vector.VectorEnv[Any, Any, Any]:

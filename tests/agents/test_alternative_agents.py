@@ -22,6 +22,7 @@ from ppg_agents.agents.methods import resolve
 from ppg_agents.batch import batch
 from ppg_agents.distributed import Alone
 from ppg_agents.generation.hf import HFSampler
+from ppg_agents.missing import Credits
 from ppg_agents.policy import Policy
 from ppg_agents.rollout import collect
 from ppg_agents.rollout.pairs import branch_point, play_pairs
@@ -199,11 +200,17 @@ def test_statistics_are_of_what_was_judged(double: Policy) -> None:
 
 
 def test_what_is_kept() -> None:
+    rewards = np.array([[0.2, math.nan], [0.9, 0.1], [0.8, 0.8], [math.nan, math.nan], [0.8, 0.8]])
     whole: Any = type("Batch", (), {})()
-    whole.rewards = np.array([[0.2, math.nan], [0.9, 0.1], [0.8, 0.8], [math.nan, math.nan], [0.8, 0.8]])
-    whole.valid = np.isfinite(whole.rewards)
+    whole.valid = np.isfinite(rewards)
+    whole.credits = Credits(rewards, whole.valid, np.zeros_like(whole.valid), credit.full(2))  # two ended early
     assert best_share(whole, {"keep": 0.25}).tolist() == [False, False, True, False, False]
     assert best_share(whole, {"keep": 0.5}).tolist() == [False, False, True, False, True]
+    # The first turn is easy. A conversation that was lost after it does not win by that.
+    rewards = np.array([[1.0, math.nan], [1.0, 0.4], [1.0, 0.6]])
+    whole.valid = np.isfinite(rewards)
+    whole.credits = Credits(rewards, whole.valid, ~whole.valid, credit.full(2))
+    assert best_share(whole, {"keep": 0.3}).tolist() == [False, False, True]
 
 
 def test_a_second_step_moves_the_ratio_and_what_is_clipped_is_counted(make_policy: Make) -> None:
@@ -385,3 +392,42 @@ def test_a_second_conversation_shares_the_history_of_the_first(partner: str, pol
     assert parted >= 6
     agent = Learner(policy, credit.full, baseline="none")
     assert agent.learn(pairs)["log_prob_gap_max"] < 1e-4  # what followed was sampled after the whole history
+
+
+FROM_GROUPS = [name for name in LEARNING if METHODS[name].advantage and name not in ("sft", "reinforce++", "rebn")]
+
+
+@pytest.mark.parametrize("name", ["ppg", "cispo", "p3o", "a-lol", *FROM_GROUPS])
+def test_faults_of_judge_and_partner_teach_nothing(name: str, double: Policy) -> None:
+    """Where all rewards are equal there is nothing to learn, whoever was lost or not judged."""
+    conversations = [
+        replace(conversation, turns=tuple(replace(turn, reward=0.8) for turn in conversation.turns))
+        for conversation in played(double, [4, 4, 4, 4, 2, 4, 4, 4])
+    ]
+    conversations[4] = replace(conversations[4], truncated=True, terminated=False, partner_status="error", lost=True)
+    first, second, *rest = conversations[6].turns
+    conversations[6] = replace(conversations[6], turns=(first, replace(second, reward=math.nan), *rest))
+    mask = FULL.get(name, lambda n: credit.k_step(n, 3))
+    got, _ = gradient(name, double, conversations, mask)
+    assert float(got.abs().max()) < 1e-9
+    ended = replace(conversations[4], lost=False, partner_status="ok")  # its own end is no fault, and pays
+    paid, _ = gradient(name, double, [*conversations[:4], ended, *conversations[5:]], mask)
+    assert name in ("a-lol",) or float(paid.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["ppo", "bi-level-gae"])
+def test_a_lost_conversation_has_the_advantages_of_the_others(name: str, double: Policy) -> None:
+    conversations = [
+        replace(conversation, turns=tuple(replace(turn, reward=0.8) for turn in conversation.turns))
+        for conversation in played(double, [3, 3, 1, 3])
+    ]
+    conversations[2] = replace(conversations[2], truncated=True, terminated=False, lost=True)
+    first, second, third = conversations[1].turns
+    conversations[1] = replace(conversations[1], turns=(first, replace(second, reward=math.nan), third))
+    agent = agent_of(name, double, whiten=False)
+    data = batch(conversations, double.pad_id)
+    whole = agent._credit(conversations, data)
+    critique = agent._advantage(conversations, data, whole, 1.0, sampled=True)
+    trained = trained_tokens(data)
+    expected = torch.tensor([2.4, 1.6, 0.8], dtype=torch.float64)[data.turn_index][trained]  # the values are 0 yet
+    torch.testing.assert_close(critique.advantage[trained], expected)

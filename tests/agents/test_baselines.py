@@ -17,15 +17,21 @@ VALID = np.array([[True, True], [True, False], [True, True], [True, True]])
 GROUPS = ["nurse", "nurse", "nurse", "baker"]
 
 
-def test_none_is_zero_and_advantage_masks() -> None:
-    assert baselines.none(CREDIT, VALID).tolist() == [[0, 0]] * 4
-    adv = baselines.advantage(CREDIT, np.ones((4, 2)), VALID)
-    assert adv.tolist() == [[0, 3], [2, 0], [4, 5], [6, 7]]
-
-
 def test_leave_one_out_by_hand() -> None:
-    # (1, 1) is invalid: it enters nobody's mean. The baker is alone in its group.
-    assert baselines.leave_one_out(CREDIT, VALID, GROUPS).tolist() == [[4, 6], [3, 5], [2, 4], [0, 0]]
+    # (1, 1) is invalid: it enters nobody's mean. The baker is alone in its group, so the others stand in.
+    assert baselines.leave_one_out(CREDIT, VALID, GROUPS).tolist() == [[4, 6], [3, 5], [2, 4], [3, 5]]
+    assert baselines.mean_of_others(CREDIT, VALID, GROUPS).tolist() == [[7, 8]] * 3 + [[3, 5]]
+    assert baselines.group_mean(CREDIT, VALID, GROUPS).tolist() == [[3, 5]] * 3 + [[7, 8]]
+    assert baselines.leave_one_out(CREDIT[:1], VALID[:1], ["nurse"]).tolist() == [[0, 0]]
+
+
+def test_alone_in_its_group_a_conversation_is_compared_with_the_others() -> None:
+    # Groups of two with one unjudged turn each: without a baseline, its partner's credit would be its advantage.
+    credit = np.random.default_rng(0).normal(5, 0.5, size=(40, 1))
+    valid = (np.arange(40) % 2 == 0)[:, None]
+    groups = [b // 2 for b in range(40)]
+    advantage = np.where(valid, credit - baselines.leave_one_out(credit, valid, groups), 0.0)
+    assert np.square(advantage[valid]).mean() < 0.5  # 25 without the mend
 
 
 def test_batch_mean_by_hand() -> None:
@@ -42,6 +48,7 @@ def test_leave_one_out_ignores_the_own_credit_and_equals_the_naive_mean(data: st
     for b in range(size):
         for t in range(n):
             others = [credit[j, t] for j in range(size) if j != b and groups[j] == groups[b] and valid[j, t]]
+            others = others or [credit[j, t] for j in range(size) if groups[j] != groups[b] and valid[j, t]]
             assert got[b, t] == pytest.approx(np.mean(others) if others else 0.0, abs=1e-12)
 
 
@@ -85,9 +92,8 @@ def test_standardise_by_hand() -> None:
 def test_refusals() -> None:
     average = baselines.MovingAverage(2)
     for call, message in [
-        (lambda: baselines.none(CREDIT, VALID[:2]), r"boolean valid of the same shape, got \[4, 2\]"),
-        (lambda: baselines.none(CREDIT, VALID.astype(int)), r"boolean valid"),
-        (lambda: baselines.advantage(CREDIT, CREDIT[:1], VALID), r"baseline of shape \[4, 2\], got \[1, 2\]"),
+        (lambda: baselines.batch_mean(CREDIT, VALID[:2]), r"boolean valid of the same shape, got \[4, 2\]"),
+        (lambda: baselines.batch_mean(CREDIT, VALID.astype(int)), r"boolean valid"),
         (lambda: baselines.leave_one_out(CREDIT, VALID, GROUPS[:3]), r"each of 4 conversations, got 3"),
         (lambda: average(CREDIT[:, :1], VALID[:, :1]), r"expected 2 turns as in earlier batches, got 1"),
         (lambda: baselines.MovingAverage(2, decay=1.0), r"decay in \[0, 1\)"),

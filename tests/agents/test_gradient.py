@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from ppg_agents import baselines
 from ppg_agents import credit as c
 from ppg_agents.losses import batch_units, partial_policy_gradient
+from ppg_agents.missing import Baseline, Credits
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-10
@@ -128,7 +130,7 @@ def batch_gradient(mdp: MDP, rollouts: Rollouts, credit: Array, micro_batches: i
 def expected_gradient(mdp: MDP, mask: c.Mask, discount: float = 1.0, baseline: Array | float = 0.0) -> Array:
     rollouts = all_rollouts(mdp)
     credit = c.credit(rollouts.rewards, mask, rollouts.valid, discount)
-    adv = baselines.advantage(credit, np.broadcast_to(baseline, credit.shape), rollouts.valid)
+    adv = np.where(rollouts.valid, credit - baseline, 0.0)
     return batch_gradient(mdp, rollouts, adv * rollouts.probability[:, None] * len(credit))
 
 
@@ -275,26 +277,22 @@ def test_a_baseline_that_ignores_the_action_keeps_the_expected_gradient(name: st
         np.testing.assert_allclose(expected_gradient(mdp, mask, baseline=baseline), expected, rtol=0, atol=TOLERANCE)
 
 
-def pair_gradient(mdp: MDP, mask: c.Mask, baseline: Callable[[Array, c.Mask, NDArray[np.int64]], Array]) -> Array:
+def pair_gradient(mdp: MDP, mask: c.Mask, baseline: Baseline) -> Array:
     """Expected gradient of a batch of two, over all pairs; rows 2p and 2p+1 are pair p."""
     one = all_rollouts(mdp)
     size = len(one.probability)
     rows = np.array(list(itertools.product(range(size), repeat=2))).reshape(-1)
     pairs = Rollouts(one.states[rows], one.actions[rows], one.rewards[rows], one.valid[rows], one.probability[rows])
     probability = pairs.probability.reshape(-1, 2).prod(1).repeat(2)
-    credit = c.credit(pairs.rewards, mask, pairs.valid)
-    adv = baselines.advantage(credit, baseline(credit, pairs.valid, np.arange(len(rows)) // 2), pairs.valid)
-    return batch_gradient(mdp, pairs, adv * probability[:, None] * len(rows) / 2)
-
-
-def per_pair_batch_mean(credit: Array, valid: c.Mask, groups: NDArray[np.int64]) -> Array:
-    return np.concatenate([baselines.batch_mean(credit[groups == p], valid[groups == p]) for p in set(groups)])
+    batches = zip(*(np.split(part, len(rows) // 2) for part in (pairs.rewards, pairs.valid)), strict=True)
+    adv = [Credits(reward, valid, np.zeros_like(valid), mask).against(baseline) for reward, valid in batches]
+    return batch_gradient(mdp, pairs, np.concatenate(adv) * probability[:, None] * len(rows) / 2)
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["fixed-length", "policy-ends"])
 def test_leave_one_out_is_unbiased(ends: bool) -> None:
     mdp = make_mdp(seed=7, n=2, states=2 + ends, ends=ends)
-    got = pair_gradient(mdp, c.full(2), lambda credit, valid, groups: baselines.leave_one_out(credit, valid, groups))
+    got = pair_gradient(mdp, c.full(2), partial(baselines.leave_one_out, groups=["one", "one"]))
     np.testing.assert_allclose(got, expected_gradient(mdp, c.full(2)), rtol=0, atol=TOLERANCE)
 
 
@@ -304,7 +302,7 @@ def test_batch_mean_shrinks_each_turn_by_its_own_factor(ends: bool) -> None:
     rollouts = all_rollouts(mdp)
     reaches_turn_1 = float(rollouts.probability @ rollouts.valid[:, 1])
     assert (reaches_turn_1 < 0.9) == ends
-    shrunk = pair_gradient(mdp, c.full(2), per_pair_batch_mean)
+    shrunk = pair_gradient(mdp, c.full(2), baselines.batch_mean)
     # 1 − 1/N is ½ with both conversations there, and 0 for the one that is there alone.
     factor = np.array([0.5, 0.5 * reaches_turn_1])[:, None, None]
     np.testing.assert_allclose(shrunk, factor * expected_gradient(mdp, c.full(2)), rtol=0, atol=TOLERANCE)
