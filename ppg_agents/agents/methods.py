@@ -99,6 +99,7 @@ class Method:
         for key, (default, why) in SETTINGS.items():
             value = settings.get(key, default)
             takes = self.kl != "none" if key == "kl_coefficient" else key in self.takes
+            takes |= key == "entropy_coefficient" and self.learns
             if value != default and not takes:
                 raise ValueError(f"{name!r}: expected {key} = {default!r}, got {value!r}: {why}; leave it out")
         steps = settings.get("steps_per_batch", 1)
@@ -167,6 +168,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "kl_coefficient": (0.0, "it has no such term"),
     "aggregation": ("sum", "its loss is no sum over tokens"),
     "steps_per_batch": (1, "it takes no optimiser step"),
+    "entropy_coefficient": (0.0, "it takes no optimiser step"),
 }
 """Settings that not every method uses: their defaults, and why another value would be ignored."""
 
