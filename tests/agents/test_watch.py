@@ -21,6 +21,8 @@ from ppg_agents.building import learning_rate
 from ppg_agents.config import settings as configs
 from ppg_agents.policy import Policy
 from ppg_agents.rollout.metrics import reply_lengths
+from ppg_agents.runs.curve import watched_points
+from ppg_agents.terminal.progress import status
 from ppg_agents.trajectory import Trajectory
 from tests.agents.test_alternative_agents import FULL, sampled
 from tests.agents.test_alternative_agents import played as random_words
@@ -225,3 +227,12 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 def test_adamw_gets_its_settings(policy: Policy) -> None:
     agent = learner(policy, betas=(0.8, 0.95), weight_decay=0.01)
     assert {(g["betas"], g["weight_decay"]) for g in agent.optimizer.param_groups} == {((0.8, 0.95), 0.01)}
+
+
+def test_the_few_that_matter_are_shown() -> None:
+    lines = [{"iteration": i, "entropy": 0.5 / i, "reply_cut": 0.1, "reply_tokens_mean": None} for i in (1, 2)]
+    lines[0]["kl_reference"] = 0.0  # once is no curve
+    assert watched_points(lines) == {"entropy": [(1, 0.5), (2, 0.25)]}
+    assert "entropy 0.50  10% of replies cut" in status(lines[0])
+    assert "cut" not in status({**lines[0], "reply_cut": 0.0})
+    assert "entropy" not in status({"consistency": 0.5})
