@@ -188,7 +188,7 @@ class Learner(OfflineAgent):
         data, whole, kept = self._keep(trajectories, data, whole)
         critique = self._advantage(trajectories, data, whole, temperature, sampled=sampled)
         kinds = {"per_token": critique.per_token, "pairs": bool(self.method.pair_loss)}
-        described |= advantage_spread(critique.advantage, data, whole, self._workers, **kinds)
+        described |= {**advantage_spread(critique.advantage, data, whole, self._workers, **kinds), **critique.metrics}
         loss = self._loss(data, whole, critique)
         metrics = self._descend(trajectories, data, whole, loss, critique, temperature, sampled=sampled)
         return {**metrics, **described, **kept, **staleness}
@@ -324,9 +324,8 @@ class Learner(OfflineAgent):
         step = partial(self._descent.step, trajectories, data, whole, loss, objective, temperature)
         metrics = of_batch([step(fresh), *(step() for _ in range(1, self.settings.steps_per_batch))])
         if self.head is not None and critique.regression is not None and whole.valid.any():
-            for _ in range(self.settings.steps_per_batch):
-                clipped = float(self.options["value_clip"]) or None
-                metrics["value_loss"] = self.head.fit(critique.regression, clipped, self._workers)
+            clipped, epochs = float(self.options["value_clip"]) or None, int(self.options["value_epochs"])
+            metrics["value_loss"] = self.head.fit(critique.regression, clipped, epochs, self._workers)
         return metrics
 
     @torch.no_grad()

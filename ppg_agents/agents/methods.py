@@ -155,6 +155,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lam": (lambda weight: 0 <= weight <= 1, "in [0, 1]"),
     "token_discount": (lambda discount: 0 <= discount <= 1, "in [0, 1]"),
     "value_clip": (lambda clip: clip >= 0, ">= 0 (0 for none)"),
+    "value_epochs": (lambda count: count >= 1, ">= 1"),
     "value_learning_rate": (lambda rate: 0 < rate < float("inf"), "> 0"),
 }
 """Ranges of options, the same for every method; the losses check their own."""
@@ -175,7 +176,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 _STEPS = frozenset({"aggregation", "steps_per_batch", "discount"})
 _FREE = _STEPS | {"baseline", "standardise"}
 _CLIP = {"clip_low": 0.2, "clip_high": 0.2}
-_VALUE = {"value_clip": 0.5, "value_learning_rate": 3e-3}  # a value_clip of 0 is none
+_VALUE = {"value_clip": 0.5, "value_learning_rate": 0.02, "value_epochs": 4}  # a value_clip of 0 is none
 _GAE = {"credit": ("gae", "class"), **_CLIP, "lam": 1.0, "token_discount": 1.0, "whiten": True, **_VALUE}
 
 _CLIPPED = partial(Method, loss="surrogates:ppo_clip", bounds="surrogates:clip_bounds", takes=_STEPS)
