@@ -341,26 +341,28 @@ def test_a_value_head_learns_what_the_state_says_beyond_the_turn(
         torch.testing.assert_close(same, weight, rtol=1e-3, atol=1e-3)
 
 
-def test_explained_variance_by_hand(double: Policy) -> None:
-    """Two turns, two conversations, rewards 0 and 1: full planning's returns are 2, 1 and 1, 1 or so."""
+def test_explained_variance_by_hand(make_policy: Make) -> None:
+    """Three conversations of two turns, rewards 0 and 1: the returns of full planning are 1, 0; 1, 1; 2, 1."""
+    policy = make_policy()
     rewards = [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
     conversations = [
         replace(t, turns=tuple(replace(turn, reward=r) for turn, r in zip(t.turns, both, strict=True)))
-        for t, both in zip(played(double, [2, 2, 2]), rewards, strict=True)
+        for t, both in zip(played(policy, [2, 2, 2]), rewards, strict=True)
     ]
     returns = np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]])
-    metrics = agent_of("ppo", double, credit.full, credit="class").learn(conversations)
+    metrics = agent_of("ppo", policy, credit.full, credit="class").learn(conversations)
     of_turns = ((returns - returns.mean(0)) ** 2).sum() / ((returns - returns.mean()) ** 2).sum()
     assert metrics["explained_variance_constant"] == pytest.approx(1 - of_turns)
     assert metrics["explained_variance"] == pytest.approx(1 - of_turns)  # a new head is that constant
 
 
-def test_a_turn_that_one_conversation_reached_keeps_the_last_known_mean(double: Policy) -> None:
-    agent = agent_of("ppo", double, credit.full, credit="class", whiten=False)
-    first = played(double, [2, 2])
+def test_a_turn_that_one_conversation_reached_keeps_the_last_known_mean(make_policy: Make) -> None:
+    policy = make_policy()
+    agent = agent_of("ppo", policy, credit.full, credit="class", whiten=False)
+    first = played(policy, [2, 2])
     agent.learn(first)
     mean = agent.head.intercepts.clone()
-    double.version = first[0].turns[0].policy_version
+    policy.version = first[0].turns[0].policy_version
     lone = replace(first[1], turns=first[1].turns[:1])
     agent.learn([first[0], lone])
     assert float(agent.head.intercepts[1]) == float(mean[1])
