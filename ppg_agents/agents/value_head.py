@@ -30,7 +30,7 @@ FILE = "value_head.safetensors"
 
 
 class ValueHead:
-    """V = b_t + w · x for `Features` x of turn t, in float32, w initially zero and with an AdamW of its own.
+    """V = b_t + w · x for features x (see `Anchored`) of turn t, in float32, w initially zero and with an AdamW of its own.
 
     Attributes:
         weight: w [hidden].

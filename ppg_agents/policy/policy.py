@@ -302,9 +302,13 @@ class Policy:
             log_probs = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
             if entropy == "none":
                 return log_probs[None]
-            all_log_probs = (logits if entropy == "learned" else logits.detach()).log_softmax(-1)
-            all_log_probs = all_log_probs.clamp(min=-1e4)  # a token that is ruled out: 0 · −∞ is no number
-            return torch.stack([log_probs, -(all_log_probs.exp() * all_log_probs).sum(-1)])
+            # Clamped, since a token that is ruled out would give 0 · −∞. In place where nothing is learned, as these are
+            # as large as the logits.
+            if entropy == "learned":
+                every = logits.log_softmax(-1).clamp(min=-1e4)
+                return torch.stack([log_probs, -(every.exp() * every).sum(-1)])
+            every = logits.detach().log_softmax(-1).clamp_(min=-1e4)
+            return torch.stack([log_probs, -every.exp().mul_(every).sum(-1)])
 
         pieces = []
         for i in range(0, len(targets), size):
