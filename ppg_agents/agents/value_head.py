@@ -30,7 +30,7 @@ FILE = "value_head.safetensors"
 
 
 class ValueHead:
-    """V = b_t + w · x for features x (see `Anchored`) of turn t, in float32, w initially zero and with an AdamW of its own.
+    """V = b_t + w · x for features x of turn t (see `Anchored`), in float32; w is zero at first, with its own AdamW.
 
     Attributes:
         weight: w [hidden].

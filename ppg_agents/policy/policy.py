@@ -302,8 +302,8 @@ class Policy:
             log_probs = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
             if entropy == "none":
                 return log_probs[None]
-            # Clamped, since a token that is ruled out would give 0 · −∞. In place where nothing is learned, as these are
-            # as large as the logits.
+            # Clamped, since a token that is ruled out would give 0 · −∞. In place where nothing is learned: this is as
+            # large as the logits.
             if entropy == "learned":
                 every = logits.log_softmax(-1).clamp(min=-1e4)
                 return torch.stack([log_probs, -(every.exp() * every).sum(-1)])
