@@ -139,8 +139,14 @@ def _check_agent(agent: Agent, config: TrainConfig, team: Workers) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step out of ``steps``: constant, or falling towards 0."""
-    left = max(0.0, 1.0 - step / steps)
+    """Return the learning rate of a step out of ``steps``: rising during warm-up, then constant or falling towards 0.
+
+    Warm-up over W steps multiplies step s < W, from 0, by (s + 1)/W; the schedule spans the steps after it.
+    """
+    rising = math.ceil(config.warmup * steps) if config.warmup < 1 else int(config.warmup)
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    left = max(0.0, 1.0 - (step - rising) / max(steps - rising, 1))
     cosine = 0.5 - 0.5 * math.cos(math.pi * left)
     return config.learning_rate * {"constant": 1.0, "linear": left, "cosine": cosine}[config.schedule]
 

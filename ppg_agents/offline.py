@@ -22,7 +22,7 @@ from ppg_agents.config.settings import OfflineSettings, TrainConfig
 from ppg_agents.credit import Mask
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.missing import Credits
-from ppg_agents.rollout.metrics import batch_metrics
+from ppg_agents.rollout.metrics import batch_metrics, reply_lengths
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
 from ppg_agents.terminal.table import aligned
@@ -63,6 +63,7 @@ class Offline:
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
+        self.end_of_turn_id = policy.end_of_turn_id
         self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
         self.per_epoch = math.ceil(len(self.data.train) / self.config.batch)
         self.iterations = self.config.offline.epochs * self.per_epoch
@@ -88,7 +89,8 @@ class Offline:
         trajectories = [self.data.train[row] for row in rows]
         began = time.perf_counter()
         learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
-        metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **learned}
+        lengths = reply_lengths(trajectories, self.end_of_turn_id)
+        metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **lengths, **learned}
         if self.agent.loss_is_likelihood:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
             weight = weighted_tokens(trajectories, self.mask(self.turns or 1), self.config.discount)

@@ -26,6 +26,7 @@ import torch
 
 from ppg_agents.agents.protocol import Agent
 from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
+from ppg_agents.config.checks import check_learning
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import TrainConfig, differences
 from ppg_agents.credit import Mask
@@ -43,7 +44,7 @@ from ppg_agents.rollout.environment import (
     planned_turns,
 )
 from ppg_agents.rollout.lockstep import collect
-from ppg_agents.rollout.metrics import batch_metrics, check_judge
+from ppg_agents.rollout.metrics import batch_metrics, check_judge, reply_lengths
 from ppg_agents.rollout.pairs import play_pairs
 from ppg_agents.rollout.speaker import PolicySpeaker, speaker_of
 from ppg_agents.rollout.threads import Envs, collect_each
@@ -73,6 +74,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         Interrupted: The user stopped the run; it is saved.
     """
     require(config.report_to)
+    check_learning(config)
     with Interrupt() as interrupt, ExitStack() as held:
         held.callback(finish)
         team = workers()
@@ -257,7 +259,8 @@ class Online:
         if self.team.main:
             run.append_trajectories(everything)
         usage = self.envs.usage()  # requests to servers
-        return {**batch_metrics(everything), **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
+        played = {**batch_metrics(everything), **reply_lengths(everything, self.policy.end_of_turn_id)}
+        return {**played, **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
     def _play(self, sampler: Sampler, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:
         """Hold one conversation per seed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ppg_agents import ledger, losses
 from ppg_agents.agents.importance import Importance, importance_weights
 from ppg_agents.agents.settings import LearnerSettings
 from ppg_agents.agents.sums import Ratios, Sums, WeightSums
+from ppg_agents.agents.watch import watch
 from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers, clip, groups, passes
 from ppg_agents.ledger import LedgerError
@@ -67,6 +68,8 @@ class Objective:
         kl_coefficient: Weight of the divergence from the reference model in the loss.
         reference: Whether the loss reads the reference model's log-probs.
         together: How many consecutive conversations the loss compares; no micro-batch separates them.
+        entropy_coefficient: Weight of the entropy bonus: the loss falls by this times the entropy of every trained
+            token's distribution, reduced over tokens as the loss is.
     """
 
     aggregation: losses.Aggregation = "sum"
@@ -76,6 +79,7 @@ class Objective:
     kl_coefficient: float = 0.0
     reference: bool = False
     together: int = 1
+    entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise a ValueError for an unknown level, or for a cap or coefficient out of range."""
@@ -84,8 +88,9 @@ class Objective:
                 "expected importance 'none', 'turn' or 'token' and importance_cap >= 1, got "
                 f"{self.importance!r} and {self.importance_cap}"
             )
-        if not 0 <= self.kl_coefficient < float("inf"):
-            raise ValueError(f"expected kl_coefficient >= 0, got {self.kl_coefficient}")
+        for name in ("kl_coefficient", "entropy_coefficient"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
 
     def reduction(self, units: int) -> Reduction:
         """Return the arguments of `losses.aggregate` for a micro-batch of a batch of ``units``."""
@@ -106,6 +111,7 @@ class Scored:
         turn_index: The turn of every token.
         weights: Importance weights, if any.
         reference: The reference model's log-probs, if asked for.
+        entropies: Of the learner's distributions, nats, if asked for; 0 outside of ``token_mask``.
     """
 
     rows: list[int]
@@ -117,6 +123,7 @@ class Scored:
     turn_index: Tensor
     weights: Tensor | None = None
     reference: Tensor | None = None
+    entropies: Tensor | None = None
 
 
 Loss = Callable[[Scored, Reduction], tuple[Tensor, Ratios]]
@@ -139,7 +146,11 @@ class Descent:
         self._gap_limit = ledger.default_gap_limit(policy.model.dtype) if limit is None else limit
         self._parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(
-            groups(self._parameters), lr=settings.rate(0), weight_decay=settings.weight_decay, foreach=True
+            groups(self._parameters),
+            lr=settings.rate(0),
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
         )
 
     def step(
@@ -177,6 +188,7 @@ class Descent:
             budget=self._settings.micro_batch_tokens,
             temperature=temperature,
             fresh=fresh,
+            observe_reference=fresh is not None and self._observes_reference(),
             workers=self._workers,
         )
         reports = self._workers.gather([(sums, ledger.gap_fault(sums.gap, self._gap_limit, trajectories))])
@@ -185,6 +197,7 @@ class Descent:
         rate, divergence = self._settings.rate(self.steps), bool(objective.kl_coefficient or objective.reference)
         metrics = {
             "grad_norm": 0.0,
+            "grad_clipped": 0.0,
             "learning_rate": rate,
             "policy_version": self._policy.version,
             **total.metrics(divergence=divergence, weighted=objective.importance != "none"),
@@ -200,7 +213,14 @@ class Descent:
         self.optimizer.step()
         self.steps += 1
         self._policy.version += 1
-        return {**metrics, "grad_norm": norm, "policy_version": self._policy.version}
+        clipped = float(norm > self._settings.max_grad_norm)
+        return {**metrics, "grad_norm": norm, "grad_clipped": clipped, "policy_version": self._policy.version}
+
+    def _observes_reference(self) -> bool:
+        """Return whether the next step measures the divergence from the reference model."""
+        # Counted in steps, which a checkpoint keeps: a resumed run measures in the same iterations.
+        every = self._settings.reference_kl_every * self._settings.steps_per_batch
+        return bool(every) and self.steps % every == 0 and self._policy.has_reference
 
 
 def agree(faults: Sequence[str | None]) -> None:
@@ -215,20 +235,33 @@ def trained_tokens(data: Batch) -> Tensor:
     return losses.turn_token_mask(data.token_mask, data.turn_index, torch.from_numpy(data.valid))
 
 
-def score(policy: Policy, data: Batch, budget: int, temperature: float = 1.0, together: int = 1) -> Iterator[Scored]:
+def score(
+    policy: Policy,
+    data: Batch,
+    budget: int,
+    temperature: float = 1.0,
+    together: int = 1,
+    entropies: Literal["none", "measured", "learned"] = "none",
+) -> Iterator[Scored]:
     """Yield micro-batches of at most ``budget`` tokens, padding included; at least ``together`` conversations each.
 
     Conversations of similar length go together. Those without a trained token are left out, and so are tokens after
-    the last trained one.
+    the last trained one. ``learned`` entropies carry a gradient.
     """
     trained = trained_tokens(data)
     for rows, length in packs(trained, budget, together):
         ids, attention = data.ids[rows, :length], data.attention[rows, :length]
         token_mask, turn_index = trained[rows, :length], data.turn_index[rows, :length]
-        log_probs = policy.log_probs(ids, attention, token_mask, temperature=temperature)
+        arrays, entropy = (ids, attention, token_mask), None
+        if entropies == "none":
+            log_probs = policy.log_probs(*arrays, temperature=temperature)
+        else:
+            learn = entropies == "learned"
+            log_probs, entropy = policy.log_probs_and_entropies(*arrays, temperature=temperature, learn=learn)
         device = log_probs.device
         sampling = data.sampling_log_probs[rows, :length].to(device)
-        yield Scored(rows, ids, attention, log_probs, sampling, token_mask.to(device), turn_index.to(device))
+        masks = (token_mask.to(device), turn_index.to(device))
+        yield Scored(rows, ids, attention, log_probs, sampling, *masks, entropies=entropy)
 
 
 def packs(trained: Tensor, budget: int, together: int = 1) -> list[tuple[list[int], int]]:
@@ -260,6 +293,7 @@ def accumulate(
     budget: int,
     temperature: float,
     fresh: NDArray[np.bool_] | None = None,
+    observe_reference: bool = False,
     workers: Workers,
 ) -> Sums:
     """Add the gradient of the batch's loss to the policy's weights, one micro-batch at a time.
@@ -275,6 +309,7 @@ def accumulate(
         budget: Tokens per micro-batch.
         temperature: The batch's sampling temperature.
         fresh: [B, n], turns where sampler and learner must agree; None measures no gap.
+        observe_reference: Whether to measure the divergence from the reference model where the loss does not read it.
         workers: The other processes, which run forward passes too if weights are split.
     """
     trained = trained_tokens(data)
@@ -284,7 +319,9 @@ def accumulate(
     rescore = _drops_out(policy) and (fresh is not None or objective.importance != "none")
     # Every micro-batch divides by `units` of the whole batch, over all ranks, never by its own: so backward can run per
     # micro-batch (one graph in memory at a time) and the gradients still add up to that of the whole batch's loss.
-    for part in score(policy, data, budget, temperature, objective.together):
+    entropies: Literal["measured", "learned"] = "learned" if objective.entropy_coefficient else "measured"
+    refers = bool(objective.kl_coefficient or objective.reference)
+    for part in score(policy, data, budget, temperature, objective.together, entropies):
         comparable = part.log_probs.detach()
         if rescore:
             with torch.no_grad():
@@ -294,19 +331,29 @@ def accumulate(
             sums.gap += ledger.gap(comparable, part.sampling, compared, part.rows)
         if objective.importance != "none":
             part = replace(part, weights=_weigh(part, comparable, objective, sums))
-        if objective.kl_coefficient or objective.reference:
-            part = replace(part, reference=_refer(policy, part, temperature, sums))
+        observed = None
+        if refers or observe_reference:
+            with torch.no_grad():
+                arrays = (part.ids, part.attention, part.token_mask)
+                observed = policy.reference_log_probs(*arrays, temperature=temperature)
+        if refers and observed is not None:
+            part = replace(part, reference=observed)
+            _add_divergence(part, observed, sums)
         value, ratios = loss(part, objective.reduction(units))
         if objective.kl_coefficient and part.reference is not None:
             pull = losses.kl_loss(part.log_probs, part.reference, part.token_mask, part.weights)
             reduced = losses.aggregate(pull, part.token_mask, part.turn_index, **objective.reduction(units))
             value = value + objective.kl_coefficient * reduced
+        if objective.entropy_coefficient and part.entropies is not None:
+            spread = losses.aggregate(part.entropies, part.token_mask, part.turn_index, **objective.reduction(units))
+            value = value - objective.entropy_coefficient * spread
         value.backward()  # type: ignore[no-untyped-call]
         sums.loss += float(value.detach())
         sums.ratios += ratios
+        sums.watched += watch(comparable, part.sampling, part.token_mask, part.entropies, observed)
         sums.read += part.token_mask.numel()
     for _ in range(spare):
-        _ride_along(policy, rescore, bool(objective.kl_coefficient or objective.reference))
+        _ride_along(policy, rescore, refers or observe_reference)
     return sums
 
 
@@ -341,11 +388,8 @@ def _weigh(part: Scored, comparable: Tensor, objective: Objective, sums: Sums) -
     return weights
 
 
-def _refer(policy: Policy, part: Scored, temperature: float, sums: Sums) -> Tensor:
-    """Return the reference model's log-probs [R, L'] of a micro-batch, and add its divergence to the sums."""
-    with torch.no_grad():
-        reference = policy.reference_log_probs(part.ids, part.attention, part.token_mask, temperature=temperature)
+def _add_divergence(part: Scored, reference: Tensor, sums: Sums) -> None:
+    """Add a micro-batch's divergence from the reference model to the sums."""
     estimate = losses.kl_estimate(part.log_probs, reference, part.token_mask)
     sums.kl += float((estimate if part.weights is None else estimate * part.weights).sum())
     sums.turns += losses.batch_units(part.token_mask, part.turn_index, "turn_mean")
-    return reference

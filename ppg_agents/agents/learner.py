@@ -27,7 +27,7 @@ from torch import Tensor
 from ppg_agents import baselines, ledger, losses
 from ppg_agents.agents.advantages import turns_of
 from ppg_agents.agents.gradient import Array, Descent, Loss, Objective, Whole, agree, score, trained_tokens
-from ppg_agents.agents.measure import Measurement, entropies, measure, references, states
+from ppg_agents.agents.measure import Measurement, advantage_spread, entropies, measure, references, states
 from ppg_agents.agents.methods import METHODS, Method, resolve
 from ppg_agents.agents.pairs import compared_turns, pair_loss
 from ppg_agents.agents.protocol import Needs, OfflineAgent
@@ -37,6 +37,7 @@ from ppg_agents.agents.state import load_state, save_state
 from ppg_agents.agents.surrogates import token_loss
 from ppg_agents.agents.trial import try_out
 from ppg_agents.agents.value_head import FILE, Critique, Estimation, ValueHead
+from ppg_agents.agents.watch import of_batch
 from ppg_agents.batch import Batch, batch
 from ppg_agents.credit import full
 from ppg_agents.distributed import Alone, Workers
@@ -103,6 +104,7 @@ class Learner(OfflineAgent):
             settings.kl_coefficient if self.method.kl == "loss" else 0.0,
             reference=self.method.reads_reference(self.options, settings.kl_coefficient),
             together=2 if self.method.pair_loss else 1,
+            entropy_coefficient=settings.entropy_coefficient,
         )
         self._mask, self._workers = mask, workers or Alone()
         self._average = baselines.MovingAverage((settings.n_turns or 1) ** 2)  # of every reward, for every reply
@@ -189,6 +191,8 @@ class Learner(OfflineAgent):
             return {**self._without_a_step(data), **described, **staleness}
         data, whole, kept = self._keep(trajectories, data, whole)
         critique = self._advantage(trajectories, data, whole, temperature, sampled=sampled)
+        kinds = {"per_token": critique.per_token, "pairs": bool(self.method.pair_loss)}
+        described |= {**advantage_spread(critique.advantage, data, whole, self._workers, **kinds), **critique.metrics}
         loss = self._loss(data, whole, critique)
         metrics = self._descend(trajectories, data, whole, loss, critique, temperature, sampled=sampled)
         return {**metrics, **described, **kept, **staleness}
@@ -318,16 +322,13 @@ class Learner(OfflineAgent):
         """Take the policy's and the value head's steps; compare sampler and learner before the first."""
         objective = self._objective
         if not sampled:  # log-probs of logged words under their sampler are unknown
-            objective = replace(objective, importance="none", kl_coefficient=0.0)
+            objective = replace(objective, importance="none", kl_coefficient=0.0, entropy_coefficient=0.0)
         fresh = ledger.of_version(trajectories, self.policy.version, data.valid.shape[1]) if sampled else None
         step = partial(self._descent.step, trajectories, data, whole, loss, objective, temperature)
-        metrics = step(fresh)
-        for _ in range(1, self.settings.steps_per_batch):
-            metrics |= step()
+        metrics = of_batch([step(fresh), *(step() for _ in range(1, self.settings.steps_per_batch))])
         if self.head is not None and critique.regression is not None and whole.valid.any():
-            for _ in range(self.settings.steps_per_batch):
-                clipped = float(self.options["value_clip"]) or None
-                metrics["value_loss"] = self.head.fit(critique.regression, clipped, self._workers)
+            clipped, epochs = float(self.options["value_clip"]) or None, int(self.options["value_epochs"])
+            metrics["value_loss"] = self.head.fit(critique.regression, clipped, epochs, self._workers)
         return metrics
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppg_agents.agents.gradient import packs
+from ppg_agents.agents.gradient import Whole, packs, trained_tokens
+from ppg_agents.alternatives.tokens import turn_mean
 from ppg_agents.batch import Batch
 from ppg_agents.distributed import Workers, passes
 from ppg_agents.policy.policy import Policy
@@ -55,13 +56,8 @@ def entropies(policy: Policy, temperature: float) -> Measurement:
     """Measure the entropy, in nats, of the distribution each token was drawn from."""
 
     def of(ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
-        states = policy.states(ids, attention, mask)
-        size = max(1, 2**23 // policy.config.vocab_size)
-        pieces = []
-        for i in range(0, len(states), size):
-            log_probs = (policy.logits(states[i : i + size]) / temperature).log_softmax(-1)
-            pieces.append(-(log_probs.exp() * log_probs).sum(-1))
-        return torch.cat(pieces)
+        entropy = policy.log_probs_and_entropies(ids, attention, mask, temperature=temperature)[1]
+        return entropy[mask.to(entropy.device)]
 
     return of
 
@@ -79,3 +75,26 @@ def references(policy: Policy, temperature: float) -> Measurement:
 def states(policy: Policy) -> Measurement:
     """Measure the hidden state that predicts each token, in float32."""
     return lambda ids, attention, mask: policy.states(ids, attention, mask).float()
+
+
+def advantage_spread(
+    advantage: Tensor, data: Batch, whole: Whole, workers: Workers, *, per_token: bool, pairs: bool
+) -> dict[str, float]:
+    """Return ``advantage_std``: the standard deviation of the turns' advantages over the batch of all processes.
+
+    Args:
+        advantage: [B, n] per turn, or [B, L] per token: then a turn's is the mean over its tokens.
+        data: This process's conversations.
+        whole: The batch of all processes.
+        workers: The processes that learn together.
+        per_token: Whether the advantage is per token.
+        pairs: Whether the loss compares conversations two by two: then it is the spread of their credits' difference.
+    """
+    valid = torch.from_numpy(data.valid)
+    if pairs:
+        credit = torch.from_numpy(whole.credit[whole.own])
+        advantage, valid = credit[::2] - credit[1::2], valid[::2] & valid[1::2]
+    elif per_token:
+        advantage = turn_mean(advantage, trained_tokens(data), data.turn_index, valid.shape[1])
+    turns = torch.cat(workers.gather([advantage[valid].double()]))
+    return {"advantage_std": float(turns.std(correction=0)) if len(turns) else 0.0}

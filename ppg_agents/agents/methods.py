@@ -99,6 +99,7 @@ class Method:
         for key, (default, why) in SETTINGS.items():
             value = settings.get(key, default)
             takes = self.kl != "none" if key == "kl_coefficient" else key in self.takes
+            takes |= key == "entropy_coefficient" and self.learns
             if value != default and not takes:
                 raise ValueError(f"{name!r}: expected {key} = {default!r}, got {value!r}: {why}; leave it out")
         steps = settings.get("steps_per_batch", 1)
@@ -155,6 +156,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "token_discount": (lambda discount: 0 <= discount <= 1, "in [0, 1]"),
     "epsilon": (lambda epsilon: epsilon > 0, "> 0"),
     "value_clip": (lambda clip: clip >= 0, ">= 0 (0 for none)"),
+    "value_epochs": (lambda count: count >= 1, ">= 1"),
     "value_learning_rate": (lambda rate: 0 < rate < float("inf"), "> 0"),
 }
 """Ranges of options, the same for every method; the losses check their own."""
@@ -168,13 +170,14 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "kl_coefficient": (0.0, "it has no such term"),
     "aggregation": ("sum", "its loss is no sum over tokens"),
     "steps_per_batch": (1, "it takes no optimiser step"),
+    "entropy_coefficient": (0.0, "it takes no optimiser step"),
 }
 """Settings that not every method uses: their defaults, and why another value would be ignored."""
 
 _STEPS = frozenset({"aggregation", "steps_per_batch", "discount"})
 _FREE = _STEPS | {"baseline", "standardise"}
 _CLIP = {"clip_low": 0.2, "clip_high": 0.2}
-_VALUE = {"value_clip": 0.5, "value_learning_rate": 3e-3}  # a value_clip of 0 is none
+_VALUE = {"value_clip": 0.5, "value_learning_rate": 0.02, "value_epochs": 4}  # a value_clip of 0 is none
 _GAE = {"credit": ("gae", "class"), **_CLIP, "lam": 1.0, "token_discount": 1.0, "whiten": True, **_VALUE}
 
 _CLIPPED = partial(Method, loss="surrogates:ppo_clip", bounds="surrogates:clip_bounds", takes=_STEPS)

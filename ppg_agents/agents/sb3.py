@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor, nn
 
 from ppg_agents.config.settings import EvaluationSettings
@@ -42,8 +44,8 @@ CURVE = 1000  # judged turns per point
 
 ALGORITHMS: dict[str, type[BaseAlgorithm]] = {"sb3-ppo": PPO, "sb3-a2c": A2C, "sb3-dqn": DQN}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "sb3-ppo": {"n_steps": 64, "batch_size": 64, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 1.0},
-    "sb3-a2c": {"n_steps": 8, "gamma": 1.0},
+    "sb3-ppo": {"n_steps": 64, "batch_size": 64, "n_epochs": 4, "learning_rate": 1e-3},
+    "sb3-a2c": {"n_steps": 8},
     "sb3-dqn": {
         "learning_starts": 500,
         "train_freq": 1,
@@ -119,6 +121,7 @@ def train_sb3(
     out: str | Path,
     seed: int = 0,
     n_envs: int = 8,
+    discount: float = 1.0,
     **algorithm_options: Any,
 ) -> Trained:
     """Train with the library and save its zip.
@@ -130,6 +133,7 @@ def train_sb3(
         out: Folder for ``model.zip`` and ``sb3.json``; it must not hold a model yet.
         seed: Same seed, same model, on the same machine with the same number of threads.
         n_envs: Conversations side by side.
+        discount: Of rewards, per turn: the library's ``gamma``, whose own default of 0.99 is not used.
         **algorithm_options: Options of the library's class, on top of `DEFAULTS`. With your own ``policy_kwargs`` the
             library's network replaces `CandidateScorer`.
 
@@ -142,13 +146,15 @@ def train_sb3(
         raise ValueError(not_one_of("the algorithm", algorithm, ALGORITHMS))
     accepted = inspect.signature(ALGORITHMS[algorithm].__init__).parameters
     for option in algorithm_options:
+        if option == "gamma":
+            raise ValueError(f"expected options of {algorithm} alone, got 'gamma'; set discount, as for every agent")
         if option not in accepted or option in ("self", "policy", "env"):
             raise ValueError(f"expected options that {algorithm} takes, got {option!r}{did_you_mean(option, accepted)}")
     folder = Path(out)
     if (folder / MODEL).exists():
         raise FileExistsError(f"expected a folder without a model, got {folder}; choose another folder")
     given = {"personas": TRAIN, **(env_kwargs or {})}
-    options = {"device": "cpu", **DEFAULTS[algorithm], **algorithm_options}
+    options = {"device": "cpu", "gamma": discount, **DEFAULTS[algorithm], **algorithm_options}
     envs = make_vec_env(lambda: gym.make(ENVIRONMENT, disable_env_checker=True, **given), n_envs, seed)
     use_scorer = "policy_kwargs" not in options
     if use_scorer:
@@ -205,17 +211,20 @@ def play_sb3(
     conversations: int = EvaluationSettings.conversations,
     seed: int = EvaluationSettings.seed,
     personas: str = HELD_OUT,
-    deterministic: bool = True,
+    deterministic: bool = False,
 ) -> tuple[list[Trajectory], NDArray[np.float64]]:
     """Play the seeded conversations that `ppg_agents.evaluate.play` plays: same personas, same first lines.
+
+    The agent speaks as it did when its training ended, as language models do: PPO and A2C draw a candidate from their
+    distribution, DQN takes the best but for its last rate of exploration.
 
     Args:
         agent: A folder of `train_sb3`, a model, or `Uniform`.
         env_kwargs: As in `train_sb3`; None for those that the folder's agent was trained with.
         conversations: How many, at least 1.
-        seed: Seed of the conversations.
+        seed: Seed of the conversations and of the agent's draws.
         personas: ``held-out``, ``train`` or a path.
-        deterministic: Whether to choose the best candidate rather than explore as in training.
+        deterministic: Whether to take the best candidate instead: what temperature 0 is to a language model.
 
     Returns:
         The conversations, without tokens and with a reward of NaN for unjudged turns; and for each the value that free
@@ -230,7 +239,7 @@ def play_sb3(
     given |= {"personas": personas, "on_unjudged": "nan"}
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
     trajectories, reachable = [], []
-    with gym.make(ENVIRONMENT, disable_env_checker=True, **given) as env:
+    with _seeded(chooser, seed), gym.make(ENVIRONMENT, disable_env_checker=True, **given) as env:
         for conversation_seed in seeds:
             trajectory, best = _play_one(env, chooser, conversation_seed, given.get("domain", ""), deterministic)
             trajectories.append(trajectory)
@@ -241,6 +250,20 @@ def play_sb3(
 def evaluate_sb3(agent: Chooser | str | Path, env_kwargs: Mapping[str, Any] | None = None, **how: Any) -> Evaluation:
     """Return the consistency on held-out personas, with intervals; takes the arguments of `play_sb3`."""
     return summarise(*play_sb3(agent, env_kwargs, **how))
+
+
+@contextmanager
+def _seeded(agent: Chooser, seed: int) -> Iterator[None]:
+    """Seed the generators that the library draws from, which are torch's, numpy's and the action space's own."""
+    before = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        set_random_seed(seed % 2**32)
+        if isinstance(agent, BaseAlgorithm):
+            agent.action_space.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(before)
 
 
 def _play_one(

@@ -27,10 +27,14 @@ class LearnerSettings:
         learning_rate: AdamW's: a number, or a function of the steps taken.
         max_grad_norm: The gradient is scaled down to this 2-norm.
         weight_decay: AdamW's.
+        betas: AdamW's decay of its two moments, each in [0, 1).
         micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
         importance: Level of the weights for replies sampled by another version or engine, see `importance`.
         importance_cap: Largest weight.
         kl_coefficient: Weight of the divergence from the model without its adapter, per reply in nats.
+        entropy_coefficient: Weight of the entropy bonus, per token in nats (see `gradient.Objective`).
+        reference_kl_every: Batches from one measurement of the divergence from the model without its adapter to the
+            next, where the loss does not need it; 0 for never.
         max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
             nats; None for a limit set by the learner's precision (`ledger.default_gap_limit`). Stale turns are exempt.
         max_staleness: How many optimiser steps a turn's policy version may be behind; 0 is on-policy.
@@ -47,10 +51,13 @@ class LearnerSettings:
     learning_rate: float | Callable[[int], float] = 1e-3
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     micro_batch_tokens: int = 8192
     importance: Importance = "none"
     importance_cap: float = 2.0
     kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    reference_kl_every: int = 5
     max_log_prob_gap: float | None = None
     max_staleness: int = 0
     steps_per_batch: int = 1
@@ -72,8 +79,13 @@ class LearnerSettings:
             )
         if self.steps_per_batch < 1:
             raise ValueError(f"expected steps_per_batch >= 1, got {self.steps_per_batch}")
-        if not 0 <= self.kl_coefficient < float("inf"):
-            raise ValueError(f"expected kl_coefficient >= 0, got {self.kl_coefficient}")
+        for name in ("kl_coefficient", "entropy_coefficient"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"expected two betas in [0, 1), got {self.betas}")
+        if self.reference_kl_every < 0:
+            raise ValueError(f"expected reference_kl_every >= 0, got {self.reference_kl_every}")
 
     def rate(self, steps: int) -> float:
         """Return the learning rate after so many steps."""

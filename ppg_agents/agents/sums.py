@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from ppg_agents.agents.importance import effective_share
+from ppg_agents.agents.watch import Watched
 from ppg_agents.ledger import Gap
 
 
@@ -63,6 +64,7 @@ class Sums:
         weights: Importance weights, if any.
         gap: Log-prob gap over turns that the learner's current version sampled.
         ratios: The loss's ratios of learner to sampler.
+        watched: Entropy and divergences of the policy.
     """
 
     loss: float = 0.0
@@ -74,6 +76,7 @@ class Sums:
     weights: WeightSums = field(default_factory=WeightSums)
     gap: Gap = field(default_factory=Gap)
     ratios: Ratios = field(default_factory=Ratios)
+    watched: Watched = field(default_factory=Watched)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
@@ -89,6 +92,7 @@ class Sums:
             "loss": self.loss,
             "tokens": self.tokens,
             "padding": 1 - self.needed / self.read if self.read else 0.0,
+            **self.watched.metrics(),
         }
         if self.gap.count:
             metrics |= {"log_prob_gap_mean": self.gap.mean, "log_prob_gap_max": self.gap.largest}

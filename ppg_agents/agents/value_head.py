@@ -1,14 +1,18 @@
 """A value head and its advantages: PPO's GAE, bi-level GAE, and credit minus value per turn.
 
-The head is linear on the last hidden state before a token, and learns from the states of the policy before the batch's
-first step. Its loss never changes the policy's weights (ours; others share them), so the policy gradient is that of
-the method's loss alone.
+A value is the turn's mean return in the batch plus a linear function of how the last hidden state before a token
+differs from the turn's mean state (ours). Returns fall with every turn and rise as the policy learns: a head that has
+to follow both with its weights is worse than a constant per turn; like this it starts from that constant, and learns
+what the state says beyond it. The batch's own mean scales advantages by 1 − 1/B per turn, as the baseline
+``batch-mean`` does. The head learns from the states of the policy before the batch's first step. Its loss never changes
+the policy's weights (ours; others share them), so the policy gradient is that of the method's loss alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -28,16 +32,16 @@ FILE = "value_head.safetensors"
 
 
 class ValueHead:
-    """V = w · h + b of a hidden state h, in float32, initially zero; with its own AdamW.
+    """V = b_t + w · x for features x of turn t (see `Anchored`), in float32; w is zero at first, with its own AdamW.
 
     Attributes:
         weight: w [hidden].
-        bias: b.
-        optimizer: AdamW over both.
+        intercepts: b [n], each turn's mean return when it was last known, float64; 0 before.
+        optimizer: AdamW over w.
     """
 
     def __init__(self, size: int, learning_rate: float, device: torch.device) -> None:
-        """Make a head whose values are 0.
+        """Make a head whose values are the turns' means.
 
         Raises:
             ValueError: The learning rate is not above 0.
@@ -45,71 +49,72 @@ class ValueHead:
         if not 0 < learning_rate < float("inf"):
             raise ValueError(f"expected value_learning_rate > 0, got {learning_rate}")
         self.weight = torch.nn.Parameter(torch.zeros(size, device=device))
-        self.bias = torch.nn.Parameter(torch.zeros(1, device=device))
-        self.optimizer = torch.optim.AdamW([self.weight, self.bias], lr=learning_rate, weight_decay=0.0)
+        self.intercepts = torch.zeros(0, dtype=torch.float64)
+        self.optimizer = torch.optim.AdamW([self.weight], lr=learning_rate, weight_decay=0.0)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Return values [N] of states [N, hidden]."""
-        return hidden.to(self.weight) @ self.weight + self.bias
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return w · x [N] of features [N, hidden]."""
+        return features.to(self.weight) @ self.weight
 
-    def fit(self, regression: Regression, clip: float | None, workers: Workers) -> float:
-        """Take one step towards the targets; return the loss before it, over all workers.
+    def fit(self, regression: Regression, clip: float | None, epochs: int, workers: Workers) -> float:
+        """Take a step per epoch towards the targets; return the loss before the last, over all workers.
 
         Raises:
             FloatingPointError: The gradient is not finite.
         """
         total = workers.sum_number(float(len(regression.targets)))
         mask = torch.ones((1, len(regression.targets)), dtype=torch.bool, device=self.weight.device)
-        arrays = (self(regression.hidden)[None], regression.targets[None].to(self.weight), mask)
         old = regression.values[None].to(self.weight) if clip is not None else None
-        loss = alt.value_loss(*arrays, old_values=old, clip=clip).sum() / max(total, 1.0)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        workers.sum_gradients([self.weight, self.bias])
-        if not all(bool(p.grad.isfinite().all()) for p in (self.weight, self.bias) if p.grad is not None):
-            raise FloatingPointError("expected a finite gradient of the value head; lower value_learning_rate")
-        self.optimizer.step()
-        return workers.sum_number(float(loss.detach()))
+        before = 0.0
+        for _ in range(epochs):
+            arrays = (self(regression.features)[None], regression.targets[None].to(self.weight), mask)
+            loss = alt.value_loss(*arrays, old_values=old, clip=clip).sum() / max(total, 1.0)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            workers.sum_gradients([self.weight])
+            if self.weight.grad is not None and not bool(self.weight.grad.isfinite().all()):
+                raise FloatingPointError("expected a finite gradient of the value head; lower value_learning_rate")
+            self.optimizer.step()
+            before = workers.sum_number(float(loss.detach()))
+        return before
 
     def save(self, path: Path) -> None:
-        """Write weights and moments."""
+        """Write weights, moments and intercepts."""
         from safetensors.torch import save_file
 
-        tensors = {"weight": self.weight.detach(), "bias": self.bias.detach()}
-        for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in moments.items()}
-        save_file(tensors, path)
+        moments = self.optimizer.state.get(self.weight, {})
+        tensors = {"weight": self.weight.detach(), "intercepts": self.intercepts}
+        save_file(tensors | {f"weight.{key}": tensor.contiguous() for key, tensor in moments.items()}, path)
 
     def load(self, path: Path) -> None:
         """Load what `save` wrote.
 
         Raises:
-            ValueError: The saved head has another size.
+            ValueError: The saved head has another size, or no intercepts.
         """
         from safetensors.torch import load_file
 
         tensors = load_file(path)
-        if tensors["weight"].shape != self.weight.shape:
+        if tensors["weight"].shape != self.weight.shape or "intercepts" not in tensors:
             raise ValueError(
-                f"expected a value head of {len(self.weight)} weights in {path}, got {len(tensors['weight'])}"
+                f"expected a value head of {len(self.weight)} weights and its intercepts in {path}, got "
+                f"{', '.join(f'{name} {list(tensor.shape)}' for name, tensor in tensors.items())}; begin a new run"
             )
         self.optimizer.state.clear()
+        moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("weight.")}
         with torch.no_grad():
-            for name, parameter in (("weight", self.weight), ("bias", self.bias)):
-                parameter.copy_(tensors[name])
-                moments = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
-                if moments:
-                    self.optimizer.state[parameter] = {
-                        k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-                    }
+            self.weight.copy_(tensors["weight"])
+        self.intercepts = tensors["intercepts"]
+        if moments:
+            on_device = {k: v if k == "step" else v.to(self.weight.device) for k, v in moments.items()}
+            self.optimizer.state[self.weight] = on_device
 
 
 @dataclass(frozen=True)
 class Regression:
-    """What a value head learns from a batch: N hidden states, targets G, and its values V° before the step."""
+    """What a value head learns from a batch: N features, targets G − b_t, and its values V° − b_t before the step."""
 
-    hidden: Tensor
+    features: Tensor
     targets: Tensor
     values: Tensor
 
@@ -139,11 +144,35 @@ class Estimation:
 
 @dataclass(frozen=True)
 class Critique:
-    """The advantage of this process's conversations, per turn [B, n] or per token [B, L], and the head's regression."""
+    """The advantage of this process's conversations, per turn [B, n] or per token [B, L].
+
+    With a head also its regression, and ``metrics`` that say how good it is.
+    """
 
     advantage: Tensor
     per_token: bool
     regression: Regression | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anchored:
+    """A batch's values, around the means of its turns; N entries of this process, each a token or a turn.
+
+    Attributes:
+        features: x [N, hidden]: the states less their turn's mean over all processes, divided by hidden times the root
+            mean square of an entry, so that one step of AdamW changes a value by about the learning rate at most,
+            whatever the model.
+        intercept: b_t [N]; the last known one for a turn that a single conversation reached.
+        values: V [N].
+        metrics: ``explained_variance`` of the values, 1 − Σ(G − V)²/Σ(G − mean G)², and of the turns' means as
+            ``explained_variance_constant``; over all processes, of the returns G that were seen. NaN if they are equal.
+    """
+
+    features: Tensor
+    intercept: Tensor
+    values: Tensor
+    metrics: dict[str, float]
 
 
 def gae(given: Estimation, options: Options) -> Critique:
@@ -154,40 +183,38 @@ def gae(given: Estimation, options: Options) -> Critique:
     if options["credit"] == "class":
         return per_turn(given, options)
     trained = trained_tokens(given.batch)
-    hidden, values, spread = _token_values(given, trained)
     # The head is fitted at trained tokens only, so its value at the last of them stands in for what was cut off.
     last = (torch.tensor(last_trained(trained)) - 1).clamp(min=0)
-    bootstrap = torch.where(torch.tensor(given.cut), spread[torch.arange(len(last)), last], 0.0)
-    factors = {"discount": options["token_discount"], "lam": options["lam"]}
 
-    def estimate(rewards: Tensor) -> Tensor:
+    def estimate(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
         at_ends = alt.at_turn_ends(rewards, trained, given.batch.turn_index)
-        return alt.gae(at_ends, spread, trained, bootstrap=bootstrap, **factors).advantage
+        bootstrap = torch.where(torch.tensor(given.cut), values[torch.arange(len(last)), last], 0.0)
+        factors = {"discount": options["token_discount"], "lam": lam}
+        return alt.gae(at_ends, values, trained, bootstrap=bootstrap, **factors).advantage
 
-    return _token_critique(given, options, trained, hidden, values, _of_what_was_seen(given, estimate))
+    return _token_critique(given, options, trained, estimate)
 
 
 def bi_level_gae(given: Estimation, options: Options) -> Critique:
     """Return bi-level GAE's advantage; with ``credit = "class"`` the class's credits are the turns' targets."""
     batch, trained = given.batch, trained_tokens(given.batch)
-    hidden, values, spread = _token_values(given, trained)
     targets = torch.from_numpy(given.whole.credit[given.whole.own]) if options["credit"] == "class" else None
     valid = torch.from_numpy(batch.valid)
 
-    def estimate(rewards: Tensor) -> Tensor:
+    def estimate(rewards: Tensor, values: Tensor, lam: float) -> Tensor:
         return alt.bi_level_gae(
             rewards,
-            spread,
+            values,
             batch.token_mask,
             batch.turn_index,
             valid,
             turn_discount=given.discount,
             turn_targets=targets,
             discount=options["token_discount"],
-            lam=options["lam"],
+            lam=lam,
         ).advantage
 
-    return _token_critique(given, options, trained, hidden, values, _of_what_was_seen(given, estimate))
+    return _token_critique(given, options, trained, estimate)
 
 
 def per_turn(given: Estimation, options: Options) -> Critique:
@@ -204,12 +231,12 @@ def per_turn(given: Estimation, options: Options) -> Critique:
     rows, columns = (first >= 0).nonzero(as_tuple=True)
     mask = torch.zeros_like(trained)
     mask[rows, first[rows, columns]] = True  # the order of turns is that of tokens
-    hidden = given.states(mask)
-    values = given.head(hidden).detach().cpu().double()
     targets = torch.from_numpy(whole.credit[whole.own])[rows, columns]
+    around = _anchor(given, given.head, mask, targets)
     spread = torch.zeros(batch.valid.shape, dtype=torch.float64)
-    spread[rows, columns] = _whitened(given, options, targets - values)
-    return Critique(spread, per_token=False, regression=Regression(hidden, targets, values))
+    spread[rows, columns] = _whitened(given, options, targets - around.values)
+    regression = Regression(around.features, targets - around.intercept, around.values - around.intercept)
+    return Critique(spread, per_token=False, regression=regression, metrics=around.metrics)
 
 
 def check_gae(options: Options, settings: Options) -> None:
@@ -225,21 +252,28 @@ def check_gae(options: Options, settings: Options) -> None:
         )
 
 
-def _token_values(given: Estimation, trained: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the trained tokens' states [N, hidden], their values [N], and the values laid out as [B, L]."""
+def _token_critique(
+    given: Estimation, options: Options, trained: Tensor, estimate: Callable[[Tensor, Tensor, float], Tensor]
+) -> Critique:
+    """Return the critique of an advantage per token.
+
+    Args:
+        given: What it is computed from.
+        options: The method's.
+        trained: [B, L], N tokens.
+        estimate: ``(rewards [B, n], values [B, L], lam) -> advantage [B, L]``.
+    """
     if given.head is None:
         raise ValueError("expected a value head for an advantage per token, got none")
-    hidden = given.states(trained)
-    values = given.head(hidden).detach().cpu().double()
-    return hidden, values, torch.zeros(trained.shape, dtype=torch.float64).masked_scatter(trained, values)
-
-
-def _token_critique(
-    given: Estimation, options: Options, trained: Tensor, hidden: Tensor, values: Tensor, estimate: Tensor
-) -> Critique:
-    advantage = torch.zeros(trained.shape, dtype=torch.float64)
-    advantage = advantage.masked_scatter(trained, _whitened(given, options, estimate[trained]))
-    return Critique(advantage, per_token=True, regression=Regression(hidden, estimate[trained] + values, values))
+    nothing = torch.zeros(trained.shape, dtype=torch.float64)
+    returns = _of_what_was_seen(given, lambda rewards: estimate(rewards, nothing, 1.0))[trained]
+    around = _anchor(given, given.head, trained, returns)
+    values = nothing.masked_scatter(trained, around.values)
+    found = _of_what_was_seen(given, lambda rewards: estimate(rewards, values, options["lam"]))[trained]
+    advantage = nothing.masked_scatter(trained, _whitened(given, options, found))
+    targets = found + around.values - around.intercept
+    regression = Regression(around.features, targets, around.values - around.intercept)
+    return Critique(advantage, per_token=True, regression=regression, metrics=around.metrics)
 
 
 def _of_what_was_seen(given: Estimation, estimate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -268,6 +302,39 @@ def _of_what_was_seen(given: Estimation, estimate: Callable[[Tensor], Tensor]) -
         per_token = losses.broadcast_credit(counts[:, :, reward], trained_tokens(given.batch), given.batch.turn_index)
         total = total + (estimate(alone) - without) * per_token
     return total
+
+
+def _anchor(given: Estimation, head: ValueHead, mask: Tensor, returns: Tensor) -> Anchored:
+    """Return the values of the N tokens of a mask, given the returns G [N] that were seen after them."""
+    turn_index, n = given.batch.turn_index, given.batch.valid.shape[1]
+    hidden, turn = given.states(mask), turn_index[mask]
+    place = turn.to(hidden.device)
+    members = torch.nn.functional.one_hot(place, n).T.double()  # [n, N]; a product with it adds up by turn
+    reached = torch.stack([(mask & (turn_index == t)).any(1).sum() for t in range(n)]).double()
+    wide = hidden.double()
+    own = (members.sum(1), members.cpu() @ returns, members @ wide, wide.square().sum())
+    parts = given.workers.gather([(reached, *(part.cpu() for part in own))])
+    conversations, entries, sums, states, square = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    count = entries.clamp(min=1.0)
+    mean_return, mean_state = sums / count, states / count[:, None]
+
+    # A lone conversation's own mean is its return, which would leave it nothing to learn from: keep the last known one.
+    known = torch.cat([head.intercepts, torch.zeros(max(0, n - len(head.intercepts)), dtype=torch.float64)])
+    known[:n] = torch.where(conversations > 1, mean_return, known[:n])
+    head.intercepts = known
+    variance = float(square - (count * mean_state.square().sum(1)).sum()) / (float(count.sum()) * hidden.shape[1])
+    scale = variance**-0.5 / hidden.shape[1] if variance > 0 else 0.0
+    features = (hidden - mean_state.to(hidden)[place]) * scale
+    values = known[turn] + head(features).detach().cpu().double()
+
+    errors = ((returns - values).square().sum(), (returns - mean_return[turn]).square().sum())
+    seen = (returns.sum(), returns.square().sum(), torch.tensor(len(returns)))
+    parts = given.workers.gather([torch.stack([part.double() for part in (*errors, *seen)])])
+    missed, unexplained, total, squares, number = torch.stack(parts).sum(0).tolist()
+    spread = squares - total**2 / max(number, 1.0)
+    compared = {"explained_variance": missed, "explained_variance_constant": unexplained}
+    metrics = {name: 1 - error / spread if spread > 1e-12 * squares else math.nan for name, error in compared.items()}
+    return Anchored(features, known[turn], values, metrics)
 
 
 def _whitened(given: Estimation, options: Options, advantages: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ def horizon(
 
     import numpy as np
 
+    from ppg_agents.config.checks import check_learning
     from ppg_agents.horizon.advice import advise, own_mean_removed
     from ppg_agents.horizon.choice import default_candidates, distinct, masks
     from ppg_agents.horizon.sketch import sketch
@@ -122,6 +123,7 @@ def horizon(
     if files:
         policy, trajectories = read(target, config, files, conversations)
     else:
+        check_learning(config)
         policy, trajectories = played(target, config, personas, conversations)
     temperature = 1.0 if files else config.sampling.temperature
     with Progress("differentiating", len(trajectories)) as progress:

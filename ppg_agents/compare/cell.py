@@ -138,9 +138,8 @@ def _fill_sb3(job: Job, folder: Path) -> None:
         given.pop(key, None)
     turns = _planned(job.domain, config)
     (folder / MODEL).unlink(missing_ok=True)
-    trained = train_sb3(
-        job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **config.agent_options
-    )
+    options = {"discount": config.discount, **config.agent_options}
+    trained = train_sb3(job.agent, given, timesteps=job.sizes[0] * turns, out=folder, seed=job.seed, **options)
     evaluation = evaluate_sb3(folder, given, conversations=config.evaluation.conversations, seed=config.evaluation.seed)
     record = {
         "evaluation": evaluation.to_dict(),

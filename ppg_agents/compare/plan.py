@@ -3,7 +3,7 @@
 Reads and combines settings; starts nothing and may not import torch.
 
 A run with a constant learning rate is the same whatever its length, so one run fills the cells of all sample sizes,
-with evaluations on the way. With a falling rate every size needs its own run.
+with evaluations on the way. With a falling rate, or a warm-up that is a share of the run, every size needs its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from ppg_agents.agents.methods import METHODS
 from ppg_agents.agents.registry import agents
 from ppg_agents.config import settings as configs
+from ppg_agents.config.checks import check_learning
 from ppg_agents.config.parsing import ConfigError, build, flatten, put
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.credit import PolicyClass
@@ -130,7 +131,7 @@ class Job:
     @property
     def nested(self) -> bool:
         """Whether one run fills the cells of all sizes."""
-        return not self.agent.startswith(SB3) and self.config["schedule"] == "constant"
+        return not self.agent.startswith(SB3) and _any_length(self.config)
 
 
 def read(path: Path) -> Plan:
@@ -249,16 +250,22 @@ def _runs(plan: Plan, agent: str, planning: PolicyClass | str, domain: str, seed
     for key, value in given.items():
         put(tables, key, value)
     config = configs.from_dict(tables)
+    check_learning(config)
     world, batch = config.world, config.batch
     wrong = [size for size in plan.sizes if size % batch]
     if wrong:
         raise ConfigError(f"sizes: expected multiples of batch = {batch} of agent {agent}, got {wrong}")
-    nested = not agent.startswith(SB3) and tables["schedule"] == "constant"
+    nested = not agent.startswith(SB3) and _any_length(tables)
     if agent in UNTRAINED:
         yield Job(agent, str(planning), world, seed, plan.sizes, _sized(tables, (batch,), batch))
     else:
         for sizes in [tuple(sorted(plan.sizes))] if nested else [(size,) for size in plan.sizes]:
             yield Job(agent, str(planning), world, seed, sizes, _sized(tables, sizes, batch))
+
+
+def _any_length(tables: Mapping[str, Any]) -> bool:
+    """Return whether a run's first steps are the same whatever its length."""
+    return tables["schedule"] == "constant" and not 0 < tables.get("warmup", 0.0) < 1
 
 
 def _sized(tables: Mapping[str, Any], sizes: Sequence[int], batch: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ppg_agents.config.parsing import ConfigError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ppg_agents.config.settings import TrainConfig
 
 
-RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
+RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda value: value >= 1,
         "at least 1",
@@ -26,15 +26,29 @@ RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     (
         lambda value: math.isfinite(value) and value > 0,
         "a finite number above 0",
-        "learning_rate max_grad_norm aggregation_constant max_log_prob_gap sampling.temperature",
+        "learning_rate max_grad_norm aggregation_constant max_log_prob_gap",
     ),
     (
         lambda value: value >= 0,
         "at least 0",
-        "seed lora.rank max_staleness evaluation.seed evaluation.conversations",
+        "seed lora.rank max_staleness reference_kl_every evaluation.seed evaluation.conversations",
     ),
     (lambda value: math.isfinite(value) and value >= 1, "a finite number of at least 1", "importance_cap"),
-    (lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0", "kl_coefficient"),
+    (
+        lambda value: math.isfinite(value) and value >= 0,
+        "a finite number of at least 0",
+        "kl_coefficient entropy_coefficient weight_decay sampling.temperature",
+    ),
+    (
+        lambda value: 0 <= value < 1 or (value >= 1 and float(value).is_integer()),
+        "a share in [0, 1) or a whole number of steps",
+        "warmup",
+    ),
+    (
+        lambda values: len(values) == 2 and all(0 <= value < 1 for value in values),
+        "two numbers in [0, 1) such as [0.9, 0.999]",
+        "betas",
+    ),
     (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate"),
     (lambda value: 0 < value <= 1, "a number in (0, 1]", "auto.cosine"),
     (lambda value: 0 <= value < 1, "a number in [0, 1)", "lora.dropout"),
@@ -59,6 +73,19 @@ def check(config: TrainConfig) -> None:
     _check_offline(config)
     _check_policy_class(config)
     _check_environment(config)
+
+
+def check_learning(config: TrainConfig) -> None:
+    """Refuse settings that only what does not learn can have.
+
+    Raises:
+        ConfigError: Replies are to be sampled greedily.
+    """
+    if config.sampling.temperature == 0:
+        raise ConfigError(
+            "sampling.temperature: expected a number above 0 for learning, got 0: a greedy reply is not drawn from a "
+            "distribution, so it has no gradient; 0 is for evaluate, rollout and chat"
+        )
 
 
 def _check_sampling(config: TrainConfig) -> None:
@@ -87,6 +114,7 @@ def _check_offline(config: TrainConfig) -> None:
         "baseline": config.baseline not in ("none", type(config).baseline),
         "importance": config.importance != "none",
         "kl_coefficient": config.kl_coefficient != 0,
+        "entropy_coefficient": config.entropy_coefficient != 0,
     }
     for name in (name for name, given in unread.items() if given):
         raise ConfigError(

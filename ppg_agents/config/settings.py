@@ -81,7 +81,8 @@ class SamplingSettings:
 
     Attributes:
         max_new_tokens: A reply is cut at this length.
-        temperature: For sampling and for the learner's log-probs.
+        temperature: For sampling and for the learner's log-probs. 0 takes the most likely token, where nothing is
+            learned: evaluate, rollout, chat.
         backend: ``hf`` (the learner's own model) or ``vllm``.
         endpoints: vLLM servers; empty for vLLM in this process.
         sync: How vLLM gets the newest weights: a new ``adapter`` per version, or ``merged`` weights.
@@ -185,7 +186,9 @@ class TrainConfig:
 
     ``batch`` is conversations per iteration, ``group`` of them with the same persona. ``policy_class`` is what
     `PolicyClass.parse` reads, or ``"auto"``, chosen as the settings ``auto`` say. An online agent takes
-    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name.
+    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name. ``warmup`` is
+    how long the learning rate rises before ``schedule`` takes over: below 1 a share of all optimiser steps, from 1 on
+    a number of them. ``reference_kl_every`` is in iterations, 0 for never.
     """
 
     domain: str = "chatting"
@@ -205,10 +208,12 @@ class TrainConfig:
     discount: float = 1.0
     learning_rate: float = 3e-3
     schedule: Schedule = "linear"
+    warmup: float = 0.0
     max_grad_norm: float = 1.0
     aggregation: Literal["sum", "constant", "token_mean", "sequence_mean", "turn_mean"] = "sum"
     aggregation_constant: float | None = None
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
     micro_batch_tokens: int = 8_192
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
@@ -217,6 +222,8 @@ class TrainConfig:
     importance_cap: float = 2.0
     max_staleness: int = 0
     kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    reference_kl_every: int = 5
     max_log_prob_gap: float | None = None
     report_to: tuple[str, ...] = ()
     auto: AutoSettings = field(default_factory=AutoSettings)

@@ -54,7 +54,7 @@ function plot(spec, width) {
     role: "img",
     "aria-label": `${spec.title}. ${spec.words}`,
   });
-  const digits = y1 - y0 > 3 ? 0 : 1;
+  const digits = y1 - y0 > 3 ? 0 : y1 - y0 > 0.5 ? 1 : y1 - y0 > 0.05 ? 2 : 4;
   for (const v of ticks(y0, y1, 5)) {
     svg.append(el("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
     svg.append(el("text", { class: "tick", x: left - 8, y: y(v) + 4, "text-anchor": "end" }, score(v, digits)));
@@ -186,6 +186,18 @@ function drawCharts(data, host) {
         String(t + 1),
         ...shown.map((e) => score(e.per_turn[t]) + range(...each(e, t))),
       ]),
+    });
+  }
+  for (const { name, points: some } of data.watched) {
+    const highest = Math.max(...some.map((p) => p[1]), 1e-6);
+    chart(host, {
+      title: name[0].toUpperCase() + name.slice(1),
+      words: `from ${score(some[0][1], 3)} to ${score(some.at(-1)[1], 3)}`,
+      x: { range: [0, Math.max(1, some.at(-1)[0])], first: 0, label: data.offline ? "step" : "iteration" },
+      y: { range: [0, highest] },
+      series: [{ kind: "line", name: data.offline ? "each step" : "each iteration", tone: "line", points: some }],
+      head: ["iteration", name],
+      rows: some.map((p) => [String(p[0]), score(p[1], 3)]),
     });
   }
   if (data.offline) {

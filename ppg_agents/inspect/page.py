@@ -27,6 +27,7 @@ from ppg_agents.inspect.sample import pairs
 from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, status
 from ppg_agents.inspect.text import right_to_left, script_json
 from ppg_agents.inspect.tokens import Vocabulary
+from ppg_agents.runs.curve import WATCHED, watched_points
 from ppg_agents.runs.files import replace, writing
 
 SCRIPTS = (
@@ -123,6 +124,7 @@ def data(source: Source, tokenizer: str | None = None) -> dict[str, Any]:
         "tokens": vocabulary.texts if vocabulary else None,
         "control": sorted(vocabulary.control) if vocabulary else [],
         "metrics": _metrics(source),
+        "watched": [{"name": WATCHED[key], "points": points} for key, points in watched_points(source.metrics).items()],
         "evaluations": evaluations(source.evaluations),
         "conversations": [
             {**_conversation(c, vocabulary), "own": index[planning] if read_by_agent else None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,17 +227,26 @@ class Policy:
             ValueError: Shapes differ, or a row is padded on the left.
         """
         ids, token_mask = self._select(ids, attention, attention if token_mask is None else token_mask)
-        if not bool(token_mask.any()):
-            return torch.zeros(ids.shape, device=self.device)
-        hidden = self._states(ids, token_mask)
-        targets = ids[token_mask]
-        size = chunk or max(1, (2**27 if self.device.type == "cuda" else 2**23) // self.config.vocab_size)
-        pieces = [
-            self._score(hidden[i : i + size], targets[i : i + size], temperature, len(targets) > size)
-            for i in range(0, len(targets), size)
-        ]
-        selected = torch.cat(pieces)
-        return selected.new_zeros(ids.shape).masked_scatter(token_mask, selected)
+        return self._scores(ids, token_mask, temperature, chunk)[0]
+
+    def log_probs_and_entropies(
+        self, ids: Tensor, attention: Tensor, token_mask: Tensor, *, temperature: float = 1.0, learn: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return `log_probs`, and from the same pass the entropy of the distribution that each token was drawn from.
+
+        Args:
+            ids: Token ids [B, L], padded on the right.
+            attention: Bool [B, L], True on real tokens.
+            token_mask: Bool [B, L], the positions to score.
+            temperature: Logits are divided by it.
+            learn: Whether the entropies are differentiable too, which keeps one more [positions, vocab] per chunk.
+
+        Returns:
+            Log-probs and entropies −Σ p·log p over the vocabulary, in nats, both [B, L], 0 elsewhere.
+        """
+        ids, token_mask = self._select(ids, attention, token_mask)
+        log_probs, entropies = self._scores(ids, token_mask, temperature, entropy="learned" if learn else "measured")
+        return log_probs, entropies
 
     def states(self, ids: Tensor, attention: Tensor, token_mask: Tensor) -> Tensor:
         """Return the last hidden states that predict the selected tokens: what a value head reads.
@@ -271,17 +280,51 @@ class Policy:
         with fuse(self._lora):
             return self.transformer(input_ids=ids[:, :-1], use_cache=False)[token_mask[:, 1:]]
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, recompute: bool) -> Tensor:
-        """Return log-probabilities [N] of `targets` [N] given `hidden` [N, hidden]."""
+    def _scores(
+        self,
+        ids: Tensor,
+        token_mask: Tensor,
+        temperature: float,
+        chunk: int | None = None,
+        entropy: Literal["none", "measured", "learned"] = "none",
+    ) -> Tensor:
+        """Return log-probs, and if asked for entropies, as one tensor [1 or 2, B, L], 0 outside the mask."""
+        kinds = 1 if entropy == "none" else 2
+        if not bool(token_mask.any()):
+            return torch.zeros((kinds, *ids.shape), device=self.device)
+        hidden = self._states(ids, token_mask)
+        targets = ids[token_mask]
+        size = chunk or max(1, (2**27 if self.device.type == "cuda" else 2**23) // self.config.vocab_size)
 
-        def score(h: Tensor) -> Tensor:
+        def score(h: Tensor, wanted: Tensor) -> Tensor:
             logits = self.logits(h)
             logits = logits if temperature == 1.0 else logits / temperature
-            return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+            log_probs = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
+            if entropy == "none":
+                return log_probs[None]
+            # Clamped, since a token that is ruled out would give 0 · −∞. In place where nothing is learned: this is as
+            # large as the logits.
+            if entropy == "learned":
+                every = logits.log_softmax(-1).clamp(min=-1e4)
+                return torch.stack([log_probs, -(every.exp() * every).sum(-1)])
+            every = logits.detach().log_softmax(-1).clamp_(min=-1e4)
+            return torch.stack([log_probs, -every.exp().mul_(every).sum(-1)])
 
-        if not recompute or not torch.is_grad_enabled():
-            return score(hidden)
-        return cast(Tensor, checkpoint(score, hidden, use_reentrant=False, preserve_rng_state=False))
+        pieces = []
+        for i in range(0, len(targets), size):
+            some = (hidden[i : i + size], targets[i : i + size])
+            if len(targets) > size and torch.is_grad_enabled():
+                pieces.append(checkpoint(score, *some, use_reentrant=False, preserve_rng_state=False))
+            else:
+                pieces.append(score(*some))
+        selected = torch.cat(pieces, 1)
+        return selected.new_zeros((kinds, *ids.shape)).masked_scatter(token_mask.expand(kinds, *ids.shape), selected)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference_log_probs` works: all that learns is LoRA, so the model it started from is still there."""
+        trained = (name for name, p in self.model.named_parameters() if p.requires_grad)
+        return bool(self._lora) and all("lora_" in name for name in trained)
 
     def reference_log_probs(
         self,
@@ -298,8 +341,8 @@ class Policy:
         Raises:
             ValueError: The policy trains other weights than LoRA's, so the model it started from is gone.
         """
-        trained = [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
-        if trained or not self._lora:
+        if not self.has_reference:
+            trained = [name for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name]
             raise ValueError(
                 f"expected a policy with LoRA, whose base model is the reference, got one that trains {trained[:1]} "
                 "and so on; use LoRA, or load the reference as a second policy"

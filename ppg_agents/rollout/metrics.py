@@ -66,6 +66,25 @@ def batch_metrics(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
+def reply_lengths(trajectories: Sequence[Trajectory], end_of_turn_id: int) -> dict[str, float | None]:
+    """Return how long the replies are, in tokens; None where no reply has tokens.
+
+    Args:
+        trajectories: The conversations.
+        end_of_turn_id: The token that ends a reply.
+
+    Returns:
+        ``reply_tokens_mean``, ``reply_tokens_max``, and ``reply_cut``, the share of replies cut before their end.
+    """
+    replies = [turn.token_ids for t in trajectories for turn in t.turns if turn.token_ids]
+    lengths, cut = [len(tokens) for tokens in replies], sum(tokens[-1] != end_of_turn_id for tokens in replies)
+    return {
+        "reply_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
+        "reply_tokens_max": max(lengths, default=None),
+        "reply_cut": cut / len(replies) if replies else None,
+    }
+
+
 def reward_table(trajectories: Sequence[Trajectory]) -> NDArray[np.float64]:
     """Return per-turn rewards as [B, n], NaN at unjudged turns and after the end of shorter conversations."""
     table = np.full((len(trajectories), max((len(t.turns) for t in trajectories), default=0)), np.nan)

@@ -16,17 +16,31 @@ from ppg_agents.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import FigureBase
 
 BEFORE, AFTER, LINE, LIMIT = ORANGE, BLUE, BLUE, GREEN
 
 
+WATCHED = {
+    "entropy": "entropy (nats per token)",
+    "kl_reference": "KL to the reference (nats per token)",
+    "reply_tokens_mean": "tokens per reply",
+}
+"""The metrics of the policy itself that are drawn, and what they are called there."""
+
+
 def curve(run: Run) -> Path:
     """Draw a run's ``curve.png`` from its metrics and evaluations; return the path."""
-    figure, offline = new_figure(11, 4.6), bool(run.config.offline.files)
+    metrics, offline = run.metrics(), bool(run.config.offline.files)
+    watched = watched_points(metrics)
+    figure = new_figure(11, 6.8 if watched else 4.6)
     title = f"{run.config.subject}, policy class: {run.config.label}, seed {run.config.seed}"
     figure.suptitle(title, fontweight="bold")
-    draw_results(figure, run.metrics(), run.evaluations(), offline=offline)
+    above: FigureBase = figure
+    if watched:
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 1))[:, 0]
+        draw_watched(below, watched)
+    draw_results(above, metrics, run.evaluations(), offline=offline)
     path = run.folder / "curve.png"
     with writing(path, f"{{todo}}, then draw it with: ppg-agent train --resume {run.folder}"):
         save(figure, path, dpi=150)
@@ -34,7 +48,7 @@ def curve(run: Run) -> Path:
 
 
 def draw_results(
-    figure: Figure, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any], *, offline: bool
+    figure: FigureBase, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any], *, offline: bool
 ) -> None:
     """Draw the learning curve, and the held-out results beside it."""
     from matplotlib.ticker import MaxNLocator
@@ -49,6 +63,26 @@ def draw_results(
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(left)
     tidy(right, grid="x" if offline else "y")
+
+
+def watched_points(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return (iteration, value) of the metrics in `WATCHED` that were measured more than once."""
+    points = {key: [(int(m["iteration"]), float(m[key])) for m in metrics if m.get(key) is not None] for key in WATCHED}
+    return {key: some for key, some in points.items() if len(some) > 1}
+
+
+def draw_watched(figure: FigureBase, points: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw what `watched_points` returned, side by side."""
+    from matplotlib.ticker import MaxNLocator
+
+    for ax, (key, some) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items(), strict=True):
+        steps, values = np.array(some, dtype=np.float64).T
+        ax.plot(steps, values, color=LINE, linewidth=1.5)
+        ax.set_ylim(0, 1.1 * max(values.max(), 1e-6))
+        ax.set_title(WATCHED[key], fontsize=10)
+        ax.set_xlabel("iteration")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        tidy(ax)
 
 
 def draw_consistency(ax: Axes, metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Any]) -> None:

@@ -40,7 +40,10 @@ def status(metrics: Mapping[str, Any]) -> str:
     lost = f"  {failures} not judged" if failures else ""
     faults = sum((metrics.get("partner_failures") or {}).values())
     lost += f"  {faults} lost partners" if faults else ""
-    return f"consistency {number(metrics.get('consistency'))}  per turn {ends} {sparkline(turns)}{lost}"
+    cut, entropy = metrics.get("reply_cut") or 0, metrics.get("entropy")
+    lost += f"  {cut:.0%} of replies cut" if cut >= 0.005 else ""
+    spread = "" if entropy is None else f"  entropy {entropy:.2f}"
+    return f"consistency {number(metrics.get('consistency'))}  per turn {ends} {sparkline(turns)}{spread}{lost}"
 
 
 class Progress:

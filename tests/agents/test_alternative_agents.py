@@ -303,27 +303,82 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_happened(name: str, make_poli
         assert bool(agent.head.weight.any())
 
 
-def test_a_value_head_learns_the_credit_and_is_its_baseline(make_policy: Make, double: Policy) -> None:
-    conversations = played(double, [3, 3, 2, 3])
-    expected, _ = gradient("ppg", double, conversations, credit.full, baseline="none")
-    heads: list[tuple[str, dict[str, Any]]] = [("ppo", {"credit": "class"}), ("ppo", {}), ("bi-level-gae", {})]
-    for options in ({}, {"credit": "class"}):  # a head that says 0 is no baseline: every token has its turn's credit
-        close(gradient("ppo", double, conversations, credit.full, whiten=False, **options)[0], expected)
-    close(gradient("bi-level-gae", double, conversations, credit.full, whiten=False)[0], expected)
-    conversations = played(make_policy(), [3, 3, 2, 3])
-    for name, options in (*heads, ("a-lol", {"value": "head"})):
-        agent = agent_of(name, make_policy(), credit.full, value_learning_rate=0.03, value_clip=0.0, **options)
-        losses = []
+HEADS: list[tuple[str, dict[str, Any]]] = [
+    ("ppo", {"credit": "class"}),
+    ("ppo", {}),
+    ("bi-level-gae", {}),
+    ("a-lol", {"value": "head"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), HEADS[:3])
+def test_a_value_head_starts_from_the_turns_means(name: str, options: dict[str, Any], double: Policy) -> None:
+    conversations = [replace(t, turns=tuple(replace(turn, token_ids=turn.token_ids[-2:], log_probs=turn.log_probs[-2:])
+                     for turn in t.turns)) for t in played(double, [3, 3, 2, 3])]  # fmt: skip
+    conversations = sampled(double, conversations)  # replies of one length weigh the same
+    expected, _ = gradient("ppg", double, conversations, credit.full, baseline="batch-mean")
+    got, metrics = gradient(name, double, conversations, credit.full, whiten=False, **options)
+    close(got, expected)
+    assert metrics["explained_variance"] == pytest.approx(metrics["explained_variance_constant"])
+
+
+@pytest.mark.parametrize(("name", "options"), HEADS)
+def test_a_value_head_learns_what_the_state_says_beyond_the_turn(
+    name: str, options: dict[str, Any], make_policy: Make, on_ranks: Callable[..., list[Any]]
+) -> None:
+    """Conversations of the other ranks count: two ranks have the values, and the weights, of one."""
+
+    def learned(policy: Policy, workers: Any, share: slice) -> tuple[list[dict[str, float]], Any]:
+        agent = agent_of(name, policy, credit.full, value_learning_rate=0.3, value_clip=0.0, workers=workers, **options)
+        metrics = []
         for _ in range(12):
-            losses.append(agent.learn(conversations)["value_loss"])
-            agent.policy.version = 0
-        assert losses[-1] < 0.5 * losses[0], name
+            metrics.append(agent.learn(conversations[share]))
+            policy.version = 0
+        return metrics, agent.head.weight.detach().clone()
+
+    conversations = played(make_policy(), [3, 3, 2, 3])
+    metrics, weight = learned(make_policy(), Alone(), slice(None))
+    assert metrics[0]["explained_variance"] == pytest.approx(metrics[0]["explained_variance_constant"])
+    assert metrics[-1]["explained_variance"] > metrics[-1]["explained_variance_constant"] + 0.1
+    policies = [make_policy(), make_policy()]
+    for both, same in on_ranks(
+        2, lambda own: learned(policies[own.rank], own, slice(0, 2) if own.main else slice(2, 4))
+    ):
+        assert both[-1]["explained_variance"] == pytest.approx(metrics[-1]["explained_variance"], abs=1e-4)
+        torch.testing.assert_close(same, weight, rtol=1e-3, atol=1e-3)
+
+
+def test_explained_variance_by_hand(make_policy: Make) -> None:
+    """Three conversations of two turns, rewards 0 and 1: the returns of full planning are 1, 0; 1, 1; 2, 1."""
+    policy = make_policy()
+    rewards = [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+    conversations = [
+        replace(t, turns=tuple(replace(turn, reward=r) for turn, r in zip(t.turns, both, strict=True)))
+        for t, both in zip(played(policy, [2, 2, 2]), rewards, strict=True)
+    ]
+    returns = np.array([[1.0, 0.0], [1.0, 1.0], [2.0, 1.0]])
+    metrics = agent_of("ppo", policy, credit.full, credit="class").learn(conversations)
+    of_turns = ((returns - returns.mean(0)) ** 2).sum() / ((returns - returns.mean()) ** 2).sum()
+    assert metrics["explained_variance_constant"] == pytest.approx(1 - of_turns)
+    assert metrics["explained_variance"] == pytest.approx(1 - of_turns)  # a new head is that constant
+
+
+def test_a_turn_that_one_conversation_reached_keeps_the_last_known_mean(make_policy: Make) -> None:
+    policy = make_policy()
+    agent = agent_of("ppo", policy, credit.full, credit="class", whiten=False)
+    first = played(policy, [2, 2])
+    agent.learn(first)
+    mean = agent.head.intercepts.clone()
+    policy.version = first[0].turns[0].policy_version
+    lone = replace(first[1], turns=first[1].turns[:1])
+    agent.learn([first[0], lone])
+    assert float(agent.head.intercepts[1]) == float(mean[1])
+    assert float(agent.head.intercepts[0]) != float(mean[0])
 
 
 def test_a_conversation_that_was_cut_goes_on_with_the_value_of_its_end(double: Policy) -> None:
     conversations = played(double, [2, 2])
     agent = agent_of("ppo", double, credit.full, whiten=False)
-    agent.head.bias.data.fill_(3.0)
 
     def advantages(truncated: bool) -> Any:
         cut = [replace(t, truncated=truncated, terminated=not truncated) for t in conversations]
@@ -332,7 +387,8 @@ def test_a_conversation_that_was_cut_goes_on_with_the_value_of_its_end(double: P
         assert critique.per_token
         return critique.advantage[trained_tokens(data)].numpy()
 
-    np.testing.assert_allclose(advantages(True) - advantages(False), 3.0, rtol=1e-6)
+    mean_of_the_last_turn = advantages(True) - advantages(False)
+    np.testing.assert_allclose(mean_of_the_last_turn, float(agent.head.intercepts[1]), rtol=1e-6)
 
 
 def test_p3o_is_leave_one_out_and_copg_is_refuel(double: Policy) -> None:

@@ -196,6 +196,28 @@ def learned(folder: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
 
 
+def test_greedy_decoding_is_for_what_does_not_learn(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    greedy, where = ["--set", "sampling.temperature=0"], ["--set", "env.id=cli_toy:CliToy-v0"]
+    played = []
+    for seed in ("3", "3"):
+        arguments = [*greedy, *where, "--conversations", "3", "--seed", seed]
+        assert cli.main(["rollout", "model", *arguments]) == 0
+        played.append([json.loads(line) for line in capfd.readouterr().out.splitlines()])
+        assert cli.main(["evaluate", "model", "--json", *arguments]) == 0
+        played.append(json.loads(capfd.readouterr().out)["persona_consistency"])
+    assert played[:2] == played[2:]
+    turns = [turn for conversation in played[0] for turn in conversation["turns"]]
+    assert {turn["temperature"] for turn in turns} == {0.0}
+    by_context: dict[str, set[str]] = {}
+    for conversation in played[0]:
+        first = conversation["turns"][0]
+        by_context.setdefault(json.dumps(first["prompt_ids"]), set()).add(first["reply"])
+    assert all(len(replies) == 1 for replies in by_context.values())
+    for command in (["train", *toy, *greedy], ["horizon", "model", *greedy, *where]):
+        assert cli.main(command) == 1
+        assert "sampling.temperature: expected a number above 0 for learning, got 0" in capfd.readouterr().err
+
+
 def test_a_matrix_and_a_function_of_one_s_own_train(toy: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     Path("own_classes.py").write_text(OWN_CLASSES)
     settings = Path("toy.toml").read_text()

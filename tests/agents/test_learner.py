@@ -186,7 +186,8 @@ def test_same_seed_twice_gives_identical_metrics(make_policy: Make, toy_envs: En
     assert any(m["grad_norm"] > 0 for m in a)
     assert set(a[0]) == {
         "loss", "grad_norm", "credit_mean", "credit_std", "learning_rate", "tokens", "padding", "policy_version",
-        "staleness_max", "log_prob_gap_mean", "log_prob_gap_max",
+        "staleness_max", "log_prob_gap_mean", "log_prob_gap_max", "entropy", "kl_sampler", "kl_reference",
+        "grad_clipped", "advantage_std",
     }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def test_the_library_takes_the_environment(domain: str) -> None:
 def test_ppo_learns_to_choose(tmp_path: Path) -> None:
     before = evaluate_sb3(Uniform(3), SMALL, conversations=24)
     trained = train_sb3("sb3-ppo", SMALL, timesteps=1536, out=tmp_path)
-    after = evaluate_sb3(tmp_path, conversations=24)
+    after = evaluate_sb3(tmp_path, conversations=24, deterministic=True)
     assert trained.judged_turns == 1536
     assert trained.curve[-1][1] > trained.curve[0][1]
     assert after.ci95[0] > before.ci95[1] + 0.1
@@ -81,6 +81,24 @@ def test_seed_and_round_trip(algorithm: str, options: dict[str, Any], tmp_path: 
     assert choices(copy) == choices(one) == choices(tmp_path / "one")
     record = json.loads((tmp_path / "one" / "sb3.json").read_text())
     assert (record["seed"], record["env_kwargs"]["personas"]) == (3, "train")
+
+
+def test_it_is_evaluated_as_it_speaks_with_the_discount_of_the_run(tmp_path: Path) -> None:
+    """The same draws every time, whatever else was drawn; not always the best candidate."""
+    options: dict[str, dict[str, Any]] = {"sb3-ppo": {"n_steps": 16}, "sb3-dqn": {"learning_starts": 32}}
+    for name, extra in options.items():
+        train_sb3(name, SMALL, timesteps=128, out=tmp_path / name, discount=0.9, **extra)
+        assert load_sb3(tmp_path / name)[0].gamma == 0.9
+        drawn = choices(tmp_path / name, 8)
+        torch.manual_seed(7)
+        np.random.seed(7)
+        assert choices(tmp_path / name, 8) == drawn
+        best, _ = play_sb3(tmp_path / name, SMALL, conversations=8, deterministic=True)
+        assert [turn.reply for trajectory in best for turn in trajectory.turns] != drawn
+    train_sb3("sb3-dqn", SMALL, timesteps=40, out=tmp_path / "plain", learning_starts=32)
+    assert load_sb3(tmp_path / "plain")[0].gamma == 1.0
+    with pytest.raises(ValueError, match="got 'gamma'; set discount"):
+        train_sb3("sb3-dqn", SMALL, timesteps=8, out=tmp_path / "other", gamma=0.5)
 
 
 def test_a_candidate_s_place_means_nothing(tmp_path: Path) -> None:
