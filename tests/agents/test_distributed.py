@@ -259,7 +259,7 @@ def test_two_processes_learn_what_one_learns(both: list[dict[str, Any]], name: s
     for found in both:
         step = found["steps"][name]
         assert step["gradient"] <= 1e-5
-        assert step["weights"] <= 1e-5 < 1e-3 <= step["moved"]
+        assert step["weights"] <= 5e-5 < 1e-3 <= step["moved"]  # Adam makes a step of a rounding error near 0
         np.testing.assert_allclose(step["metrics"], step["expected"], rtol=1e-4, atol=1e-6)
 
 
