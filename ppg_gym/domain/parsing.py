@@ -6,16 +6,21 @@ Knows words, not conversations: what a reply *is* depends on what was asked and 
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from ppg_gym.domain.loading import Domain
+from ppg_gym.domain.sentences import Sentences
 
 REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
 MOST_LIKE = 4  # a text of this many words or more is gibberish unless over half of its words differ
+MOST_WORDS = 60  # a longer text is a list of things, whatever its grammar
 FEW_COMMAS = 4  # with fewer, nothing is an enumeration
+ALIKE = 0.75  # a word this like a value is the value with a slip of the pen (a ratio of `difflib`)
+CLAIM_WINDOW = 5  # words after "I live in" within which a value of the city says where
 SHORT_PIECE = 3  # most words of an item of an enumeration
 
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
@@ -37,7 +42,8 @@ _ASKING = _set(
 _LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
 _HAVING = _set("have own do play keep got any a an one real")
 _TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
-_SCOPES = _set("negation contrast other_person unreal past")
+_SCOPES = _set("negation dislike contrast other_person unreal past")
+_ONES_OWN = _set("my being working having doing that when how it to")  # "I hate being a nurse" denies nothing
 _ENDINGS = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
 _IS = _set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
 _SHORT = {
@@ -78,6 +84,7 @@ class Parsed(NamedTuple):
         known: Share of words in the domain's vocabulary.
         question: The text ends as a question.
         listed: Items of the longest enumeration: short pieces in a row, whatever they are.
+        fault: Why no person would say it: ``repeats`` itself, ``order`` of its words; "" where somebody might.
     """
 
     text: str
@@ -89,6 +96,7 @@ class Parsed(NamedTuple):
     known: float
     question: bool
     listed: int
+    fault: str = ""
 
 
 def _enumerated(tokens: list[str]) -> int:
@@ -205,9 +213,17 @@ class _Scope:
             # "I can't live without tea": a second negation takes back one that is not used up.
             undone = tokens[at] == "without" and self._denied >= 0 and not self._used
             self._denied, self._used = -1 if undone else end, False
+        elif name == "dislike":
+            if end + 1 < len(tokens) and tokens[end + 1] not in _ONES_OWN:
+                undone = self._denied >= 0 and not self._used  # "I don't hate painters"
+                self._denied, self._used = -1 if undone else end, False
         else:
             self._other = name == "other_person"
             self._aside = len(tokens) if self._other and not self._self else end + 1 + REACH
+
+    def aside(self, at: int) -> bool:
+        """Return whether a word is not about the speaker here and now."""
+        return at <= self._aside
 
     def claims(self, at: int, end: int) -> bool:
         """Return whether a value named here is a claim about the speaker."""
@@ -247,6 +263,12 @@ class Parser:
                     self._add((phrase,), "value", slot, value, phrase in ordinary)
         for slot, phrases in domain.cues.items():
             self._add(phrases, "cue", slot)
+        for slot, phrases in domain.claims.items():
+            self._add(phrases, "claim", slot)
+        self._values = {
+            slot: [spoken(phrase) for phrases in values.values() for phrase in phrases]
+            for slot, values in domain.slots.items()
+        }
         for mark, phrases in domain.markers.items():
             if mark != "ordinary":
                 self._add(phrases, "scope" if mark in _SCOPES else "mark", mark)
@@ -257,6 +279,7 @@ class Parser:
             entries.sort(key=lambda entry: -len(entry.rest))
         vocabulary = {w for text in domain.words() for w in words(text)}
         self._vocabulary = vocabulary | set(domain.options["common_words"])
+        self._sentences = Sentences(domain, words) if domain.options.get("english", True) else None
 
     def _add(self, phrases: Iterable[str], tag: str, name: str, value: str = "", passing: bool = False) -> None:
         for phrase in phrases:
@@ -280,7 +303,7 @@ class Parser:
                 last_question = token == "?"
                 cue = self._sentence(tokens[start:end], last_question, claims, marks, points) or cue
             start = end + 1
-        known = sum(word in self._vocabulary for word in spoken_words) / max(len(spoken_words), 1)
+        known = sum(map(self._knows, spoken_words)) / max(len(spoken_words), 1)
         if len(spoken_words) >= MOST_LIKE and len(set(spoken_words)) * 2 <= len(spoken_words):
             known = 0.0  # the same few words again and again
         return Parsed(
@@ -293,7 +316,25 @@ class Parser:
             known,
             last_question,
             _enumerated(tokens),
+            self._sentences.fault(tokens) if self._sentences and len(spoken_words) <= MOST_WORDS else "",
         )
+
+    def _knows(self, word: str) -> bool:
+        return word in self._vocabulary or (self._sentences is not None and self._sentences.knows(word))
+
+    def _claimed(self, slot: str, tokens: list[str], at: int, end: int) -> str:
+        """Return what a phrase such as "I live in" names, where that is no value that the domain knows; else ""."""
+        before = tokens[max(at - 2, 0) : at]
+        own = not before or before[-1] in _PAUSES or before[-1] == "and" or tokens[at] == "am"
+        ahead = tokens[end + 1 : end + 1 + CLAIM_WINDOW]
+        if not (own or _SELF.intersection(before)) or not ahead or not self._sentences:
+            return ""
+        if not self._sentences.names(ahead[0], thing=tokens[end] in ("a", "an", "is")):
+            return ""
+        values = self._values[slot]
+        known = any(ahead[i : i + len(value)] == value for value in values for i in range(len(ahead)))
+        alike = (difflib.SequenceMatcher(None, " ".join(value), ahead[0]).ratio() for value in values)
+        return "" if known or any(ratio >= ALIKE for ratio in alike) else ahead[0]
 
     def _sentence(
         self, tokens: list[str], asked: bool, claims: list[Claim], marks: set[str], points: dict[str, None]
@@ -314,6 +355,10 @@ class Parser:
                 if tag == "value":
                     if scope.claims(at, at + len(rest)):
                         claims.append(Claim(name, value, scope.denies(at), scope.asked, passing))
+                elif tag == "claim":
+                    cues.append(name)
+                    if not scope.aside(at) and (value := self._claimed(name, tokens, at, at + len(rest))):
+                        claims.append(Claim(name, value, scope.denies(at + len(rest)), scope.asked))
                 elif tag == "cue":
                     cues.append(name)
                     if scope.lacks(at):
