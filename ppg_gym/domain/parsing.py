@@ -39,6 +39,8 @@ _SELF = _set("i my me we")  # the speaker is the subject again
 _ASKING = _set(
     "do does did is are was were have has can could would will should may what which who whom where when why how"
 )
+_ADDRESSED = _set("you your u ur")  # as the subject of a statement, it is about the other one
+_SPOKEN_TO = _set("can could may might would will should know see guess guessed bet got wo mean")  # "You could say …"
 _LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
 _HAVING = _set("have own do play keep got any a an one real")
 _TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
@@ -176,6 +178,8 @@ class _Scope:
         self._aside = -1  # the last word that is not about the speaker here and now
         self._other = False  # whether that is because it is about somebody else
         self._self = False  # whether the speaker has been a subject of the sentence
+        if tokens[0] in _ADDRESSED and (len(tokens) == 1 or tokens[1] not in _SPOKEN_TO):  # "You live in Oslo."
+            self._aside, self._other = len(tokens), True
 
     def word(self, at: int) -> None:
         """Move on to a word: pauses and a new subject end what was in force."""
@@ -183,7 +187,7 @@ class _Scope:
         if token in _PAUSES:
             if self._used:
                 self._denied = -1
-            if self._aside < len(tokens):
+            if self._aside < len(tokens) or self._tokens[0] in _ADDRESSED:
                 self._aside = -1
             if self._question and not self._whole:
                 first = tokens[at + 1] if at + 1 < len(tokens) else ""

@@ -45,7 +45,7 @@ class Sentences:
     def __init__(self, domain: Domain, split: Any) -> None:
         self._english = english()
         self._own: set[tuple[str, str, str]] = set()
-        for text in _own_texts(domain):
+        for text in own_texts(domain):
             for sentence in sentences(split(text)):
                 self._own.update(_threes(sentence))
 
@@ -133,7 +133,7 @@ def _threes(sentence: Sequence[str]) -> list[tuple[str, str, str]]:
     return [(a, b, c) for (a, b), c in zip(pairwise(padded), padded[2:], strict=False)]
 
 
-def _own_texts(domain: Domain) -> Iterator[str]:
+def own_texts(domain: Domain) -> Iterator[str]:
     """Yield the domain's own lines and replies, each with every value of every fact once."""
     values = {slot: list(entry) for slot, entry in domain.slots.items()}
     rounds = max(map(len, values.values()), default=1)

@@ -157,11 +157,18 @@ NOT_ENGLISH = [
     ("chatting", "What is your job?", "I work as a freelance nurse.", "truth"),
     ("chatting", "What is your job?", "I work as a nurze.", "vague"),
     ("chatting", "What is your job?", "I'm not a nurse and I don't live in Paris.", "slip"),
+    ("chatting", "What is your job?", "You have been a nurse for years.", "off_topic"),
+    ("chatting", "What is your job?", "Your job is nurse.", "vague"),
+    ("chatting", "What is your job?", "You know, I am a nurse.", "truth"),
+    ("chatting", "What is your job?", "You could call me a nurse.", "truth"),
+    ("chatting", "Is nurse still your job?", "Yes, it isas.", "off_topic"),
+    ("chatting", "Is nurse still your job?", "Yes, I love it!", "truth"),
     ("chatting", "What is your favorite food?", "For is pizza.", "garbled"),
     ("chatting", "What is your favorite food?", "For is pasta.", "slip"),
     ("chatting", "What is your favorite food?", "Mostly pizza for pizza.", "garbled"),
     ("therapy", "What are you afraid of?", "Tunnels I of afraid.", "garbled"),
     ("therapy", "What are you afraid of?", "I hate tunnels.", "disclose"),
+    ("therapy", "Where do you feel safe?", "You go to the museum.", "off_topic"),
     ("education", "Listen: leaves catch light.", "Could leaves with you pictures the.", "garbled"),
 ]
 
