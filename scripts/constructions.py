@@ -3,9 +3,9 @@
     python scripts/constructions.py runs/NAME runs/OTHER          # held-out replies after training, score .8 or more
     python scripts/constructions.py runs/NAME --all --least 0.5   # of training, too
 
-A construction is a reply with the values of facts (and the keywords and points of a lesson) replaced by their names. Each
-is judged anew by the facts judge of this tree, in its conversation. Those that are among the domain's own replies are counted
-and not listed, unless with ``--own``.
+A construction is a reply with the values of facts (and the keywords and points of a lesson) replaced by their names.
+Each is judged anew by the facts judge of this tree, in its conversation. Those that are among the domain's own replies
+are counted and not listed, unless with ``--own``.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def main() -> None:
         own = {construction(domain, text) for text in own_texts(domain)}
         listed = {key: times for key, times in counts.items() if key[0] == name and (settings.own or key[1] not in own)}
         total = sum(times for key, times in counts.items() if key[0] == name)
-        print(
-            f"\n{name}: {total} replies of {settings.least} or more, {sum(listed.values())} not in the domain's own words"
-        )
+        print(f"\n{name}: {total} replies of {settings.least} or more, {sum(listed.values())} in words of their own")
         print("  kinds: " + ", ".join(f"{kind} {n}" for (where, kind), n in kinds.most_common() if where == name))
         for key, times in sorted(listed.items(), key=lambda item: -item[1]):
             print(f"{times:6} {key[1]}    {examples[key]}")

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ppg_gym.domain.loading import Domain
+from ppg_gym.domain.scope import PAUSES, SELF, Scope, word_set
 from ppg_gym.domain.sentences import Sentences
 
-REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
 MOST_LIKE = 4  # a text of this many words or more is gibberish unless over half of its words differ
 MOST_WORDS = 60  # a longer text is a list of things, whatever its grammar
 FEW_COMMAS = 4  # with fewer, nothing is an enumeration
@@ -25,29 +25,13 @@ SHORT_PIECE = 3  # most words of an item of an enumeration
 
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
 _STOPS = frozenset(".!?;\n")
-_PAUSES = frozenset(",:()\u2013\u2014")
 _CONTROL = re.compile(
     r"[<{\[][|/\\a-zA-Z\"'_ :]|\|>|\]\]|\"\s*:|###|```|^\s*(?:system|assistant|user)\s*:", re.M | re.I
 )
-
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SELF = _set("i my me we")  # the speaker is the subject again
-_ASKING = _set(
-    "do does did is are was were have has can could would will should may what which who whom where when why how"
-)
-_ADDRESSED = _set("you your u ur")  # as the subject of a statement, it is about the other one
-_SPOKEN_TO = _set("can could may might would will should know see guess guessed bet got wo mean")  # "You could say …"
-_LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
-_HAVING = _set("have own do play keep got any a an one real")
-_TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
-_SCOPES = _set("negation dislike contrast other_person unreal past")
-_ONES_OWN = _set("my being working having doing that when how it to")  # "I hate being a nurse" denies nothing
+_TURNS = PAUSES | SELF | word_set("and or who that")  # words at which a scope may change
+_SCOPES = word_set("negation dislike contrast other_person unreal past")
 _ENDINGS = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
-_IS = _set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
+_IS = word_set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
 _SHORT = {
     "can't": "can not", "cannot": "can not", "won't": "will not", "ain't": "is not", "let's": "let us", "im": "i am",
     "ive": "i have", "dont": "do not", "doesnt": "does not", "didnt": "did not", "isnt": "is not", "cant": "can not",
@@ -107,7 +91,7 @@ def _enumerated(tokens: list[str]) -> int:
     if tokens.count(",") < FEW_COMMAS:
         return 0
     for token in [*tokens, "and"]:
-        if token not in _PAUSES and token not in _STOPS and token not in ("and", "or"):
+        if token not in PAUSES and token not in _STOPS and token not in ("and", "or"):
             piece += 1
             continue
         if piece:
@@ -144,7 +128,7 @@ def _open(word: str) -> list[str]:
 
 def spoken(text: str) -> list[str]:
     """Return the words of a text without its punctuation."""
-    return [word for word in words(text) if word not in _STOPS and word not in _PAUSES]
+    return [word for word in words(text) if word not in _STOPS and word not in PAUSES]
 
 
 class _Phrase(NamedTuple):
@@ -155,104 +139,6 @@ class _Phrase(NamedTuple):
     name: str
     value: str
     passing: bool
-
-
-class _Scope:
-    """What holds at each word of a sentence: whether it is denied, asked, or not about the speaker here and now.
-
-    A sentence is walked once from left to right. A negation reaches a few full words ahead and is used up by the value
-    it denies; words about somebody else, the past or a wish set values aside until the speaker is the subject again.
-    Pauses, "and" and "but" end or renew these, which is what most of the branches below are about.
-    """
-
-    def __init__(self, tokens: list[str], asked: bool) -> None:
-        self._tokens = tokens
-        self._question = asked
-        self._last = -1
-        if asked:
-            self._last = max((i for i, token in enumerate(tokens) if token in _PAUSES), default=-1)
-        self.asked = asked and (self._last < 0 or tokens[0] in _ASKING)
-        self._whole = self.asked
-        self._denied = -1  # where the last negation ends
-        self._used = False  # whether it has denied something
-        self._aside = -1  # the last word that is not about the speaker here and now
-        self._other = False  # whether that is because it is about somebody else
-        self._self = False  # whether the speaker has been a subject of the sentence
-        if tokens[0] in _ADDRESSED and (len(tokens) == 1 or tokens[1] not in _SPOKEN_TO):  # "You live in Oslo."
-            self._aside, self._other = len(tokens), True
-
-    def word(self, at: int) -> None:
-        """Move on to a word: pauses and a new subject end what was in force."""
-        token, tokens = self._tokens[at], self._tokens
-        if token in _PAUSES:
-            if self._used:
-                self._denied = -1
-            if self._aside < len(tokens) or self._tokens[0] in _ADDRESSED:
-                self._aside = -1
-            if self._question and not self._whole:
-                first = tokens[at + 1] if at + 1 < len(tokens) else ""
-                self.asked = at == self._last or first in _ASKING
-        elif token in _SELF:
-            if self._used or (at and tokens[at - 1] in _PAUSES):
-                self._denied = -1
-            self._aside, self._self = -1, self._self or token in ("i", "we")
-        elif token in ("and", "or"):
-            goes_on = at + 1 < len(tokens) and tokens[at + 1] not in _SELF
-            if self._used and goes_on:
-                self._denied, self._used = at, False
-            if self._other and self._aside < len(tokens):
-                self._aside = -1
-        elif token in ("who", "that") and self._other and self._aside >= at:
-            self._aside = len(tokens)
-
-    def mark(self, name: str, at: int, end: int) -> None:
-        """Take in a marker that spans the words ``at`` to ``end``."""
-        tokens = self._tokens
-        if name == "contrast":
-            self._denied = self._aside = -1
-        elif name == "negation":
-            follows = tokens[at + 1] if at + 1 < len(tokens) else ","
-            if tokens[at] == "no" and (follows in _PAUSES or follows in _SELF or follows in ("it", "not", "that")):
-                return  # "no" as an answer, not as a denial of what comes next
-            # "I can't live without tea": a second negation takes back one that is not used up.
-            undone = tokens[at] == "without" and self._denied >= 0 and not self._used
-            self._denied, self._used = -1 if undone else end, False
-        elif name == "dislike":
-            if end + 1 < len(tokens) and tokens[end + 1] not in _ONES_OWN:
-                undone = self._denied >= 0 and not self._used  # "I don't hate painters"
-                self._denied, self._used = -1 if undone else end, False
-        else:
-            self._other = name == "other_person"
-            self._aside = len(tokens) if self._other and not self._self else end + 1 + REACH
-
-    def aside(self, at: int) -> bool:
-        """Return whether a word is not about the speaker here and now."""
-        return at <= self._aside
-
-    def claims(self, at: int, end: int) -> bool:
-        """Return whether a value named here is a claim about the speaker."""
-        if at > self._aside:
-            return True
-        if not self._other:  # "from Lima to Oslo": the first value only, unless the next is joined to it
-            follows = self._tokens[end + 1] if end + 1 < len(self._tokens) else ""
-            self._aside = end + 1 + REACH if follows in ("and", "or") else -1
-        return False
-
-    def denies(self, at: int) -> bool:
-        """Return whether a value named here is denied."""
-        if self._denied < 0:
-            return False
-        if sum(token not in _LIGHT for token in self._tokens[self._denied + 1 : at]) > REACH:
-            return False
-        self._used = True
-        return True
-
-    def lacks(self, at: int) -> bool:
-        """Return whether the text says that there is none of a topic named here: "no pet", "not have a pet"."""
-        if self._denied < 0 or self._used:
-            return False
-        between = self._tokens[self._denied + 1 : at]
-        return all(w in _HAVING for w in between) if between else self._tokens[self._denied] == "no"
 
 
 class Parser:
@@ -295,7 +181,7 @@ class Parser:
         tokens = words(text)
         claims: list[Claim] = []
         marks, points = set[str](), dict[str, None]()
-        spoken_words = [token for token in tokens if token not in _STOPS and token not in _PAUSES]
+        spoken_words = [token for token in tokens if token not in _STOPS and token not in PAUSES]
         cue, start = "", 0
         if _CONTROL.search(text):
             marks.add("meta")
@@ -329,9 +215,9 @@ class Parser:
     def _claimed(self, slot: str, tokens: list[str], at: int, end: int) -> str:
         """Return what a phrase such as "I live in" names, where that is no value that the domain knows; else ""."""
         before = tokens[max(at - 2, 0) : at]
-        own = not before or before[-1] in _PAUSES or before[-1] == "and" or tokens[at] == "am"
+        own = not before or before[-1] in PAUSES or before[-1] == "and" or tokens[at] == "am"
         ahead = tokens[end + 1 : end + 1 + CLAIM_WINDOW]
-        if not (own or _SELF.intersection(before)) or not ahead or not self._sentences:
+        if not (own or SELF.intersection(before)) or not ahead or not self._sentences:
             return ""
         if not self._sentences.names(ahead[0], thing=tokens[end] in ("a", "an", "is")):
             return ""
@@ -344,7 +230,7 @@ class Parser:
         self, tokens: list[str], asked: bool, claims: list[Claim], marks: set[str], points: dict[str, None]
     ) -> str:
         """Collect what one sentence holds; return the slot it asks about, or ""."""
-        scope = _Scope(tokens, asked)
+        scope = Scope(tokens, asked)
         cues: list[str] = []
         begun = len(claims)
         at = 0

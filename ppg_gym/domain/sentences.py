@@ -14,6 +14,7 @@ from typing import Any
 
 from ppg_gym.domain.english import english
 from ppg_gym.domain.loading import Domain
+from ppg_gym.domain.scope import PAUSES, word_set
 
 UNLIKELY = 1.8  # nats of surprise, summed and divided by length ** LENGTH: above it, words in a row are no sentence
 IMPOSSIBLE = 8.5  # nats of surprise at a single word: it cannot stand there, however long the rest
@@ -22,16 +23,10 @@ OFTEN = 3  # as many of one full word in a reply are too many when they are a qu
 SHORT_PHRASE = 2  # a sentence or clause of as many words or more is not said twice in one reply
 LONGEST_STUTTER = 6  # words
 
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TWICE = _set(
-    "very really so no yes yeah ha haha hi hey bye that had many long knock ok okay"
-)  # words that people say twice in a row
-_JOINTS = frozenset((*",:()\u2013\u2014", "and", "but", "or", "because"))
-_SIGNS = frozenset(",:()\u2013\u2014.!?;\n")
+# What people say twice in a row.
+_TWICE = word_set("very really so no yes yeah ha haha hi hey bye that had many long knock ok okay")
+_JOINTS = PAUSES | {"and", "but", "or", "because"}
+_SIGNS = PAUSES | frozenset(".!?;\n")
 
 
 class Sentences:
