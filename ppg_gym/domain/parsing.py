@@ -67,7 +67,8 @@ class Parsed(NamedTuple):
         marks: Markers present.
         cue: The slot that the text's last cue phrase asks about, or "".
         points: Lesson keywords named, in order.
-        known: Share of words in the domain's vocabulary.
+        known: Share of words in the domain's vocabulary or in ordinary English.
+        at_home: All words are in the domain's vocabulary, or the speaker is the subject.
         question: The text ends as a question.
         listed: Items of the longest enumeration: short pieces in a row, whatever they are.
         fault: Why no person would say it: ``repeats`` itself, ``order`` of its words; "" where somebody might.
@@ -80,6 +81,7 @@ class Parsed(NamedTuple):
     cue: str
     points: tuple[str, ...]
     known: float
+    at_home: bool
     question: bool
     listed: int
     fault: str = ""
@@ -204,6 +206,7 @@ class Parser:
             cue,
             tuple(points),
             known,
+            not SELF.isdisjoint(spoken_words) or self._vocabulary.issuperset(spoken_words),
             last_question,
             _enumerated(tokens),
             self._sentences.fault(tokens) if self._sentences and len(spoken_words) <= MOST_WORDS else "",

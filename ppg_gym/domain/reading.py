@@ -166,7 +166,9 @@ class Reader:
         if not self._yes_claims:
             return claims
         quoted = next((claim.value for claim in message.claims if claim.slot == slot), "")
-        if quoted and not claims and reply.known == 1.0:  # "Yes, it isas." says nothing
+        if (
+            quoted and not claims and reply.known == 1.0 and reply.at_home
+        ):  # unlike "Yes, it isas.", "Yes, still gaming."
             negative = not reply.marks.isdisjoint(("deny", "negation"))
             if "affirm" in reply.marks and (not negative or reply.text.startswith("yes")):
                 claims.append(Claim(slot, quoted, False, False))

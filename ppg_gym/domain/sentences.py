@@ -61,7 +61,9 @@ class Sentences:
         Args:
             sentence: Words and signs, as `sentences` yields them.
         """
-        free = {at for at, three in enumerate(_threes(sentence)) if three in self._own} if self._own else set()
+        free = {at for at, three in enumerate(_threes(sentence)) if three in self._own}
+        if 1 not in free:  # a first word alone is in nobody's words: "Of course, cheese." does not allow "Of cheese."
+            free.discard(0)
         surprises = self._english.surprises(sentence, free)
         spread: float = len(sentence) ** LENGTH
         return max(sum(surprises) / spread, max(surprises) * UNLIKELY / IMPOSSIBLE)
