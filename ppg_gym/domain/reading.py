@@ -166,12 +166,11 @@ class Reader:
         if not self._yes_claims:
             return claims
         quoted = next((claim.value for claim in message.claims if claim.slot == slot), "")
-        if (
-            quoted and not claims and reply.known == 1.0 and reply.at_home
-        ):  # unlike "Yes, it isas.", "Yes, still gaming."
+        if quoted and not claims:
             negative = not reply.marks.isdisjoint(("deny", "negation"))
             if "affirm" in reply.marks and (not negative or reply.text.startswith("yes")):
-                claims.append(Claim(slot, quoted, False, False))
+                if reply.known == 1.0 and reply.at_home:  # unlike "Yes, it isas." and "Yes, still gaming."
+                    claims.append(Claim(slot, quoted, False, False))
             elif negative:
                 claims.append(Claim(slot, quoted, True, False))
         return claims
