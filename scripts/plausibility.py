@@ -7,7 +7,7 @@
 Good replies are those of ``scripts/paraphrases.toml``, which answer truly and of which nothing is built. Bad ones are
 made of them: shuffled, truncated (after a word that no sentence ends in), duplicated, negated, beside a false fact. The
 judge's score ranks them; equal scores are ranked by the surprise of the word order. Lines of real chats answer no
-question: there the order of the words alone is measured, on the half that the table's author never looked at.
+question: there the order of the words alone is measured, on the half that the grammar was not written by.
 """
 
 from __future__ import annotations
