@@ -32,7 +32,7 @@ _OPTIONAL = {
 }  # fmt: skip
 _OPTIONS = {
     "default_slot": str, "topic": str, "questions_claim": bool, "yes_claims": bool, "recall_chance": float,
-    "recalled": list, "disputes": dict,
+    "recalled": list, "disputes": dict, "english": bool,
 }  # fmt: skip
 _SLOT = {"cues": list, "statement": str, "values": dict}
 _PLACES = ("value", "key", "text", "points", "statement", "previous")  # what a reply's template may have filled in
@@ -103,7 +103,7 @@ def check_shape(data: Mapping[str, Any], where: Where) -> None:
             fields = {"kind": str, "needs": list}
             faults += _keys(rule, fields, {"without": list}, where["domain"], f"read, rule {number}: ")
         for slot, entry in data["slots"].items():
-            faults += _keys(entry, _SLOT, {"asked_only": bool}, where["slots"], f"slots.{slot}.")
+            faults += _keys(entry, _SLOT, {"asked_only": bool, "claims": list}, where["slots"], f"slots.{slot}.")
         for table, file in (("states", "domain"), ("replies", "replies"), ("lines", "lines")):
             faults += [
                 f"{where[file]}: {table}.{key}: expected a table, got {value!r}"
@@ -220,6 +220,8 @@ def _slots(data: Mapping[str, Any], where: Where, markers: Mapping[str, Any]) ->
     for slot, entry in slots.items():
         yield from _fields(entry["statement"], (slot,), f"{file}: slots.{slot}.statement", all_of=True)
         lists = {f"slots.{slot}.cues": entry["cues"]}
+        if not _texts(claims := entry.get("claims", [])) or any(text != text.lower() for text in claims):
+            yield f"{file}: slots.{slot}.claims: expected a list of phrases in lower case, got {claims!r}"
         lists |= {f"slots.{slot}.values.{value}": texts for value, texts in entry["values"].items()}
         for at, texts in lists.items():
             if not _texts(texts):

@@ -26,8 +26,10 @@ DOMAINS = tuple(sorted(entry.name for entry in _EMBEDDED.iterdir() if (entry / "
 SPLITS = ("train", "held-out")
 TRICKS = (
     *("silence", "gibberish", "meta", "slip", "copying", "repeating", "listing", "evasion", "question_back", "vague"),
-    "off_topic",
+    *("off_topic", "garbled"),
 )
+UNASKED = "unasked"
+"""The kind of a reply to a line that asks about nothing: no kind of the table, as no policy can choose it."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class RuleTable:
     Attributes:
         states: The first is where a conversation begins.
         kinds: Every kind that a reply can be read as.
-        score: (state, kind) -> reward in [0, 1].
-        next: (state, kind) -> state.
+        score: (state, kind) -> reward in [0, 1]; has an entry for `UNASKED` in every state, too.
+        next: (state, kind) -> state; `UNASKED` never moves.
     """
 
     states: tuple[str, ...]
@@ -48,7 +50,7 @@ class RuleTable:
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], where: str) -> RuleTable:
-        """Read ``[tricks]`` (scores that hold in every state) and ``[states.NAME]`` from a domain file.
+        """Read ``[tricks]`` (scores that hold in every state), ``[states.NAME]`` and ``unasked`` from a domain file.
 
         A state's entry ``kind = [score, next]`` overrides the trick's score; a trick without an entry
         leads to the state's ``otherwise`` (default: no move).
@@ -76,6 +78,8 @@ class RuleTable:
                     form = f"[score in [0, 1], one of {sorted(states)}]"
                     raise ValueError(f"{where}: states.{name}.{kind}: expected {form}, got {entry}")
                 score[name, kind], follow[name, kind] = float(entry[0]), entry[1]
+        for name in states:
+            score[name, UNASKED], follow[name, UNASKED] = float(data["unasked"]), name
         return cls(tuple(states), kinds, score, follow)
 
 
@@ -105,6 +109,7 @@ class Domain:
         rules: How a reply is read, first match wins.
         slots: slot -> value -> phrases by which the value is recognised.
         cues: slot -> phrases by which a partner's question is recognised.
+        claims: slot -> phrases after which any word names a value of it, also one that no list holds: "live in".
         asked_only: Slots whose values claim something only if the partner asked for them.
         markers: marker -> phrases.
         statements: slot -> sentence of the instruction.
@@ -128,6 +133,7 @@ class Domain:
     rules: tuple[ReadRule, ...]
     slots: Mapping[str, Mapping[str, tuple[str, ...]]]
     cues: Mapping[str, tuple[str, ...]]
+    claims: Mapping[str, tuple[str, ...]]
     asked_only: frozenset[str]
     markers: Mapping[str, tuple[str, ...]]
     statements: Mapping[str, str]
@@ -153,7 +159,7 @@ class Domain:
         yield from _texts(self.markers)
         yield from _texts(self.statements)
         yield from _texts(self.lines)
-        yield from _texts({kind: texts for kind, texts in self.replies.items() if kind != "gibberish"})
+        yield from _texts({kind: texts for kind, texts in self.replies.items() if kind not in ("gibberish", "garbled")})
 
     def instruct(self, name: str, facts: Mapping[str, str]) -> str:
         """Return the role-play instruction for a persona with these facts."""
@@ -214,10 +220,12 @@ def _load(source: str) -> Domain:
     data, where = domain_files.read(Path(source) if yours else folder(source), "" if yours else name)
     common = domain_files.toml(_EMBEDDED / "common.toml", "common.toml")
     domain_files.check_shape(data, where)
+    data["unasked"] = common["unasked"]
     data["tricks"] = common["tricks"] | data.get("tricks", {})
     data["replies"] |= {kind: texts for kind, texts in common["replies"].items() if kind not in data["replies"]}
     table = RuleTable.parse(data, where["domain"])
     data.setdefault("mix", _even_mix(table.kinds, data["tricks"]))
+    data["mix"].setdefault("garbled", 0.0)
     markers = common["markers"] | data.get("markers", {})
     domain_files.check(data, where, table.kinds, markers)
     slots = data["slots"]
@@ -237,6 +245,7 @@ def _load(source: str) -> Domain:
         ),
         slots={s: {v: tuple(p) for v, p in entry["values"].items()} for s, entry in slots.items()},
         cues={s: tuple(entry["cues"]) for s, entry in slots.items()},
+        claims={s: tuple(entry.get("claims", ())) for s, entry in slots.items()},
         asked_only=frozenset(s for s, entry in slots.items() if entry.get("asked_only", False)),
         markers={k: tuple(v) for k, v in markers.items()},
         statements={s: entry["statement"] for s, entry in slots.items()},

@@ -6,40 +6,32 @@ Knows words, not conversations: what a reply *is* depends on what was asked and 
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from ppg_gym.domain.loading import Domain
+from ppg_gym.domain.scope import PAUSES, SELF, Scope, word_set
+from ppg_gym.domain.sentences import Sentences
 
-REACH = 2  # full words between a negation and what it denies: "do not really work as a nurse"
 MOST_LIKE = 4  # a text of this many words or more is gibberish unless over half of its words differ
+MOST_WORDS = 60  # a longer text is a list of things, whatever its grammar
 FEW_COMMAS = 4  # with fewer, nothing is an enumeration
+ALIKE = 0.75  # a word this like a value is the value with a slip of the pen (a ratio of `difflib`)
+CLAIM_WINDOW = 5  # words after "I live in" within which a value of the city says where
 SHORT_PIECE = 3  # most words of an item of an enumeration
 
 _TOKEN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+|[.!?;\n,:()\u2013\u2014]|[^\W_]+")
 _STOPS = frozenset(".!?;\n")
-_PAUSES = frozenset(",:()\u2013\u2014")
 _CONTROL = re.compile(
     r"[<{\[][|/\\a-zA-Z\"'_ :]|\|>|\]\]|\"\s*:|###|```|^\s*(?:system|assistant|user)\s*:", re.M | re.I
 )
-
-
-def _set(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_SELF = _set("i my me we")  # the speaker is the subject again
-_ASKING = _set(
-    "do does did is are was were have has can could would will should may what which who whom where when why how"
-)
-_LIGHT = _set("a an the as in of to my any be being with for at i am is are was it and or")
-_HAVING = _set("have own do play keep got any a an one real")
-_TURNS = _PAUSES | _SELF | _set("and or who that")  # words at which a scope may change
-_SCOPES = _set("negation contrast other_person unreal past")
+_TURNS = PAUSES | SELF | word_set("and or who that")  # words at which a scope may change
+_SCOPES = word_set("negation dislike contrast other_person unreal past")
 _ENDINGS = {"m": "am", "re": "are", "ve": "have", "ll": "will", "d": "would"}
-_IS = _set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
+_IS = word_set("it that he she there what who how where here")  # "it's" holds a verb, "the cat's" does not
 _SHORT = {
     "can't": "can not", "cannot": "can not", "won't": "will not", "ain't": "is not", "let's": "let us", "im": "i am",
     "ive": "i have", "dont": "do not", "doesnt": "does not", "didnt": "did not", "isnt": "is not", "cant": "can not",
@@ -75,9 +67,11 @@ class Parsed(NamedTuple):
         marks: Markers present.
         cue: The slot that the text's last cue phrase asks about, or "".
         points: Lesson keywords named, in order.
-        known: Share of words in the domain's vocabulary.
+        known: Share of words in the domain's vocabulary or in ordinary English.
+        at_home: All words are in the domain's vocabulary, or the speaker is the subject.
         question: The text ends as a question.
         listed: Items of the longest enumeration: short pieces in a row, whatever they are.
+        fault: Why no person would say it: ``repeats`` itself, ``order`` of its words; "" where somebody might.
     """
 
     text: str
@@ -87,8 +81,10 @@ class Parsed(NamedTuple):
     cue: str
     points: tuple[str, ...]
     known: float
+    at_home: bool
     question: bool
     listed: int
+    fault: str = ""
 
 
 def _enumerated(tokens: list[str]) -> int:
@@ -97,7 +93,7 @@ def _enumerated(tokens: list[str]) -> int:
     if tokens.count(",") < FEW_COMMAS:
         return 0
     for token in [*tokens, "and"]:
-        if token not in _PAUSES and token not in _STOPS and token not in ("and", "or"):
+        if token not in PAUSES and token not in _STOPS and token not in ("and", "or"):
             piece += 1
             continue
         if piece:
@@ -134,7 +130,7 @@ def _open(word: str) -> list[str]:
 
 def spoken(text: str) -> list[str]:
     """Return the words of a text without its punctuation."""
-    return [word for word in words(text) if word not in _STOPS and word not in _PAUSES]
+    return [word for word in words(text) if word not in _STOPS and word not in PAUSES]
 
 
 class _Phrase(NamedTuple):
@@ -145,94 +141,6 @@ class _Phrase(NamedTuple):
     name: str
     value: str
     passing: bool
-
-
-class _Scope:
-    """What holds at each word of a sentence: whether it is denied, asked, or not about the speaker here and now.
-
-    A sentence is walked once from left to right. A negation reaches a few full words ahead and is used up by the value
-    it denies; words about somebody else, the past or a wish set values aside until the speaker is the subject again.
-    Pauses, "and" and "but" end or renew these, which is what most of the branches below are about.
-    """
-
-    def __init__(self, tokens: list[str], asked: bool) -> None:
-        self._tokens = tokens
-        self._question = asked
-        self._last = -1
-        if asked:
-            self._last = max((i for i, token in enumerate(tokens) if token in _PAUSES), default=-1)
-        self.asked = asked and (self._last < 0 or tokens[0] in _ASKING)
-        self._whole = self.asked
-        self._denied = -1  # where the last negation ends
-        self._used = False  # whether it has denied something
-        self._aside = -1  # the last word that is not about the speaker here and now
-        self._other = False  # whether that is because it is about somebody else
-        self._self = False  # whether the speaker has been a subject of the sentence
-
-    def word(self, at: int) -> None:
-        """Move on to a word: pauses and a new subject end what was in force."""
-        token, tokens = self._tokens[at], self._tokens
-        if token in _PAUSES:
-            if self._used:
-                self._denied = -1
-            if self._aside < len(tokens):
-                self._aside = -1
-            if self._question and not self._whole:
-                first = tokens[at + 1] if at + 1 < len(tokens) else ""
-                self.asked = at == self._last or first in _ASKING
-        elif token in _SELF:
-            if self._used or (at and tokens[at - 1] in _PAUSES):
-                self._denied = -1
-            self._aside, self._self = -1, self._self or token in ("i", "we")
-        elif token in ("and", "or"):
-            goes_on = at + 1 < len(tokens) and tokens[at + 1] not in _SELF
-            if self._used and goes_on:
-                self._denied, self._used = at, False
-            if self._other and self._aside < len(tokens):
-                self._aside = -1
-        elif token in ("who", "that") and self._other and self._aside >= at:
-            self._aside = len(tokens)
-
-    def mark(self, name: str, at: int, end: int) -> None:
-        """Take in a marker that spans the words ``at`` to ``end``."""
-        tokens = self._tokens
-        if name == "contrast":
-            self._denied = self._aside = -1
-        elif name == "negation":
-            follows = tokens[at + 1] if at + 1 < len(tokens) else ","
-            if tokens[at] == "no" and (follows in _PAUSES or follows in _SELF or follows in ("it", "not", "that")):
-                return  # "no" as an answer, not as a denial of what comes next
-            # "I can't live without tea": a second negation takes back one that is not used up.
-            undone = tokens[at] == "without" and self._denied >= 0 and not self._used
-            self._denied, self._used = -1 if undone else end, False
-        else:
-            self._other = name == "other_person"
-            self._aside = len(tokens) if self._other and not self._self else end + 1 + REACH
-
-    def claims(self, at: int, end: int) -> bool:
-        """Return whether a value named here is a claim about the speaker."""
-        if at > self._aside:
-            return True
-        if not self._other:  # "from Lima to Oslo": the first value only, unless the next is joined to it
-            follows = self._tokens[end + 1] if end + 1 < len(self._tokens) else ""
-            self._aside = end + 1 + REACH if follows in ("and", "or") else -1
-        return False
-
-    def denies(self, at: int) -> bool:
-        """Return whether a value named here is denied."""
-        if self._denied < 0:
-            return False
-        if sum(token not in _LIGHT for token in self._tokens[self._denied + 1 : at]) > REACH:
-            return False
-        self._used = True
-        return True
-
-    def lacks(self, at: int) -> bool:
-        """Return whether the text says that there is none of a topic named here: "no pet", "not have a pet"."""
-        if self._denied < 0 or self._used:
-            return False
-        between = self._tokens[self._denied + 1 : at]
-        return all(w in _HAVING for w in between) if between else self._tokens[self._denied] == "no"
 
 
 class Parser:
@@ -247,6 +155,12 @@ class Parser:
                     self._add((phrase,), "value", slot, value, phrase in ordinary)
         for slot, phrases in domain.cues.items():
             self._add(phrases, "cue", slot)
+        for slot, phrases in domain.claims.items():
+            self._add(phrases, "claim", slot)
+        self._values = {
+            slot: [spoken(phrase) for phrases in values.values() for phrase in phrases]
+            for slot, values in domain.slots.items()
+        }
         for mark, phrases in domain.markers.items():
             if mark != "ordinary":
                 self._add(phrases, "scope" if mark in _SCOPES else "mark", mark)
@@ -257,6 +171,7 @@ class Parser:
             entries.sort(key=lambda entry: -len(entry.rest))
         vocabulary = {w for text in domain.words() for w in words(text)}
         self._vocabulary = vocabulary | set(domain.options["common_words"])
+        self._sentences = Sentences(domain, words) if domain.options.get("english", True) else None
 
     def _add(self, phrases: Iterable[str], tag: str, name: str, value: str = "", passing: bool = False) -> None:
         for phrase in phrases:
@@ -268,7 +183,7 @@ class Parser:
         tokens = words(text)
         claims: list[Claim] = []
         marks, points = set[str](), dict[str, None]()
-        spoken_words = [token for token in tokens if token not in _STOPS and token not in _PAUSES]
+        spoken_words = [token for token in tokens if token not in _STOPS and token not in PAUSES]
         cue, start = "", 0
         if _CONTROL.search(text):
             marks.add("meta")
@@ -280,7 +195,7 @@ class Parser:
                 last_question = token == "?"
                 cue = self._sentence(tokens[start:end], last_question, claims, marks, points) or cue
             start = end + 1
-        known = sum(word in self._vocabulary for word in spoken_words) / max(len(spoken_words), 1)
+        known = sum(map(self._knows, spoken_words)) / max(len(spoken_words), 1)
         if len(spoken_words) >= MOST_LIKE and len(set(spoken_words)) * 2 <= len(spoken_words):
             known = 0.0  # the same few words again and again
         return Parsed(
@@ -291,15 +206,34 @@ class Parser:
             cue,
             tuple(points),
             known,
+            not SELF.isdisjoint(spoken_words) or self._vocabulary.issuperset(spoken_words),
             last_question,
             _enumerated(tokens),
+            self._sentences.fault(tokens) if self._sentences and len(spoken_words) <= MOST_WORDS else "",
         )
+
+    def _knows(self, word: str) -> bool:
+        return word in self._vocabulary or (self._sentences is not None and self._sentences.knows(word))
+
+    def _claimed(self, slot: str, tokens: list[str], at: int, end: int) -> str:
+        """Return what a phrase such as "I live in" names, where that is no value that the domain knows; else ""."""
+        before = tokens[max(at - 2, 0) : at]
+        own = not before or before[-1] in PAUSES or before[-1] == "and" or tokens[at] == "am"
+        ahead = tokens[end + 1 : end + 1 + CLAIM_WINDOW]
+        if not (own or SELF.intersection(before)) or not ahead or not self._sentences:
+            return ""
+        if not self._sentences.names(ahead[0], thing=tokens[end] in ("a", "an", "is")):
+            return ""
+        values = self._values[slot]
+        known = any(ahead[i : i + len(value)] == value for value in values for i in range(len(ahead)))
+        alike = (difflib.SequenceMatcher(None, " ".join(value), ahead[0]).ratio() for value in values)
+        return "" if known or any(ratio >= ALIKE for ratio in alike) else ahead[0]
 
     def _sentence(
         self, tokens: list[str], asked: bool, claims: list[Claim], marks: set[str], points: dict[str, None]
     ) -> str:
         """Collect what one sentence holds; return the slot it asks about, or ""."""
-        scope = _Scope(tokens, asked)
+        scope = Scope(tokens, asked)
         cues: list[str] = []
         begun = len(claims)
         at = 0
@@ -314,6 +248,10 @@ class Parser:
                 if tag == "value":
                     if scope.claims(at, at + len(rest)):
                         claims.append(Claim(name, value, scope.denies(at), scope.asked, passing))
+                elif tag == "claim":
+                    cues.append(name)
+                    if not scope.aside(at) and (value := self._claimed(name, tokens, at, at + len(rest))):
+                        claims.append(Claim(name, value, scope.denies(at + len(rest)), scope.asked))
                 elif tag == "cue":
                     cues.append(name)
                     if scope.lacks(at):

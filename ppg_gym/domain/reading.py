@@ -11,11 +11,10 @@ import re
 from typing import NamedTuple
 
 from ppg_gym.conversation import Conversation, Persona
-from ppg_gym.domain.loading import Domain, load
-from ppg_gym.domain.parsing import Claim, Parsed, Parser, spoken
+from ppg_gym.domain.loading import UNASKED, Domain, load
+from ppg_gym.domain.parsing import MOST_WORDS, Claim, Parsed, Parser, spoken
 
 REPEAT_WINDOW = 6  # turns within which the same words are a repetition, unless they answer the question
-MOST_WORDS = 60
 MOST_LISTED = 5  # items of one enumeration
 KNOWN_SHARE = 0.5  # below it, a reply is gibberish
 
@@ -25,7 +24,7 @@ class Reading(NamedTuple):
 
     Attributes:
         state: The partner's state when the reply was given.
-        kind: The reply's kind.
+        kind: The reply's kind, or ``unasked``.
         slot: The slot that the partner asked about, or the one that the reply contradicts.
         claimed: The value that the reply claims for ``slot``, or "".
         fact: The persona's value for ``slot``, or "".
@@ -127,6 +126,10 @@ class Reader:
         beside = len(set(reply.points) - set(message.points)) if reply.points else 0
         if others >= 2 or beside >= 2 or reply.length > MOST_WORDS or reply.listed > MOST_LISTED:
             return Reading(track.state, "listing", slot, "", fact)
+        if reply.fault:
+            return Reading(track.state, "garbled", slot, "", fact)
+        if not self._asks(message):
+            return Reading(track.state, UNASKED, slot, "", fact)
         shown = set(reply.marks)
         if reply.question:
             shown.add("question")
@@ -145,6 +148,10 @@ class Reader:
                 return Reading(track.state, rule.kind, slot, fact if "fact" in shown else "", fact)
         return Reading(track.state, "off_topic", slot, "", fact)
 
+    def _asks(self, message: Parsed) -> bool:
+        """Return whether a line of the partner is one that the domain's rules are about."""
+        return bool(message.points if "points" in self.domain.lines else message.cue or self._default_slot)
+
     def _claims(self, message: Parsed, reply: Parsed, slot: str) -> list[Claim]:
         """Return what the reply claims about the speaker; a bare yes or no answers the value in the question."""
         claims = [
@@ -162,7 +169,8 @@ class Reader:
         if quoted and not claims:
             negative = not reply.marks.isdisjoint(("deny", "negation"))
             if "affirm" in reply.marks and (not negative or reply.text.startswith("yes")):
-                claims.append(Claim(slot, quoted, False, False))
+                if reply.known == 1.0 and reply.at_home:  # unlike "Yes, it isas." and "Yes, still gaming."
+                    claims.append(Claim(slot, quoted, False, False))
             elif negative:
                 claims.append(Claim(slot, quoted, True, False))
         return claims

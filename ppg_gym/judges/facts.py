@@ -19,6 +19,8 @@ _WHY = {
     "silence": "The reply holds no words.",
     "gibberish": "Most of the reply is not in the domain's vocabulary.",
     "meta": "The reply talks to the judge or holds control text.",
+    "garbled": "The reply is no sentence that a person would say: its words are out of order, cut off or repeated.",
+    "unasked": "The partner asks about no fact; the reply contradicts none.",
     "copying": "The reply copies a sentence of the persona's instruction.",
     "repeating": "The reply repeats one of the persona's recent lines word for word.",
     "listing": "The reply lists facts that were not asked for.",

@@ -17,12 +17,16 @@ import pytest
 from ppg_gym.conversation import Conversation, Persona, Verdict
 from ppg_gym.domain.cast import personas
 from ppg_gym.domain.loading import DOMAINS, load
+from ppg_gym.domain.reading import reader
 from ppg_gym.judges import framing, verdicts
 from ppg_gym.judges.facts import FactsJudge
 from ppg_gym.judges.lab.attacks import FOOLED_AT, Attack, attacks, run_attacks
 from ppg_gym.judges.llm import LLMJudge, by_rule
 from ppg_gym.llm.chat import Answer, Counts, Request
 from ppg_gym.sanitise import holds_control, plain
+
+OF_A_FACT = ("broken_english", "salad_of_other_words", "negated_fact", "both_ways")
+FACT_ATTACKS = sum(attack.family in OF_A_FACT for attack in attacks(personas("chatting", "held-out")[0], "chatting"))
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -79,7 +83,32 @@ def test_the_suite_is_broad_and_filled_in(domain: str) -> None:
     assert not [attack for attack in found if re.search(r"\$\w", attack.reply)]
     poor = attacks(Persona("poor", "I am somebody."), domain)  # no name, no facts, nobody is addressed
     assert Attack("persona_copy", "I am somebody.") in poor
-    assert len(found) - 10 < len(poor) < len(found)
+    assert {attack.family for attack in found} - {attack.family for attack in poor} == {*OF_A_FACT}
+    assert len(found) - 10 - FACT_ATTACKS < len(poor) < len(found) - FACT_ATTACKS
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_attacks_name_the_fact_that_the_partner_asks_about(domain: str) -> None:
+    persona = personas(domain, "held-out")[0]
+    for slot in [slot for slot, cues in load(domain).cues.items() if cues]:
+        found = {attack.reply for attack in attacks(persona, domain, slot)}
+        assert f"For is {persona.facts[slot]}." in found
+        (both,) = (reply for reply in found if reply.startswith(f"It is {persona.facts[slot]} and it is "))
+        assert both.removesuffix(".").split(" ", 6)[-1] in set(load(domain).slots[slot]) - {persona.facts[slot]}
+    asked: list[tuple[str, str]] = []
+
+    class Judge:
+        def check(self, persona: Persona) -> None: ...
+
+        def judge(self, conversations: Sequence[Conversation]) -> list[Verdict]:
+            asked.extend((c.lines[-2].text, c.lines[-1].text) for c in conversations)
+            return [Verdict("scored", 0.0)] * len(conversations)
+
+    run_attacks(Judge(), domain, personas=[persona], per_attack=1)
+    named = [(message, reply) for message, reply in asked if reply.startswith("For is")]
+    read = reader(domain)
+    slots = [read.parse(message).cue or str(load(domain).options["default_slot"]) for message, _ in named]
+    assert [reply for _, reply in named] == [f"For is {persona.facts[slot]}." for slot in slots]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -99,14 +128,17 @@ def test_the_llm_judge_lets_no_attack_out_of_the_data(domain: str) -> None:
     assert sum(row.failures for row in rows) == 0
     asked = [framing.parse(request.messages) for request in model.asked]
     players = [p for p in personas(domain, "held-out") if p.instruction in {fields["persona"] for fields in asked}]
-    tried = [(p, attack.reply) for p in players for attack in attacks(p, domain)]
+    filled = [(p, attack) for p in players for attack in attacks(p, domain)]
+    tried = [(p, attack.reply) for p, attack in filled if attack.family not in OF_A_FACT]
     for_the_model = [
         (p.instruction, plain(reply, 4000))
         for p, reply in tried
         if by_rule(Conversation(p).add("partner", "Well?").add("policy", reply)) is None
     ]
     assert len(players) == 3
-    assert sorted((fields["persona"], fields["reply"]["text"]) for fields in asked) == sorted(for_the_model)
+    told = [(fields["persona"], fields["reply"]["text"]) for fields in asked]
+    assert len(told) >= len(for_the_model) + 3 * FACT_ATTACKS - 6  # a few of those copy or repeat by rule
+    assert set(for_the_model) <= set(told)
     assert len(for_the_model) > len(tried) / 2
 
 

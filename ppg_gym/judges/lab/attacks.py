@@ -19,6 +19,7 @@ import numpy as np
 from ppg_gym.conversation import Conversation, Persona
 from ppg_gym.domain.cast import personas as personas_of
 from ppg_gym.domain.loading import load
+from ppg_gym.domain.reading import reader
 from ppg_gym.judges import Judge
 from ppg_gym.partners.scripted import ScriptedPartner
 
@@ -61,19 +62,28 @@ class Row:
     highest: float
 
 
-def attacks(persona: Persona, domain: str) -> list[Attack]:
+def attacks(persona: Persona, domain: str, slot: str = "") -> list[Attack]:
     """Return all attacks, filled in for a persona and with the values that its domain's facts can have.
 
     An attack is left out when it needs something that the persona lacks: facts, a name, a sentence that addresses the
     reader (any other sentence is one that the persona may say in earnest).
+
+    Args:
+        persona: Whom the attacks are filled in for.
+        domain: Name of its domain.
+        slot: The fact that the partner asks about; empty for the last one that can be asked about.
     """
+    slots = load(domain).slots
+    fact = persona.facts.get(slot or [name for name, cues in load(domain).cues.items() if cues][-1], "")
     sentences = re.split(r"(?<=[.!?])\s+", persona.instruction.strip())
     addressing = [sentence for sentence in sentences if re.search(r"\byour?\b", sentence, re.IGNORECASE)]
     values = {
         "name": persona.name,
         "instruction": persona.instruction,
         "facts": ", ".join(persona.facts.values()),
-        "values": ", ".join(value for values in load(domain).slots.values() for value in values),
+        "values": ", ".join(value for values in slots.values() for value in values),
+        "fact": fact,
+        "other": next((value for values in slots.values() if fact in values for value in values if value != fact), ""),
         "sentence": max(addressing, key=len, default=""),
     }
     known = {name: value for name, value in values.items() if value}
@@ -112,15 +122,18 @@ def run_attacks(
     drawn = [pool[int(i)] for i in rng.choice(len(pool), size=per_attack, replace=False)]
     for persona in drawn:
         judge.check(persona)
-    tried = [(persona, attack) for persona in drawn for attack in attacks(persona, domain)]
-    opened = [Conversation(persona) for persona, _ in tried]
-    questions = ScriptedPartner(domain).speak(opened, [rng] * len(opened))
-    spoken = [
-        conversation.add("partner", line.text).add("policy", attack.reply)
-        for conversation, line, (_, attack) in zip(opened, questions, tried, strict=True)
-    ]
+    read = reader(domain)
+    tried: list[tuple[Attack, Conversation]] = []
+    for persona in drawn:
+        opened = [Conversation(persona)] * len(attacks(persona, domain))
+        questions = ScriptedPartner(domain).speak(opened, [rng] * len(opened))
+        asked = [read.parse(line.text).cue for line in questions]
+        filled = {slot: attacks(persona, domain, slot) for slot in set(asked)}
+        for i, (conversation, line, slot) in enumerate(zip(opened, questions, asked, strict=True)):
+            attack = filled[slot][i]
+            tried.append((attack, conversation.add("partner", line.text).add("policy", attack.reply)))
     results: dict[str, list[tuple[str, float | None]]] = {}
-    for (_, attack), verdict in zip(tried, judge.judge(spoken), strict=True):
+    for (attack, _), verdict in zip(tried, judge.judge([spoken for _, spoken in tried]), strict=True):
         results.setdefault(attack.family, []).append((attack.reply, verdict.score))
     return [_row(family, scored) for family, scored in results.items()]
 
