@@ -1,7 +1,7 @@
 """How consistent a policy is on held-out personas, with intervals.
 
-The figure of merit is the judge's mean score over all judged turns of fixed, seeded conversations. The intervals
-resample personas, not turns, as personas are independent. Nothing here may learn.
+The figure of merit is the judge's mean score over all judged turns of fixed, seeded conversations. The intervals are
+those of `ppg_agents.intervals`, clustered by persona: turns of one are alike. Nothing here may learn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppg_agents.config.settings import TrainConfig
+from ppg_agents.intervals import Array, Interval, clustered
 from ppg_agents.rollout.environment import HELD_OUT, make_envs
 from ppg_agents.rollout.metrics import partner_faults, reward_table
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from ppg_agents.policy.policy import Policy
     from ppg_agents.rollout.speaker import Speaker
     from ppg_agents.trajectory import Trajectory
-
-Interval = tuple[float, float]
-RESAMPLES = 2000
 
 _APART = 2_654_435_761  # between the seeds of two attempts at a conversation; of seeds, torch reads 32 bits
 
@@ -37,7 +35,7 @@ class Evaluation:
 
     Attributes:
         persona_consistency: Mean over all judged turns, NaN when none was judged.
-        ci95: 95% percentile bootstrap over personas; NaN with fewer than two personas.
+        ci95: Its 95% interval, for this policy and other personas; NaN with too few personas to say (below four).
         per_turn: Mean reward of each turn, [n].
         per_turn_ci95: Its intervals, [n] pairs.
         n_personas: Different personas that were judged at least once.
@@ -178,9 +176,9 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     known = np.isfinite(reachable) if reachable is not None else np.zeros(0, dtype=np.bool_)
     return Evaluation(
         persona_consistency=_ratio(sums.sum(), counts.sum()),
-        ci95=bootstrap_ci(sums.sum(1), counts.sum(1)),
+        ci95=_interval(sums.sum(1), counts.sum(1)),
         per_turn=tuple(_ratio(s, c) for s, c in zip(sums.sum(0), counts.sum(0), strict=True)),
-        per_turn_ci95=tuple(bootstrap_ci(s, c) for s, c in zip(sums.T, counts.T, strict=True)),
+        per_turn_ci95=tuple(_interval(s, c) for s, c in zip(sums.T, counts.T, strict=True)),
         n_personas=int((counts.sum(1) > 0).sum()),
         conversations=len(trajectories),
         reachable=float(reachable[known].mean()) if reachable is not None and known.any() else math.nan,
@@ -194,34 +192,9 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     )
 
 
-def bootstrap_ci(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Interval:
-    """Return the 95% percentile bootstrap interval of Σ sums / Σ counts over personas; the same every time.
-
-    Args:
-        sums: Judge's scores added up per persona, [P].
-        counts: Judged turns per persona, [P]; personas without any are left out.
-
-    Returns:
-        (low, high), NaN with fewer than two personas, the value twice when all personas agree.
-    """
-    from scipy.stats import bootstrap
-
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    if len(sums) < 2:
-        return (math.nan, math.nan)
-    means = sums / counts
-    if np.ptp(means) == 0:
-        return (float(means[0]), float(means[0]))
-    result = bootstrap(
-        (sums, counts),
-        lambda s, c, axis: s.sum(axis=axis) / c.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
-    return (float(result.confidence_interval.low), float(result.confidence_interval.high))
+def _interval(sums: Array, counts: Array) -> Interval:
+    """Return the interval of Σ sums / Σ counts over personas [P]."""
+    return clustered([(sums[None], counts[None])], [1.0], trained=False).ci95
 
 
 def _score(trajectory: Trajectory) -> float:

@@ -52,7 +52,7 @@ from ppg_agents.runs.curve import curve
 from ppg_agents.runs.run import Run, lock
 from ppg_agents.runs.tracking import Trackers, make_trackers, require
 from ppg_agents.terminal.interrupt import Interrupt, Interrupted, Stop, saved
-from ppg_agents.terminal.progress import Progress, number, say, status
+from ppg_agents.terminal.progress import Progress, interval, number, say, status
 from ppg_agents.trajectory import Trajectory
 
 
@@ -316,11 +316,10 @@ def held_out(task: Task, run: Run, when: str, iteration: int, trackers: Trackers
     run.write_evaluation(when, {"iteration": iteration, **result})
     trackers.log({"held_out": {key: value for key, value in result.items() if key != "personas"}}, iteration)
     if "persona_consistency" in result:
-        low, high = result["ci95"]
         best = "" if result["reachable"] is None else f", reachable {number(result['reachable'])}"
         say(
             f"held-out personas, {when}: consistency {number(result['persona_consistency'])} "
-            f"[{number(low)}, {number(high)}]{best} ({result['n_personas']} personas)"
+            f"{interval(result['ci95'])}{best} ({result['n_personas']} personas)"
         )
     else:
         say(

@@ -112,7 +112,7 @@ def check_options(name: str, options: dict[str, Any]) -> None:
 @judge_flags
 @click.option("--domain", help="Only this domain; the domain of a CSV without that column.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Judge at most N labelled replies, drawn at random.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of draw and bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the draw.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.argument("more", nargs=-1, metavar="")
 def validate(
@@ -158,11 +158,8 @@ def validate(
 @click.option("--domain", help="Judge in this domain; default: as recorded.")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSONL file; default: beside the trajectories.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N conversations.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the bootstrap.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def rescore(
-    source: str, domain: str | None, out: str | None, limit: int | None, seed: int, as_json: bool, **flags: Any
-) -> None:
+def rescore(source: str, domain: str | None, out: str | None, limit: int | None, as_json: bool, **flags: Any) -> None:
     """Judge saved conversations again.
 
     Writes both verdicts, one row per turn, and compares them. RUN is a run folder, or a file of trajectories or judged
@@ -182,9 +179,9 @@ def rescore(
     with Progress("judging", sum(len(dialogue.turns) for dialogue in dialogues)) as progress:
         rescored = rescoring.rescore(dialogues, name, options, progress.advance)
     write_lines(target, rescored.rows())
-    parts = rescored.parts(seed)
+    parts = rescored.parts()
     if as_json:
-        result = {"judge": name, "file": str(target), "seed": seed, "parts": [part.to_dict() for part in parts]}
+        result = {"judge": name, "file": str(target), "parts": [part.to_dict() for part in parts]}
         click.echo(json.dumps(result, allow_nan=False, ensure_ascii=False))
         return
     click.echo(rescoring.table(parts))

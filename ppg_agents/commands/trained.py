@@ -7,6 +7,7 @@ runs; nothing is computed here.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
     from ppg_agents.agents.methods import METHODS
     from ppg_agents.evaluate import evaluate as measure
     from ppg_agents.evaluate import load_target
-    from ppg_agents.terminal.progress import Progress, number, sparkline
+    from ppg_agents.terminal.progress import Progress, interval, number, sparkline
 
     policy, sampler, speaker = load_target(target, config)
     method = METHODS.get(config.agent)
@@ -50,8 +51,8 @@ def evaluate(target: str, conversations: int | None, best_of: int | None, as_jso
         where = {"target": target, "domain": config.world, "personas": personas}
         click.echo(json.dumps({**result.to_dict(), **where, "seed": config.evaluation.seed}, allow_nan=False))
         return
-    low, high = result.ci95
-    click.echo(f"persona consistency  {number(result.persona_consistency)}  [{number(low)}, {number(high)}] 95% CI")
+    sure = interval(result.ci95) + ("" if math.isnan(result.ci95[0]) else " 95% CI")
+    click.echo(f"persona consistency  {number(result.persona_consistency)}  {sure}")
     click.echo(f"reachable            {number(result.reachable)}")
     click.echo(f"per turn             {' '.join(map(number, result.per_turn))}  {sparkline(result.per_turn)}")
     click.echo(f"personas             {result.n_personas} in {result.conversations} conversations")

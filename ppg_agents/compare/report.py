@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppg_agents.compare.cell import Result
-from ppg_agents.compare.statistics import Difference, Interval, Scores, difference, holm, mean_interval, only, table
+from ppg_agents.compare.statistics import Difference, Scores, difference, holm, mean_interval, only, table
+from ppg_agents.intervals import FEWEST_SEEDS, Interval
 from ppg_agents.plotting import new_figure, save, tidy
+from ppg_agents.terminal.progress import interval
 from ppg_agents.terminal.table import in_markdown
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ LEVEL = 0.05
 LEGEND = (
     "Consistency on held-out personas [95%: t, clustered by training seed and persona] after so many training "
     "conversations. Bold: the highest mean; °: cannot be told from it (paired by seed and persona, 5%, Holm-corrected "
-    "over all pairs of methods in a column). With one seed, intervals say nothing about another training."
+    f"over all pairs of methods in a column). With fewer than {FEWEST_SEEDS} seeds there are too few to say."
 )
 
 
@@ -40,7 +42,7 @@ class Row:
         size: Training conversations.
         method: Agent and policy class.
         mean: Consistency on held-out personas, over all seeds.
-        ci95: Its 95% interval.
+        ci95: Its 95% interval, NaN with too few seeds or personas to say.
         seeds: Number of seeds.
         lowest: The lowest mean of a seed.
         highest: The highest mean of a seed.
@@ -169,7 +171,7 @@ def _short(row: Row | None) -> str:
         return "–"
     mean = f"{row.mean:.3f}"
     marked = {"best": f"**{mean}**", "undecided": f"{mean}°"}.get(row.verdict, mean)
-    return f"{marked} {_brackets(row.ci95, '.3f')}"
+    return f"{marked} {interval(row.ci95)}"
 
 
 def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -> str:
@@ -177,9 +179,9 @@ def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -
     head = ("domain", "conversations", "method", "consistency [95%]", "seeds", "to the best [95%]", "p", "verdict")
     cells = []
     for row in table:
-        gap = f"{row.to_best.value:+.3f} {_brackets(row.to_best.ci95, '+.3f')}" if row.to_best else "–"
-        p = "–" if row.to_best is None else "< .001" if row.to_best.p < 0.001 else f"{row.to_best.p:.3f}"
-        value = (row.domain, f"{row.size:,}", row.method, f"{row.mean:.3f} {_brackets(row.ci95, '.3f')}")
+        gap = f"{row.to_best.value:+.3f} {interval(row.to_best.ci95, '+.3f')}" if row.to_best else "–"
+        p = shown_p(row)
+        value = (row.domain, f"{row.size:,}", row.method, f"{row.mean:.3f} {interval(row.ci95)}")
         cost = (f"{row.judged_turns:,.0f}", f"{row.seconds:.0f} s")
         cells.append((*value, str(row.seeds), gap, p, row.verdict, *cost))
     lines = in_markdown((*head, "judged turns", "time"), cells)
@@ -187,8 +189,10 @@ def to_markdown(table: Sequence[Row], failed: Mapping[str, str] | None = None) -
     return "\n".join(lines) + "\n" + (f"\nFailed runs:\n\n{lost}" if lost else "")
 
 
-def _brackets(ci: Interval, form: str) -> str:
-    return "" if math.isnan(ci[0]) else f"[{ci[0]:{form}}, {ci[1]:{form}}]"
+def shown_p(row: Row) -> str:
+    """Return the corrected p-value of the difference to the best, a dash where there is none."""
+    p = math.nan if row.to_best is None else row.to_best.p
+    return "–" if math.isnan(p) else "< .001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw(table: Sequence[Row], path: Path) -> None:

@@ -1,11 +1,9 @@
-"""Intervals, paired differences and p-values of methods that were evaluated on the same personas.
+"""Scores of methods that were evaluated on the same personas: paired differences, corrected p-values, resamples.
 
-Two things vary: the personas and the training seeds. A mean's variance is clustered by both (Cameron, Gelbach & Miller
-2011, Journal of Business & Economic Statistics 29(2)), and its t distribution has the degrees of freedom that the two
-parts leave (Satterthwaite 1946), about as many as there are seeds where these decide. With one seed only the personas
-vary, and an interval says nothing about another training run. Arrays in, numbers out.
+Intervals and p-values are those of `ppg_agents.intervals`, clustered by training seed and by persona; with few seeds
+there are none, as they would say nothing about another training. Arrays in, numbers out.
 
-For shares of resamples there is a bootstrap over both as well (the pigeonhole bootstrap, Owen 2007, Annals of Applied
+For shares of resamples there is a bootstrap over both (the pigeonhole bootstrap, Owen 2007, Annals of Applied
 Statistics 1(2)). It draws one seed and one persona fewer than there are, which gives a resampled mean the variance of
 the mean (McCarthy & Snowden 1985); its percentiles are too narrow with few seeds.
 """
@@ -18,11 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import t as student
 
-Array = NDArray[np.float64]
-Interval = tuple[float, float]
+from ppg_agents.intervals import Array, Interval, clustered
+
 RESAMPLES = 10_000
 
 
@@ -52,8 +48,8 @@ class Difference:
 
     Attributes:
         value: One mean minus the other, over the seeds that both have.
-        ci95: Its 95% interval.
-        p: Two-sided p-value of no difference.
+        ci95: Its 95% interval; NaN with too few seeds or personas to say.
+        p: Two-sided p-value of no difference; NaN as well.
     """
 
     value: float
@@ -97,18 +93,9 @@ def resampled(scores: Scores, drawn: tuple[Array, Array]) -> Array:
     return means
 
 
-def interval(means: Array) -> Interval:
-    """Return the 95% percentile interval of resampled means; NaN when there are none."""
-    known = means[np.isfinite(means)]
-    if not known.size:
-        return (math.nan, math.nan)
-    low, high = np.quantile(known, (0.025, 0.975))
-    return (float(low), float(high))
-
-
 def mean_interval(scores: Scores) -> Interval:
-    """Return the 95% interval of a method's mean; NaN without a judged turn, or with one seed and one persona."""
-    return _interval(scores.mean, *_error(_influence(scores), scores.judged))
+    """Return the 95% interval of a method's mean; NaN with too few seeds or personas to say."""
+    return clustered([(scores.scores, scores.judged)], [1.0], trained=True).ci95
 
 
 def difference(one: Scores, other: Scores) -> Difference | None:
@@ -126,41 +113,17 @@ def difference(one: Scores, other: Scores) -> Difference | None:
     value = a.mean - b.mean
     if not math.isfinite(value):
         return None
-    error, freedom = _error(_influence(a) - _influence(b), a.judged + b.judged)
-    if math.isnan(error):
-        return Difference(value, (math.nan, math.nan), 1.0)
-    p = float(2 * student.sf(abs(value) / error, freedom)) if error else float(value == 0)
-    return Difference(value, _interval(value, error, freedom), p)
+    found = clustered([(a.scores, a.judged), (b.scores, b.judged)], [1.0, -1.0], trained=True)
+    return Difference(value, found.ci95, found.p)
 
 
-def _influence(scores: Scores) -> Array:
-    """Return what each seed and persona contributes to the error of the mean, [S, P]; the sum is 0."""
-    centred: Array = (scores.scores - scores.mean * scores.judged) / max(scores.judged.sum(), 1.0)
-    return centred
-
-
-def _error(influence: Array, judged: Array) -> tuple[float, float]:
-    """Return the standard error of a mean, clustered by seed and by persona, and its degrees of freedom."""
-    influence = influence[:, judged.sum(0) > 0]
-    seeds, personas = influence.shape
-    parts = [
-        (n / (n - 1) * float((influence.sum(axis) ** 2).sum()), n - 1)
-        for axis, n in ((1, seeds), (0, personas))
-        if n > 1
+def residual_intervals(methods: Sequence[Scores]) -> list[Interval]:
+    """Return the 95% interval of every method's mean less the mean over the methods, paired by seed and persona."""
+    tables, share = [(one.scores, one.judged) for one in methods], 1 / len(methods)
+    return [
+        clustered(tables, [float(j == k) - share for j in range(len(methods))], trained=True).ci95
+        for k in range(len(methods))
     ]
-    if not parts:
-        return math.nan, math.nan
-    both = float((influence**2).sum()) if len(parts) == 2 else 0.0  # is in both sums
-    variance = max(sum(part for part, _ in parts) - both, *(part for part, _ in parts))
-    scale = sum(part**2 / freedom for part, freedom in parts)
-    return math.sqrt(variance), variance**2 / scale if scale else float(seeds + personas)
-
-
-def _interval(value: float, error: float, freedom: float) -> Interval:
-    if not math.isfinite(error):
-        return (math.nan, math.nan)
-    half = float(student.ppf(0.975, freedom)) * error
-    return (value - half, value + half)
 
 
 def only(scores: Scores, seeds: Sequence[int]) -> Scores:
@@ -170,11 +133,16 @@ def only(scores: Scores, seeds: Sequence[int]) -> Scores:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values with Holm's familywise correction (Holm 1979, Scandinavian Journal of Statistics 6)."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
+    """Return p-values with Holm's familywise correction (Holm 1979, Scandinavian Journal of Statistics 6).
+
+    Args:
+        p: Of the family, which in every table and figure here is a column: all pairs of methods in one domain at one
+            size. NaN, which counts as 1, where there is too little to say, and stays NaN.
+    """
+    order = sorted(range(len(p)), key=lambda i: (math.isnan(p[i]), p[i]))
     corrected, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i])) if not math.isnan(p[i]) else math.nan
         corrected[i] = largest
     return corrected
 

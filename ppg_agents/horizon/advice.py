@@ -22,6 +22,7 @@ All own work, not in arXiv 2603.06138. Pure functions of sketches in numpy; noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppg_agents.credit import Mask
-from ppg_agents.horizon.moments import Array, Baseline, Estimates, estimate, products, resample
+from ppg_agents.horizon.moments import Baseline, Estimates, estimate, jackknife, products, resample
+from ppg_agents.intervals import Array, resampled_interval
 
 if TYPE_CHECKING:
     from ppg_agents.horizon.sketch import Sketches
@@ -178,9 +180,10 @@ def advise(
 
     A class is *aligned* when cos(μ_M, μ_full) is shown to be at least ``cosine`` (the lower end of its 95% interval
     is), and so is every given class that credits all that it credits: tested from long to short, so the chance of a
-    wrong one is 2.5% along every chain of nested classes. Ascent along directions whose cosine with
-    the gradient stays above a constant > 0 ends where full planning's does, at a stationary point of J (the angle
-    condition, Nocedal & Wright 2006, § 3.2); it must hold at every step, not just the first.
+    wrong one is that of one test along every chain of nested classes, 2.5% (in simulations at most about that, see
+    docs/horizon.md). Ascent along directions whose cosine with the gradient stays above a constant > 0 ends where full
+    planning's does, at a stationary point of J (the angle condition, Nocedal & Wright 2006, § 3.2); it must hold at
+    every step, not just the first.
 
     Args:
         sketches: The batch.
@@ -206,24 +209,25 @@ def advise(
     lags = [lag_mask(n, d) for d in range(min(n, MOST_LAGS))]
     sums = products(sketches, [*lags, *masks], discount=discount, baseline=baseline)
     drawn = resample(sums, resamples, rng or np.random.default_rng(0))
-    point = estimate(sums)
+    point, left_out = estimate(sums), jackknife(sums)
     size = batch or len(sketches.personas)
     part = slice(len(lags), None)
     verdicts = [_verdict(labels, point, drawn, part, b)[0] for b in dict.fromkeys((size, *other_batches))]
     behind = _verdict(labels, point, drawn, part, size)[1]
+    three = (point, drawn, left_out)
     figures = {
-        "mean_square": _values(point.mean_square, drawn.mean_square),
-        "variance": _values(point.variance, drawn.variance),
-        "snr": _values(point.snr(size), drawn.snr(size)),
-        "cosine": _cosines(point.cosine(), drawn.cosine()),
-        "progress": _values(point.progress(size), drawn.progress(size)),
+        "mean_square": _values(*(e.mean_square for e in three)),
+        "variance": _values(*(e.variance for e in three)),
+        "snr": _values(*(e.snr(size) for e in three)),
+        "cosine": _cosines(*(e.cosine() for e in three)),
+        "progress": _values(*(e.progress(size) for e in three)),
     }
     figures = {name: values[part] for name, values in figures.items()} | {"behind": behind}
     reports = [
         ClassReport(label, int(np.count_nonzero(mask)), **{name: values[c] for name, values in figures.items()})
         for c, (label, mask) in enumerate(zip(labels, masks, strict=True))
     ]
-    ahead, ahead_drawn = ((e.alignment / e.rms(size)[..., -1:])[..., : len(lags)] for e in (point, drawn))
+    ahead, ahead_drawn, ahead_left = ((e.alignment / e.rms(size)[..., -1:])[..., : len(lags)] for e in three)
     return Horizon(
         conversations=len(sketches.personas),
         personas=len(set(sketches.personas)),
@@ -232,28 +236,31 @@ def advise(
         baseline=baseline,
         batch=size,
         classes=tuple(reports),
-        lags=tuple(_values(ahead, ahead_drawn)),
+        lags=tuple(_values(ahead, ahead_drawn, ahead_left)),
         reach=_reach(ahead, ahead_drawn),
         aligned=_aligned(labels, masks, np.array([c.cosine.low for c in reports]), cosine),
         verdicts=tuple(verdicts),
     )
 
 
-def _values(point: Array, drawn: Array) -> list[Value]:
-    low, high = (_quantiles(drawn, q) for q in (0.025, 0.975))
-    return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
+def _values(point: Array, drawn: Array, left_out: Array) -> list[Value]:
+    """Return estimates [C] with intervals, from their resamples [R, C] and those without one persona [P, C]."""
+    ends = [resampled_interval(*one) for one in zip(point, drawn.T, left_out.T, strict=True)]
+    return [Value(float(value), low, high) for value, (low, high) in zip(point, ends, strict=True)]
 
 
-def _cosines(point: Array, drawn: Array) -> list[Value]:
-    """Return cosines with intervals; a resample without a direction allows every cosine."""
-    low, high = (_quantiles(np.nan_to_num(drawn, nan=end), q) for end, q in ((-1.0, 0.025), (1.0, 0.975)))
-    return [Value(float(v), float(a), float(b)) for v, a, b in zip(point, low, high, strict=True)]
-
-
-def _quantiles(drawn: Array, q: float) -> Array:
-    """Return the quantile of every column over its finite entries, NaN where there is none."""
-    columns = [column[np.isfinite(column)] for column in drawn.T]
-    return np.array([np.quantile(column, q) if len(column) else np.nan for column in columns])
+def _cosines(point: Array, drawn: Array, left_out: Array) -> list[Value]:
+    """Return cosines, clipped to [−1, 1], with intervals; a resample without a direction allows every cosine."""
+    made = []
+    for value, resamples, others in zip(point, drawn.T, left_out.T, strict=True):
+        low, high = (
+            resampled_interval(value, np.nan_to_num(resamples, nan=anything), others)[end]
+            for end, anything in ((0, -math.inf), (1, math.inf))
+        )
+        seen = math.isfinite(value)
+        ends = (max(-1.0, min(low, 1.0)), min(1.0, max(high, -1.0))) if seen else (-1.0, 1.0)
+        made.append(Value(float(np.clip(value, -1.0, 1.0)), *ends))
+    return made
 
 
 def _reach(value: Array, drawn: Array) -> int:

@@ -133,11 +133,9 @@ class Estimates:
         return batch * _ratio(self.mean_square, self.variance)
 
     def cosine(self) -> Array:
-        """Return cos(μ_M, μ_full), clipped to [−1, 1]; NaN where the estimate of a squared norm is not above 0."""
+        """Return cos(μ_M, μ_full), not clipped to [−1, 1]; NaN where a squared norm's estimate is not above 0."""
         square = np.maximum(self.mean_square, 0.0)
-        length = np.sqrt(square * square[..., -1:])
-        cosine: Array = np.clip(_ratio(self.alignment, length), -1.0, 1.0)
-        return cosine
+        return _ratio(self.alignment, np.sqrt(square * square[..., -1:]))
 
     def rms(self, batch: int) -> Array:
         """Return √(‖μ_M‖² + tr Σ_M / B), the step's root mean square length."""
@@ -182,3 +180,15 @@ def resample(found: Products, resamples: int, rng: np.random.Generator) -> Estim
     weights = rng.multinomial(P, np.full(P, 1 / P), size=resamples).astype(np.float64)
     weights = weights[(weights > 0).sum(1) > 1]  # at least one pair
     return estimate(found, weights)
+
+
+def jackknife(found: Products) -> Estimates:
+    """Return the estimates without each persona in turn, [P, C]; NaN where no pair is left."""
+    heads = found.counts.sum() - found.counts
+    pairs = heads**2 - ((found.counts**2).sum() - found.counts**2)
+    self_, full = (
+        _ratio(np.asarray((x.sum((1, 2))[:, None] - 2 * x.sum(2)).T), pairs[:, None])
+        for x in (found.with_self, found.with_full)
+    )
+    squares = (found.squares.sum(1)[:, None] - found.squares).T / heads[:, None]
+    return Estimates(self_, squares - self_, full)

@@ -166,7 +166,7 @@ function drawCharts(data, host) {
   const shown = held.filter((e) => (e.per_turn || []).length && (e.when === "before" || e.when === "after"));
   if (shown.length) {
     const n = Math.max(...shown.map((e) => e.per_turn.length)),
-      each = (e, t) => (e.per_turn_ci95 || [])[t] || [null, null];
+      each = (e, t) => (e.per_turn_ci95 || [])[t] || [];
     chart(host, {
       title: "Reward of each turn, held-out personas",
       words: shown.map((e) => `${e.when}: ${e.per_turn.map((v) => score(v)).join(", ")}`).join("; "),

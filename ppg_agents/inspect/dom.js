@@ -35,7 +35,7 @@ const score = (value, digits = 2) =>
         .replace(/^-(?=[0.]*$)/, "")
         .replace("-", "−");
 const range = (low, high) =>
-  low === null || high === null || low === undefined ? "" : ` [${score(low)}, ${score(high)}]`;
+  low === undefined ? "" : low === null || high === null ? " (too few to say)" : ` [${score(low)}, ${score(high)}]`;
 const whole = new Intl.NumberFormat("en");
 const count = (n, one, many = `${one}s`) => `${whole.format(n)} ${n === 1 ? one : many}`;
 

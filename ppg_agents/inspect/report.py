@@ -19,7 +19,7 @@ from ppg_agents.inspect.source import Conversation, HeldOut, Source, read, statu
 from ppg_agents.inspect.text import markdown, markdown_line
 from ppg_agents.plotting import BLUE, new_figure, save, tidy
 from ppg_agents.runs.files import replace, writing
-from ppg_agents.terminal.progress import number
+from ppg_agents.terminal.progress import interval, number
 from ppg_agents.terminal.table import in_markdown
 
 if TYPE_CHECKING:
@@ -168,9 +168,8 @@ def _per_turn(result: Mapping[str, Any], t: int) -> str:
     return f"{number(values[t])} {_interval(intervals[t] if t < len(intervals) else None)}".strip()
 
 
-def _interval(interval: Sequence[float | None] | None) -> str:
-    low, high = interval or (None, None)
-    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+def _interval(ends: Sequence[float | None] | None) -> str:
+    return interval(ends) if ends else ""
 
 
 def _failures(source: Source) -> Iterator[str]:

@@ -73,7 +73,8 @@ def draw_curves(points: Sequence[Point], path: Path, *, xlabel: str, title: str,
 def _untrained(ax: Axes, points: Sequence[Point]) -> None:
     """Draw the untrained model as a level if it has one value; if it has several, `_lines` draws them."""
     for p in points if len(points) == 1 else ():
-        ax.axhspan(p.low, p.high, color=GREY, alpha=0.15, linewidth=0)
+        if math.isfinite(p.low):
+            ax.axhspan(p.low, p.high, color=GREY, alpha=0.15, linewidth=0)
         ax.axhline(p.value, color=GREY, linestyle=":", linewidth=1.4, label="untrained")
 
 

@@ -1,6 +1,6 @@
 """From cells to the numbers of a figure. Reads run folders; draws nothing and starts no run.
 
-Intervals are 95%: of a mean, the t interval of `compare.statistics`; of a residual, percentiles of its bootstrap.
+Intervals are 95%, those of `ppg_agents.intervals`; NaN where there are too few seeds or personas to say.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ppg_agents.compare.cell import Result, results
 from ppg_agents.compare.engine import folder_of
 from ppg_agents.compare.plan import Job, config_of
 from ppg_agents.compare.report import Row, rows, scores
-from ppg_agents.compare.statistics import Array, interval, mean_interval, resampled, weights
+from ppg_agents.compare.statistics import mean_interval, resampled, residual_intervals, weights
+from ppg_agents.intervals import Array
 from ppg_agents.reproduce.plans import LENGTHS, STEPS, measurements
 from ppg_agents.runs.run import Run, is_run
 
@@ -36,7 +37,7 @@ class Point:
         k: Its lookahead: the number of turns for full planning, 0 for the untrained model.
         x: What the figure is drawn against: turn, training conversations, or turns of a conversation.
         value: Mean consistency, or its residual.
-        low: Lower end of the 95% interval.
+        low: Lower end of the 95% interval, NaN where there are too few seeds or personas to say.
         high: Upper end.
         seeds: The training seeds in the mean.
         personas: Number of held-out personas.
@@ -69,9 +70,10 @@ class Standing:
         best: Whether it has the highest mean.
         not_worse: Whether its difference from the best may be chance (corrected p >= .05).
         value: Mean consistency.
-        low: Lower end of the 95% interval.
+        low: Lower end of the 95% interval, NaN where there are too few seeds or personas to say.
         high: Upper end.
-        p: Of the difference from the best, corrected as in `compare` (Holm); NaN for the best.
+        p: Of the difference from the best, corrected for all pairs of classes of that domain and size, as in `compare`
+            (Holm); NaN for the best, and where there are too few seeds or personas to say.
         seeds: The seeds that all classes have.
     """
 
@@ -131,7 +133,8 @@ def residuals(levels: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) 
 
     The paper scales the residual of its figure 2 to [−1, 1] without saying how. Our definition [D]: the residual of
     class k at turn t is ``PC[k, t] − mean over k' of PC[k', t]``, and all residuals are divided by the largest absolute
-    value in the picture. Intervals resample seeds and personas, the same for all classes; the scale is taken as fixed.
+    value in the picture. Intervals are clustered by seed and persona, which all classes share; the scale is taken as
+    fixed.
 
     Args:
         levels: Cells of one size by level, ``rollout`` or ``step``.
@@ -157,16 +160,13 @@ def residuals(levels: Mapping[str, Sequence[Result]], turns: Mapping[str, int]) 
 
 def _residuals(methods: Mapping[str, list[Result]], domain: str, level: str, turn: int, turns: int) -> list[Point]:
     scored = scores(methods, turn)
-    s, p = next(iter(scored.values())).scores.shape
-    drawn = weights(s, p)
+    p = next(iter(scored.values())).scores.shape[1]
     means = np.array([one.mean for one in scored.values()])
-    again = np.stack([resampled(one, drawn) for one in scored.values()])
-    again -= again.mean(0)
+    intervals = residual_intervals(list(scored.values()))
     made = []
-    for method, value, values in zip(methods, means - means.mean(), again, strict=True):
+    for method, value, ends in zip(methods, means - means.mean(), intervals, strict=True):
         job = methods[method][0].job
         seeds = tuple(one.job.seed for one in methods[method])
-        ends = interval(values)
         made.append(Point(domain, level, method, lookahead(job, turns), turn + 1, float(value), *ends, seeds, p))
     return made
 

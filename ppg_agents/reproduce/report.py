@@ -9,6 +9,7 @@ from ppg_agents.compare.cell import Result, finished
 from ppg_agents.compare.engine import failure, folder_of
 from ppg_agents.compare.plan import Job, config_of
 from ppg_agents.compare.report import rows
+from ppg_agents.intervals import FEWEST_SEEDS
 from ppg_agents.reproduce import numbers, tables
 from ppg_agents.reproduce.plans import Request
 from ppg_agents.runs.run import RunError
@@ -167,8 +168,8 @@ def _words(
         f" Model {Path(config.model).name}; {count}; {config.evaluation.conversations} held-out conversations per "
         "evaluation; intervals: 95%, clustered by seed and persona."
     )
-    if counts[0] == 1:
-        caption += " Where there is one seed, they say nothing about training."
+    if counts[0] < FEWEST_SEEDS:
+        caption += f" With fewer than {FEWEST_SEEDS} seeds there are too few to say, and no interval is drawn."
     return {"title": title, "caption": caption}
 
 

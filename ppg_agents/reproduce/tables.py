@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ppg_agents.compare.plan import Job
-from ppg_agents.compare.report import Row, to_csv
+from ppg_agents.compare.report import Row, shown_p, to_csv
+from ppg_agents.terminal.progress import interval
 from ppg_agents.terminal.table import in_markdown
 
 NOT_RUN = "not run yet"
@@ -55,13 +56,11 @@ def _verdict(why: str) -> str:
 def _cells(row: Row | None, why: str) -> str:
     if row is None:
         return f"{_verdict(why)} | – | –"
-    value = f"{row.mean:.3f} [{row.ci95[0]:.3f}, {row.ci95[1]:.3f}]"
+    value = f"{row.mean:.3f} {interval(row.ci95)}"
     if row.to_best is None:
         return f"**{value}** | best | –" if row.verdict == "best" else f"{value} | – | –"
-    p = "< .001" if row.to_best.p < 0.001 else f"{row.to_best.p:.3f}"
-    low, high = row.to_best.ci95
     value = f"**{value}**" if row.verdict != "worse" else value
-    return f"{value} | {row.to_best.value:+.3f} [{low:+.3f}, {high:+.3f}] | {p}"
+    return f"{value} | {row.to_best.value:+.3f} {interval(row.to_best.ci95, '+.3f')} | {shown_p(row)}"
 
 
 def to_long_csv(table: Sequence[Row], failed: Mapping[tuple[str, str], str], size: int) -> str:

@@ -203,9 +203,9 @@ def _draw_training(ax: Axes, metrics: Sequence[Mapping[str, Any]], key: str) -> 
 
 
 def _errors(means: Sequence[float], intervals: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
-    """Return the distances below and above each mean, [2, n]; 0 where there is no interval."""
+    """Return the distances below and above each mean, [2, n]; NaN where there is no interval."""
     pairs = [
-        (0.0, 0.0) if low is None or high is None else (max(mean - low, 0.0), max(high - mean, 0.0))
+        (np.nan, np.nan) if low is None or high is None else (max(mean - low, 0.0), max(high - mean, 0.0))
         for mean, (low, high) in zip(means, intervals, strict=True)
     ]
     return np.array(pairs, dtype=np.float64).reshape(-1, 2).T

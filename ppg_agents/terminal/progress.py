@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+TOO_FEW = "(too few to say)"
 
 
 def sparkline(values: Sequence[float | None]) -> str:
@@ -28,6 +29,12 @@ def sparkline(values: Sequence[float | None]) -> str:
 def number(value: float | None) -> str:
     """Return a score with three decimals, or a dash if there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def interval(ends: Sequence[float | None], form: str = ".3f") -> str:
+    """Return ``[0.478, 0.539]``, or that there are too few personas or seeds to say."""
+    low, high = (math.nan if end is None else end for end in ends)
+    return TOO_FEW if math.isnan(low) else f"[{low:{form}}, {high:{form}}]"
 
 
 def status(metrics: Mapping[str, Any]) -> str:

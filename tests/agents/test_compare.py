@@ -93,7 +93,7 @@ def scored(rng: np.random.Generator, mean: float, seeds: int = 5, personas: int 
 def test_the_interval_covers_what_it_should_when_seeds_and_personas_vary() -> None:
     rng = np.random.default_rng(0)
     covered = [low <= 0.5 <= high for low, high in (stats.mean_interval(scored(rng, 0.5)) for _ in range(300))]
-    assert 0.9 < np.mean(covered) < 0.98
+    assert 0.93 < np.mean(covered) <= 1
 
 
 def test_a_resample_has_the_variance_of_a_mean() -> None:
@@ -111,8 +111,11 @@ def test_differences_are_paired_by_seed_and_persona() -> None:
     gap = stats.difference(shifted, base)
     assert gap is not None
     assert gap.value == pytest.approx(0.02)
-    assert gap.ci95 == pytest.approx((0.02, 0.02))
-    assert gap.p < 0.001
+    half = 2.04 * (2 / (32 * 31)) ** 0.5  # the two added personas, one 1 above the rest and one 1 below
+    assert gap.ci95 == pytest.approx((0.02 - half, 0.02 + half), abs=2e-3)
+    apart = stats.difference(replace(base, scores=base.scores + 0.3 * base.judged), base)
+    assert apart is not None
+    assert apart.p < 0.001
     same = stats.difference(base, base)
     assert same is not None
     assert same.p == 1
@@ -121,28 +124,38 @@ def test_differences_are_paired_by_seed_and_persona() -> None:
     assert np.mean([gap.p < 0.05 for gap in noisy if gap]) < 0.1
 
 
-def test_few_seeds_are_told_by_wide_intervals_and_one_seed_by_personas_alone() -> None:
+def test_equal_methods_are_hardly_ever_called_different_and_few_seeds_are_too_few_to_say() -> None:
     rng = np.random.default_rng(3)
-    turns = np.ones((3, 9))
-    seeds = [stats.Scores((0, 1, 2), rng.normal(0.5, 0.1, (3, 1)) * turns, turns) for _ in range(600)]
+    turns = np.ones((5, 9))
+    seeds = [stats.Scores((0, 1, 2, 3, 4), rng.normal(0.5, 0.3, (5, 1)) * turns, turns) for _ in range(600)]
     found = [stats.difference(a, b) for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
-    assert np.mean([gap.p < 0.05 for gap in found if gap]) < 0.09  # a bootstrap of three seeds says so of every fourth
-    one = stats.Scores((0,), rng.normal(0.5, 0.1, (1, 9)), np.ones((1, 9)))
-    low, high = stats.mean_interval(one)
-    half = 2.306 * np.std(one.scores, ddof=1) / 3  # t with 8 degrees of freedom
-    assert (low, high) == pytest.approx((one.mean - half, one.mean + half), rel=1e-3)
-    nothing = stats.Scores((0,), np.zeros((1, 2)), np.zeros((1, 2)))
+    assert np.mean([gap.p < 0.05 for gap in found if gap]) < 0.06
+    three = stats.difference(stats.only(seeds[0], (0, 1, 2)), seeds[1])
+    assert three is not None
+    assert np.isnan([*three.ci95, three.p]).all()
+    assert np.isnan(stats.mean_interval(stats.only(seeds[0], (0,)))).all()
+    nothing = stats.Scores((0,), np.zeros((1, 9)), np.zeros((1, 9)))
     assert np.isnan(stats.mean_interval(nothing)).all()
-    assert stats.difference(nothing, one) is None
+    assert stats.difference(nothing, seeds[0]) is None
+
+
+def test_residuals_of_a_figure_are_paired() -> None:
+    rng = np.random.default_rng(4)
+    base = scored(rng, 0.4)
+    methods = [replace(base, scores=base.scores + shift * base.judged) for shift in (0.0, 0.1, 0.2)]
+    for (low, high), expected in zip(stats.residual_intervals(methods), (-0.1, 0.0, 0.1), strict=True):
+        assert low < expected < high
+        assert high - low < 0.3  # the effects that all share are gone, the added personas remain
 
 
 def test_holm_against_a_hand_worked_example() -> None:
     assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert stats.holm([0.6, 0.7]) == [1.0, 1.0]
     assert stats.holm([]) == []
+    assert stats.holm([0.02, np.nan, 0.01]) == pytest.approx([0.04, np.nan, 0.03], nan_ok=True)
 
 
-def evaluation(mean: float, personas: int = 12) -> dict[str, Any]:
+def evaluation(mean: float, personas: int = 40) -> dict[str, Any]:
     table = {f"p{i}": {"scores": [mean + 0.01 * (i % 3), 0.0], "judged": [1.0, 0.0]} for i in range(personas)}
     return {"persona_consistency": mean, "reachable": 0.9, "personas": table}
 
@@ -151,14 +164,14 @@ def test_the_table_ranks_tests_and_names_what_failed(tmp_path: Path) -> None:
     cells = [
         Result(job(method, seed), 32, evaluation(mean + 0.001 * seed), 100 + seed, 2.0)
         for method, mean in (("greedy", 0.3), ("full", 0.5), ("3-step", 0.5))
-        for seed in range(4)
+        for seed in range(5)
     ]
     rows = report.write(cells, {"d-ppg-2-step-s0": "exit code 1: no luck"}, tmp_path)
     assert [row.method for row in rows] == ["full", "3-step", "greedy"]
     assert [row.verdict for row in rows] == ["best", "undecided", "worse"]
     assert rows[2].to_best is not None
     assert rows[2].to_best.value == pytest.approx(-0.2)
-    assert rows[0].judged_turns == 101.5
+    assert rows[0].judged_turns == 102
     text = (tmp_path / "results.md").read_text()
     assert "- d-ppg-2-step-s0: exit code 1: no luck" in text
     assert "| d | 32 | greedy | 0.31" in text
@@ -187,7 +200,11 @@ def test_a_method_is_not_better_for_the_seeds_that_it_lost() -> None:
         for seed, mean in enumerate(found)
         if mean is not None
     ]
-    assert [(row.method, row.verdict, row.seeds) for row in report.rows(cells)] == [("a", "best", 5), ("b", "worse", 1)]
+    rows = report.rows(cells)
+    assert [(row.method, row.verdict, row.seeds) for row in rows] == [("a", "best", 5), ("b", "undecided", 1)]
+    text = report.to_markdown(rows)
+    assert "| b | 0.910 (too few to say) | 1 | -0.050 (too few to say) | – | undecided |" in text
+    assert list(csv.DictReader(io.StringIO(report.to_csv(rows))))[1]["low"] == ""
 
 
 def test_a_method_without_a_judged_turn_is_last() -> None:

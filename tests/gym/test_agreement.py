@@ -51,11 +51,11 @@ def test_what_the_lines_do_not_determine_is_none_with_the_reason() -> None:
     assert values(found) == (1.0, None, None)
     assert found.kappa.reason == "judge and labels call every line inconsistent"
     assert values(compare([], [], [])) == (None, None, None)
-    found = compare(SCORES, LABELS, [0] * 6)
-    assert (found.agreement.low, found.agreement.reason) == (None, "one dialogue has no interval")
-    found = compare(SCORES[:2], [1, 0], [0, 1])  # half of the resamples hold one dialogue twice
-    assert (found.auc.value, found.auc.low) == (1.0, None)
-    assert "of one class only" in found.auc.reason
+    for dialogues in ([0] * 6, [0, 0, 1, 1, 2, 2]):
+        found = compare(SCORES, LABELS, dialogues)
+        assert (found.agreement.low, found.agreement.reason) == (None, "fewer than 4 dialogues are too few to say")
+    found = compare([0.9, 0.2, 0.8, 0.1], [1, 1, 1, 1], range(4))  # kappa is 0 whatever the judge says
+    assert (found.kappa.value, found.kappa.low, found.kappa.reason) == (0.0, None, "every label says consistent")
 
 
 def test_the_interval_is_wider_when_lines_of_a_dialogue_are_alike() -> None:
@@ -71,11 +71,22 @@ def test_the_interval_is_wider_when_lines_of_a_dialogue_are_alike() -> None:
         assert wide.high - wide.low == pytest.approx(5 * (narrow.high - narrow.low), rel=0.2)  # sqrt(25)
 
 
-def test_the_same_seed_gives_the_same_interval_whatever_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = compare(SCORES * 20, LABELS * 20, range(120), seed=5)
+def test_a_judge_that_was_always_right_is_not_right_for_certain() -> None:
+    found = compare(LABELS * 10, LABELS * 10, range(60))
+    for one, least in ((found.agreement, 0.9), (found.kappa, 0.8), (found.auc, 0.9)):
+        assert one.value == one.high == 1
+        assert least < one.low < 1
+
+
+def test_the_interval_is_the_same_whatever_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = compare(SCORES * 20, LABELS * 20, range(120))
     monkeypatch.setattr(agreement, "_CELLS", 1200)
-    assert compare(SCORES * 20, LABELS * 20, range(120), seed=5) == once
-    assert compare(SCORES * 20, LABELS * 20, range(120), seed=6) != once
+    assert compare(SCORES * 20, LABELS * 20, range(120)) == once
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(5, 2.570582), (10, 2.228139), (65, 1.997138), (1000, 1.962339)])
+def test_the_t_quantile(freedom: int, expected: float) -> None:
+    assert agreement._quantile(freedom) == pytest.approx(expected, abs=2e-6)
 
 
 def by_counting(scores: list[float], labels: list[int]) -> tuple[float, float, float]:
@@ -95,11 +106,11 @@ lines = st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), st.integers(0, 1
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(lines, min_size=2, max_size=30))
-def test_a_resample_is_the_lines_of_the_dialogues_drawn(rows: list[tuple[float, int, int]]) -> None:
+def test_a_weight_is_how_often_the_lines_of_a_dialogue_count(rows: list[tuple[float, int, int]]) -> None:
     scores, labels, dialogues = (np.array(column) for column in zip(*rows, strict=True))
     _, cluster = np.unique(dialogues, return_inverse=True)
     n = cluster.max() + 1
-    statistics = agreement._Statistics(scores, scores >= 0.5, labels == 1, cluster)
+    statistics = agreement._Statistics(scores, scores >= 0.5, labels == 1, cluster, np.ones(len(rows)))
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=5)
     for weight, *drawn in zip(weights, *statistics(weights.astype(float)), strict=True):
         times = weight[cluster]
@@ -114,5 +125,3 @@ def test_wrong_numbers_are_refused() -> None:
         compare([1], [2], [0])
     with pytest.raises(ValueError, match="got 1, 2 and 1"):
         compare([1], [1, 0], [0])
-    with pytest.raises(ValueError, match="at least 1 resample"):
-        compare([1], [1], [0], resamples=0)

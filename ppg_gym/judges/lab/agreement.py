@@ -1,7 +1,10 @@
-"""How well a judge's scores agree with labels: agreement, Cohen's kappa and ROC AUC, with bootstrap intervals.
+"""How well a judge's scores agree with labels: agreement, Cohen's kappa and ROC AUC, with intervals over dialogues.
 
 Numbers in, numbers out: nothing here reads a file or calls a judge. A statistic that the lines do not determine is
 None, with the reason.
+
+The intervals are made as those of ``ppg_agents.intervals``, which the environment can not import; a test holds the two
+to the same numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from numpy.typing import NDArray
 THRESHOLD = 0.5
 """Scores and labels of at least this much are read as "consistent" by agreement and kappa; so are labels by AUC."""
 
-RESAMPLES = 1_000
-_CELLS = 4_000_000  # weights held at a time: resamples x lines
-_UNDEFINED = 0.05  # share of resamples that may leave a statistic undefined
+FEWEST_DIALOGUES = 4
+"""With fewer dialogues there is no interval: too few to say."""
+
+_CELLS = 4_000_000  # weights held at a time: jackknife samples x lines
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -78,25 +82,21 @@ def compare(
     scores: Sequence[float],
     labels: Sequence[float],
     dialogues: Sequence[Hashable],
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
 ) -> Agreement:
     """Compare scores with labels.
 
-    The intervals are percentiles of a cluster bootstrap: whole dialogues are drawn with replacement, because the lines
-    of a dialogue are not independent (Field and Welsh 2007, "Bootstrapping clustered data"). The same seed draws the
-    same dialogues, so that two judges of the same lines are compared on the same resamples.
+    The intervals leave out whole dialogues in turn, because the lines of a dialogue are not independent (the jackknife,
+    Tukey 1958), and take a t distribution. Two dialogues are added of which the judge gets all lines right, or all
+    wrong, of the mean length and with the mean share of consistent lines: Agresti & Coull (1998) add trials to a
+    proportion likewise. So a judge that was right on every line is not taken to be right for certain.
 
     Args:
         scores: The judge's, in [0, 1].
         labels: In [0, 1], binary or graded; 1 is consistent.
         dialogues: The dialogue of each line.
-        seed: Seed of the bootstrap.
-        resamples: How many.
 
     Raises:
-        ValueError: Lengths differ, a number is not in [0, 1], or there are no resamples.
+        ValueError: Lengths differ, or a number is not in [0, 1].
     """
     given, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if not given.shape == truth.shape == (len(dialogues),):
@@ -107,8 +107,6 @@ def compare(
         wrong = numbers[~((numbers >= 0) & (numbers <= 1))]
         if wrong.size:
             raise ValueError(f"expected {name} in [0, 1], got {wrong[0]}")
-    if resamples < 1:
-        raise ValueError(f"expected at least 1 resample, got {resamples}")
     if not given.size:
         nothing = Estimate(None, reason="no line has both a label and a score")
         return Agreement(0, 0, None, nothing, nothing, nothing)
@@ -120,61 +118,79 @@ def compare(
     no_kappa = f"judge and labels call every line {only}" if one_class and (judged == actual).all() else ""
     no_auc = f"every label says {only}" if one_class else ""
 
-    statistics = _Statistics(given, judged, actual, cluster)
-    (agreement,), (kappa,), (auc,) = statistics(np.ones((1, len(number))))
-    drawn = _resampled(statistics, len(number), given.size, np.random.default_rng(seed), resamples)
+    plain = _Statistics(given, judged, actual, cluster, np.ones(given.size))
+    (agreement,), (kappa,), (auc,) = plain(np.ones((1, len(number))))
+    few = len(number) < FEWEST_DIALOGUES
+    ends = [None] * 3 if few else _intervals(given, judged, actual, cluster)
     return Agreement(
         lines=given.size,
         dialogues=len(number),
         consistent=float(actual.mean()),
-        agreement=_estimate(agreement, drawn[0]),
-        kappa=Estimate(None, reason=no_kappa) if no_kappa else _estimate(kappa, drawn[1]),
-        auc=Estimate(None, reason=no_auc) if no_auc else _estimate(auc, drawn[2]),
+        agreement=_estimate(agreement, ends[0]),
+        kappa=Estimate(None, reason=no_kappa) if no_kappa else _estimate(kappa, ends[1], no_auc),
+        auc=Estimate(None, reason=no_auc) if no_auc else _estimate(auc, ends[2]),
     )
 
 
-def _estimate(value: float, drawn: Floats) -> Estimate:
-    if not drawn.size:
-        return Estimate(float(value), reason="one dialogue has no interval")
-    defined = drawn[np.isfinite(drawn)]
-    lost = 1 - defined.size / drawn.size
-    if lost > _UNDEFINED:
-        return Estimate(float(value), reason=f"{lost:.0%} of the resamples hold lines of one class only")
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return Estimate(float(value), float(low), float(high))
+def _estimate(value: float, ends: tuple[float, float] | None, why_none: str = "") -> Estimate:
+    """Return an estimate with its interval, or with the reason why there is none."""
+    if ends is None:
+        return Estimate(float(value), reason=f"fewer than {FEWEST_DIALOGUES} dialogues are too few to say")
+    return Estimate(float(value), reason=why_none) if why_none else Estimate(float(value), *ends)
 
 
-def _resampled(
-    statistics: _Statistics, dialogues: int, lines: int, rng: np.random.Generator, resamples: int
-) -> list[Floats]:
-    """Return agreement, kappa and AUC of every resample, NaN where undefined; empty when there is one dialogue.
+def _intervals(given: Floats, judged: Bools, actual: Bools, cluster: NDArray[np.int64]) -> list[tuple[float, float]]:
+    """Return the intervals of agreement, kappa and AUC."""
+    dialogues = int(cluster.max()) + 1
+    share, length = actual.mean(), given.size / dialogues
+    # Four heavy lines: consistent and inconsistent ones of the dialogue judged right, then of the one judged wrong.
+    statistics = _Statistics(
+        np.r_[given, 2.0, -1.0, -1.0, 2.0],
+        np.r_[judged, True, False, False, True],
+        np.r_[actual, True, False, True, False],
+        np.r_[cluster, dialogues, dialogues, dialogues + 1, dialogues + 1],
+        np.r_[np.ones(given.size), np.tile([length * share, length * (1 - share)], 2)],
+    )
+    total = dialogues + 2
+    left_out = 1.0 - np.eye(total)
+    block = max(1, _CELLS // (given.size + 4))
+    parts = [statistics(left_out[at : at + block]) for at in range(0, total, block)]
+    half = _quantile(total - 1) * np.sqrt((total - 1) / total)
+    ends = []
+    for (value,), values, least in zip(
+        statistics(np.ones((1, total))), map(np.concatenate, zip(*parts, strict=True)), (0.0, -1.0, 0.0), strict=True
+    ):
+        error = half * float(np.sqrt(((values - values.mean()) ** 2).sum()))
+        ends.append((max(least, float(value) - error), min(1.0, float(value) + error)))
+    return ends
 
-    A resample is a weight per dialogue: how often it was drawn. Resamples are worked through in blocks, because the
-    weights of all lines in all resamples may not fit into memory.
+
+def _quantile(freedom: int) -> float:
+    """Return the 97.5% quantile of a t distribution; the environment has no SciPy.
+
+    With t = √ν tan θ the density of θ is proportional to cos^(ν−1) θ, on (−π/2, π/2).
     """
-    if dialogues < 2:
-        return [np.empty(0)] * 3
-    share = np.full(dialogues, 1 / dialogues)
-    block = max(1, _CELLS // lines)
-    sizes = (min(block, resamples - at) for at in range(0, resamples, block))
-    parts = [statistics(rng.multinomial(dialogues, share, size=size).astype(np.float64)) for size in sizes]
-    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+    angle = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.r_[0.0, np.cumsum((density[1:] + density[:-1]) / 2)]
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.95 * mass[-1], mass, angle)))
 
 
 class _Statistics:
     """Agreement, kappa and AUC as functions of a weight per dialogue; the lines are counted and sorted once."""
 
-    def __init__(self, given: Floats, judged: Bools, actual: Bools, cluster: NDArray[np.int64]) -> None:
+    def __init__(self, given: Floats, judged: Bools, actual: Bools, cluster: NDArray[np.int64], times: Floats) -> None:
+        """Take lines, each of which counts so many times."""
         self._table = np.zeros((cluster.max() + 1, 4))  # per dialogue, lines by what judge and label say
-        np.add.at(self._table, (cluster, 2 * judged + actual), 1.0)
+        np.add.at(self._table, (cluster, 2 * judged + actual), times)
         order = np.argsort(given, kind="stable")
-        self._cluster, self._actual = cluster[order], actual[order]
+        self._cluster, self._actual, self._times = cluster[order], actual[order], times[order]
         self._starts = np.flatnonzero(np.r_[True, np.diff(given[order]) > 0])
 
     def __call__(self, weights: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return the three statistics [resamples] for weights [resamples, dialogues]."""
-        cells = weights @ self._table
-        return _accuracies(cells), _kappas(cells), _aucs(weights[:, self._cluster], self._actual, self._starts)
+        """Return the three statistics [samples] for weights [samples, dialogues]."""
+        cells, lines = weights @ self._table, weights[:, self._cluster] * self._times
+        return _accuracies(cells), _kappas(cells), _aucs(lines, self._actual, self._starts)
 
 
 def _accuracies(cells: Floats) -> Floats:
@@ -197,7 +213,7 @@ def _aucs(lines: Floats, actual: Bools, starts: NDArray[np.int64]) -> Floats:
     """Return weighted Mann-Whitney statistics.
 
     Args:
-        lines: Weights [resamples, lines], lines in the order of their scores.
+        lines: Weights [samples, lines], lines in the order of their scores.
         actual: Labels in the same order.
         starts: Where a new score begins.
     """

@@ -91,14 +91,14 @@ class Rescored:
                 "verdict": verdict.to_dict(),
             }
 
-    def parts(self, seed: int = 0) -> list[Part]:
+    def parts(self) -> list[Part]:
         """Return the comparison of all turns, then per domain, then per turn of the conversation."""
         groups: dict[str, list[Pair]] = {"all": list(self.pairs)}
         for pair in self.pairs:
             groups.setdefault(pair.dialogue.domain, []).append(pair)
         for pair in sorted(self.pairs, key=lambda pair: pair.number):
             groups.setdefault(f"turn {pair.number}", []).append(pair)
-        return [_part(name, group, seed) for name, group in groups.items()]
+        return [_part(name, group) for name, group in groups.items()]
 
 
 def rescore(
@@ -135,7 +135,7 @@ def _opened(dialogue: LoggedDialogue) -> bool:
     return bool(first.message) or first.verdict.status != "error"
 
 
-def _part(name: str, pairs: Sequence[Pair], seed: int) -> Part:
+def _part(name: str, pairs: Sequence[Pair]) -> Part:
     both = [
         (pair.turn.verdict.score, pair.verdict.score, (pair.dialogue.source, pair.dialogue.index))
         for pair in pairs
@@ -147,7 +147,7 @@ def _part(name: str, pairs: Sequence[Pair], seed: int) -> Part:
         turns=len(pairs),
         recorded_mean=float(np.mean(before)) if both else None,
         new_mean=float(np.mean(after)) if both else None,
-        agreement=compare(after, before, [key for _, _, key in both], seed=seed),
+        agreement=compare(after, before, [key for _, _, key in both]),
         spearman=_spearman(before, after),
         recorded=dict(Counter(pair.turn.verdict.status for pair in pairs)),
         new=dict(Counter(pair.verdict.status for pair in pairs)),

@@ -85,7 +85,7 @@ class Validation:
                     notes.append(f"{part.name}: {statistic} is {missing}: {estimate.reason}")
         notes.append(
             f"Scores and labels of at least {THRESHOLD} are read as consistent (for the AUC, only the labels are)."
-            " In brackets: 95% bootstrap over dialogues."
+            " In brackets: 95% over dialogues."
         )
         if self.unlabelled:
             notes.append(f"{self.unlabelled} replies in the files carry no label and were not judged.")
@@ -110,7 +110,7 @@ def validate(
         judge: Name of a judge.
         options: The judge's options.
         limit: Judge at most this many replies, drawn at random.
-        seed: Seed of the draw and of the bootstrap.
+        seed: Seed of the draw.
         done: Called with the number of replies judged so far.
 
     Raises:
@@ -131,12 +131,12 @@ def validate(
     verdicts = judge_all(judge, options, [(dialogue.domain, c) for dialogue, _, c in lines], done)
     judged = [(dialogue, label, verdict) for (dialogue, label, _), verdict in zip(lines, verdicts, strict=True)]
     names = sorted({dialogue.domain for dialogue, _, _ in judged})
-    parts = [_part("all", judged, seed)] if len(names) > 1 else []
-    parts += [_part(name, [row for row in judged if row[0].domain == name], seed) for name in names]
+    parts = [_part("all", judged)] if len(names) > 1 else []
+    parts += [_part(name, [row for row in judged if row[0].domain == name]) for name in names]
     return Validation(judge, labels.unlabelled, total - len(lines), tuple(parts))
 
 
-def _part(name: str, judged: Sequence[tuple[LoggedDialogue, float, Verdict]], seed: int) -> Part:
+def _part(name: str, judged: Sequence[tuple[LoggedDialogue, float, Verdict]]) -> Part:
     scored = [(d, label, verdict.score) for d, label, verdict in judged if verdict.score is not None]
     truth, scores = [label for _, label, _ in scored], [score for _, _, score in scored]
     dialogues = [(d.source, d.index) for d, _, _ in scored]
@@ -146,6 +146,6 @@ def _part(name: str, judged: Sequence[tuple[LoggedDialogue, float, Verdict]], se
         name=name,
         lines=len(judged),
         statuses=dict(statuses),
-        judge=compare(scores, truth, dialogues, seed=seed),
-        constant=compare([1.0] * len(truth), truth, dialogues, seed=seed),
+        judge=compare(scores, truth, dialogues),
+        constant=compare([1.0] * len(truth), truth, dialogues),
     )
