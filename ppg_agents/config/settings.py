@@ -22,7 +22,10 @@ Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
-_SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
+_SERVER = (
+    *("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens"),
+    *("identity", "headroom", "omit", "extra_body"),
+)
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
     "evaluation.at",

@@ -20,11 +20,13 @@ PARTNERS = {
 class Said(NamedTuple):
     """A partner's line and its status.
 
-    Any status but ``ok`` truncates the conversation: the text is empty, and the status says how the partner failed.
+    Any status but ``ok`` truncates the conversation: the text is empty, the status says how the partner failed, and the
+    reason why, in a sentence or by the line that had the fault.
     """
 
     text: str
     status: str = "ok"
+    reason: str = ""
 
 
 class Partner(Protocol):
