@@ -12,20 +12,20 @@ from gymnasium.spaces import Dict
 from ppg_gym.conversation import Conversation
 from ppg_gym.nearest import refuse_unknown
 from ppg_gym.partners import Said
-from ppg_gym.simulator import Outcome, Simulator
+from ppg_gym.simulator import MAX_CHARS, Outcome, Simulator
 from ppg_gym.spaces import Utterance
 
 Observation = dict[str, Any]
-MAX_CHARS = 16_384
 
 
 class PersonaChatEnv(gym.Env[Observation, str]):
     """One conversation at a time.
 
     Observation: ``{"instruction": str, "message": str}``, the role-play instruction and the partner's newest
-    line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The conversation
-    terminates at its planned end and is truncated when judge or partner fail. Where the partner gave no opening line
-    (``info["partner"]["status"]`` of ``reset``), the message is empty and the first step truncates without a verdict.
+    line. Action: the reply, a string; judge and partner get its first 16,384 characters. Reward: the
+    judge's score in [0, 1], NaN when it gave none. The conversation terminates at its planned end and is truncated when
+    judge or partner fail. Where the partner gave no opening line (``info["partner"]["status"]`` of ``reset``), the
+    message is empty and the first step truncates without a verdict.
 
     ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict of its
     fields; without it, one is drawn.
@@ -112,7 +112,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         """Play one reply.
 
         Raises:
-            ValueError: The action is not a string, or too long.
+            ValueError: The action is not a string.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
             FailureRateError: The judge left too many replies without a score.
             RuntimeError: There is no conversation, or it is over.
@@ -144,10 +144,11 @@ class PersonaChatEnv(gym.Env[Observation, str]):
 
 
 def check_reply(action: object) -> None:
-    """Raise a ValueError unless an action is a string of at most ``MAX_CHARS`` characters."""
-    if not isinstance(action, str) or len(action) > MAX_CHARS:
-        got = f"{len(action)} characters" if isinstance(action, str) else type(action).__name__
-        raise ValueError(f"expected the action to be a str of at most {MAX_CHARS} characters, got {got}")
+    """Raise a ValueError unless an action is a string; a longer one than ``MAX_CHARS`` is heard up to there."""
+    if not isinstance(action, str):
+        raise ValueError(
+            f"expected the action to be a str of at most {MAX_CHARS} characters, got {type(action).__name__}"
+        )
 
 
 def observe(conversation: Conversation, message: str) -> Observation:

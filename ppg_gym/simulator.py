@@ -22,7 +22,9 @@ from ppg_gym.domain.personas import read_personas
 from ppg_gym.domain.twin import Twin
 from ppg_gym.judges.failure_limit import FailureLimit
 from ppg_gym.nearest import did_you_mean, refuse_unknown
+from ppg_gym.sanitise import CUT
 
+MAX_CHARS = 16_384  # of a reply that judge and partner get
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
 UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
 
@@ -142,6 +144,7 @@ class Simulator:
     ) -> list[Outcome]:
         """Judge one reply per conversation and let the partner speak where the conversation goes on.
 
+        A reply of any length is taken: of a longer one than ``MAX_CHARS``, judge and partner get the first part.
         Where either of them waits for a server, they work at the same time, as the partner hears replies and not
         verdicts. A conversation that the partner never opened is truncated without a verdict.
 
@@ -149,7 +152,7 @@ class Simulator:
             JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
             FailureRateError: Too many replies were not scored.
         """
-        spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
+        spoken = [c.add("policy", heard(reply)) for c, reply in zip(conversations, replies, strict=True)]
         if all(c.lines for c in conversations):
             return self._turn(spoken, rngs)
         opened = [i for i, c in enumerate(conversations) if c.lines]
@@ -222,6 +225,11 @@ class Simulator:
         for part in (self.judge, self.partner):
             if callable(close := getattr(part, "close", None)):
                 close()
+
+
+def heard(reply: str) -> str:
+    """Return what judge and partner get of a reply: at most ``MAX_CHARS`` characters, with a mark where it was cut."""
+    return reply if len(reply) <= MAX_CHARS else reply[: MAX_CHARS - len(CUT)] + CUT
 
 
 def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:
