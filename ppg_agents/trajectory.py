@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ppg_agents.policy.policy import Policy
 
 SCHEMA = "ppg-trajectory/1"
+NO_OPENING, ENDED = "no_opening", "ended"
+"""Statuses of the partner: it never spoke, so that the only reply was not judged; a person who played it stopped."""
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ class Trajectory:
         terminated: The conversation reached its planned end.
         truncated: It was cut short: by a limit on tokens or turns, or because judge or partner was lost.
         partner_status: ``ok``, or the partner's fault that ended the conversation.
+        partner_reason: Why, where the environment says so.
     """
 
     instruction: str
@@ -87,6 +90,12 @@ class Trajectory:
     terminated: bool
     truncated: bool
     partner_status: str = "ok"
+    partner_reason: str = ""
+
+    @property
+    def partner_failed(self) -> bool:
+        """Whether a fault of the partner ended the conversation."""
+        return self.partner_status not in ("ok", ENDED)
 
     def token_ids(self) -> list[int]:
         """Return the whole conversation's tokens."""
@@ -109,6 +118,8 @@ class Trajectory:
 def to_json(trajectory: Trajectory) -> str:
     """Return one line of JSON; NaN becomes null, and every turn has its reply's ``span``."""
     record: dict[str, Any] = {"schema": SCHEMA, **asdict(trajectory)}
+    if not trajectory.partner_reason:
+        del record["partner_reason"]
     for turn, span in zip(record["turns"], trajectory.spans(), strict=True):
         turn["span"] = [span.start, span.end]
     return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)

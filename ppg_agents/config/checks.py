@@ -35,7 +35,7 @@ RANGES: tuple[tuple[Callable[[float], bool], str, str], ...] = (
     ),
     (lambda value: math.isfinite(value) and value >= 1, "a finite number of at least 1", "importance_cap"),
     (lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0", "kl_coefficient"),
-    (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate"),
+    (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate env.max_partner_failure_rate"),
     (lambda value: 0 < value <= 1, "a number in (0, 1]", "auto.cosine"),
     (lambda value: 0 <= value < 1, "a number in [0, 1)", "lora.dropout"),
     (lambda value: 0 < value < 1, "a share in (0, 1)", "offline.held_out"),

@@ -28,7 +28,7 @@ _SERVER = (
 )
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
-    "evaluation.at",
+    *("evaluation.at", "env.max_partner_failure_rate"),
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
@@ -122,6 +122,7 @@ class EnvSettings:
     max_turns: int | None = None
     on_judge_failure: Literal["raise", "nan", "truncate"] = "nan"
     max_failure_rate: float = 0.05
+    max_partner_failure_rate: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
     instruction: str = ""

@@ -17,6 +17,9 @@ PARTNERS = {
 }
 
 
+ENDED = "ended"  # the status when a person who plays the partner stops: no fault
+
+
 class Said(NamedTuple):
     """A partner's line and its status.
 
@@ -27,6 +30,10 @@ class Said(NamedTuple):
     text: str
     status: str = "ok"
     reason: str = ""
+
+
+class PartnerFailureRateError(RuntimeError):
+    """Too many of the partner's lines are missing; the message shows examples."""
 
 
 class Partner(Protocol):
