@@ -110,6 +110,7 @@ def play(
     chunk = min(config.batch, conversations)
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
     trajectories: list[Trajectory] = []
+    attempted: list[Trajectory] = []
     reachable: list[float] = []
     envs = make_envs(config, chunk, personas)
     try:
@@ -123,7 +124,8 @@ def play(
                     draws = seed * 1_000_003 + start + attempt * _APART
                     generator = torch.Generator(policy.device).manual_seed(draws)
                     tries.append(collect(envs, policy, sampler, padded, generator, config.world, speaker=speaker))
-                check_partner([t for one in tries for t in one], config.env.max_partner_failure_rate)
+                attempted += [trajectory for one in tries for trajectory in one[: len(some)]]
+                check_partner(attempted, config.env.max_partner_failure_rate)
                 played = [max(same, key=_score) for same in zip(*tries, strict=True)]
                 trajectories += played[: len(some)]
                 reachable += envs.reachable()[: len(some)].tolist()

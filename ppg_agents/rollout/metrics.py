@@ -116,7 +116,8 @@ def partner_weights(trajectories: Sequence[Trajectory]) -> NDArray[np.float64]:
     product, 1958), so that a partner that fails does not raise the mean. Ends that are no fault change nothing.
     """
     lengths = np.array([len(t.turns) for t in trajectories], dtype=int)
-    failed = np.array([t.partner_failed for t in trajectories], dtype=bool)
+    # One that was never opened lacks all of its turns alike.
+    failed = np.array([t.partner_failed and t.partner_status != NO_OPENING for t in trajectories], dtype=bool)
     weights = np.ones(lengths.max(initial=0))
     for turn in range(1, len(weights)):
         played, lost = int((lengths > turn).sum()), int((failed & (lengths == turn)).sum())

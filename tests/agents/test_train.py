@@ -382,6 +382,7 @@ def test_a_partner_that_fails_does_not_raise_the_consistency() -> None:
         assert measure(whole) == measure(lost) == 1.75 / 4
     unopened = [*whole, played(1, "no_opening")]
     assert training.batch_metrics(unopened)["judge_failures"] == summarise(unopened).judge_failures == 0
+    assert training.batch_metrics(unopened)["consistency"] == summarise(unopened).persona_consistency == 1.75 / 4
     short = [played(2, "ok")] * 4 + [played(4)] * 4  # the policy's own end is no fault
     assert partner_weights(short).tolist() == [1.0] * 4
 
