@@ -203,7 +203,7 @@ class Simulator:
             if lost and self.on_judge_failure == "raise":
                 raise judges.JudgeError(verdict)
             cause = f"[{verdict.status}] {verdict.rationale or 'no reason given'}" if lost else None
-            self.failures.count(cause, _example(conversation))
+            self.failures.count(cause, _example(conversation) if cause else "")
             judged.append(conversation.judged(verdict))
             over = len(conversation.verdicts) >= last
             ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
@@ -235,7 +235,7 @@ class Simulator:
         cause, why = None, f": {line.reason}" if line.reason else ""
         if line.status != "ok":
             cause = f"[{line.status}]{why[1:]}" if conversation.lines else f"[no opening line] {line.status}{why}"
-        self.partner_failures.count(cause, _example(conversation))
+        self.partner_failures.count(cause, _example(conversation) if cause else "")
 
     def _overlap(self) -> bool:
         """Return whether judge and partner may work at the same time, and one of them spends its time waiting."""
