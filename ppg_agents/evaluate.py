@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.intervals import Array, Interval, clustered
 from ppg_agents.rollout.environment import HELD_OUT, make_envs
-from ppg_agents.rollout.metrics import partner_faults, reward_table
+from ppg_agents.rollout.metrics import check_partner, partner_faults, partner_weights, reward_table
+from ppg_agents.trajectory import NO_OPENING
 
 if TYPE_CHECKING:
     from ppg_agents.generation import Sampler
@@ -34,7 +35,7 @@ class Evaluation:
     """The result of an evaluation; rewards and consistency are the judge's scores in [0, 1].
 
     Attributes:
-        persona_consistency: Mean over all judged turns, NaN when none was judged.
+        persona_consistency: Mean over all judged turns (see `partner_weights`), NaN when none was judged.
         ci95: Its 95% interval, for this policy and other personas; NaN with too few personas to say (below four).
         per_turn: Mean reward of each turn, [n].
         per_turn_ci95: Its intervals, [n] pairs.
@@ -95,6 +96,9 @@ def play(
 
     Returns:
         The conversations, and the reachable value of each, [conversations], NaN where unknown.
+
+    Raises:
+        ConversationError: The environment cannot go on, or the partner fails too often (`check_partner`).
     """
     import torch
 
@@ -104,6 +108,7 @@ def play(
     chunk = min(config.batch, conversations)
     seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(conversations)]
     trajectories: list[Trajectory] = []
+    attempted: list[Trajectory] = []
     reachable: list[float] = []
     envs = make_envs(config, chunk, personas)
     try:
@@ -117,6 +122,8 @@ def play(
                     draws = seed * 1_000_003 + start + attempt * _APART
                     generator = torch.Generator(policy.device).manual_seed(draws)
                     tries.append(collect(envs, policy, sampler, padded, generator, config.world, speaker=speaker))
+                attempted += [trajectory for one in tries for trajectory in one[: len(some)]]
+                check_partner(attempted, config.env.max_partner_failure_rate)
                 played = [max(same, key=_score) for same in zip(*tries, strict=True)]
                 trajectories += played[: len(some)]
                 reachable += envs.reachable()[: len(some)].tolist()
@@ -172,7 +179,9 @@ def summarise(trajectories: Sequence[Trajectory], reachable: NDArray[np.float64]
     sums, counts = np.zeros((len(names), rewards.shape[1])), np.zeros((len(names), rewards.shape[1]))
     np.add.at(sums, row, np.where(judged, rewards, 0.0))
     np.add.at(counts, row, judged)
-    turns = sum(len(t.turns) for t in trajectories)
+    weights = partner_weights(trajectories)  # all 1 where no fault of the partner ended a conversation
+    sums, counts = sums * weights, counts * weights
+    turns = sum(len(t.turns) for t in trajectories if t.partner_status != NO_OPENING)
     known = np.isfinite(reachable) if reachable is not None else np.zeros(0, dtype=np.bool_)
     return Evaluation(
         persona_consistency=_ratio(sums.sum(), counts.sum()),

@@ -44,7 +44,7 @@ from ppg_agents.rollout.environment import (
     planned_turns,
 )
 from ppg_agents.rollout.lockstep import collect
-from ppg_agents.rollout.metrics import batch_metrics, check_judge, reply_lengths
+from ppg_agents.rollout.metrics import batch_metrics, check_judge, check_partner, reply_lengths
 from ppg_agents.rollout.pairs import play_pairs
 from ppg_agents.rollout.speaker import PolicySpeaker, speaker_of
 from ppg_agents.rollout.threads import Envs, collect_each
@@ -70,7 +70,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
     Raises:
         ConfigError: Settings that contradict the environment or the resumed run.
         RunError: The folder is not empty, holds no run or a damaged one, is in use, or cannot be written.
-        ConversationError: The judge fails too often, a server is gone, a budget is used up; the run is saved.
+        ConversationError: Judge or partner fails too often, a server is gone, a budget is used up; the run is saved.
         Interrupted: The user stopped the run; it is saved.
     """
     require(config.report_to)
@@ -252,6 +252,7 @@ class Online:
                 trajectories = self._play(self.sampler, seeds, generator)
         everything = self.team.gather(trajectories)
         check_judge(everything, config.env.max_failure_rate)
+        check_partner(everything, config.env.max_partner_failure_rate)
         sampled = time.perf_counter()
         chosen = self.planner.review(trajectories, self.policy, iteration)
         learned = self.agent.learn(trajectories)

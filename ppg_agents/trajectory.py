@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ppg_agents.policy.policy import Policy
 
 SCHEMA = "ppg-trajectory/1"
+NO_OPENING, ENDED = "no_opening", "ended"
+"""Statuses of the partner: it never spoke, so that the only reply was not judged; a person who played it stopped."""
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Trajectory:
         truncated: It was cut short: by a limit on tokens or turns, or because judge or partner was lost.
         partner_status: ``ok``, or the partner's fault that ended the conversation.
         lost: A fault of judge or partner ended it, so its further rewards are missing, not 0.
+        partner_reason: Why, where the environment says so.
     """
 
     instruction: str
@@ -89,6 +92,12 @@ class Trajectory:
     truncated: bool
     partner_status: str = "ok"
     lost: bool = False
+    partner_reason: str = ""
+
+    @property
+    def partner_failed(self) -> bool:
+        """Whether a fault of the partner ended the conversation."""
+        return self.partner_status not in ("ok", ENDED)
 
     def token_ids(self) -> list[int]:
         """Return the whole conversation's tokens."""
@@ -111,6 +120,9 @@ class Trajectory:
 def to_json(trajectory: Trajectory) -> str:
     """Return one line of JSON; NaN becomes null, and every turn has its reply's ``span``."""
     record: dict[str, Any] = {"schema": SCHEMA, **asdict(trajectory)}
+    for name in ("partner_reason", "lost"):
+        if not record[name]:
+            del record[name]
     for turn, span in zip(record["turns"], trajectory.spans(), strict=True):
         turn["span"] = [span.start, span.end]
     return json.dumps(_without_nan(record), ensure_ascii=False, allow_nan=False)

@@ -12,20 +12,20 @@ from gymnasium.spaces import Dict
 from ppg_gym.conversation import Conversation
 from ppg_gym.nearest import refuse_unknown
 from ppg_gym.partners import Said
-from ppg_gym.simulator import Outcome, Simulator
+from ppg_gym.simulator import MAX_CHARS, Outcome, Simulator
 from ppg_gym.spaces import Utterance
 
 Observation = dict[str, Any]
-MAX_CHARS = 16_384
 
 
 class PersonaChatEnv(gym.Env[Observation, str]):
     """One conversation at a time.
 
     Observation: ``{"instruction": str, "message": str}``, the role-play instruction and the partner's newest
-    line. Action: the reply, a string. Reward: the judge's score in [0, 1], NaN when it gave none. The conversation
-    terminates at its planned end and is truncated when judge or partner fail. Where the partner gave no opening line
-    (``info["partner"]["status"]`` of ``reset``), the message is empty and the first step truncates without a verdict.
+    line. Action: the reply, a string; judge and partner get its first 16,384 characters. Reward: the
+    judge's score in [0, 1], NaN when it gave none. The conversation terminates at its planned end and is truncated when
+    judge or partner fail. Where the partner gave no opening line (``info["partner"]["status"]`` of ``reset``), the
+    message is empty and the first step truncates without a verdict.
 
     ``reset(options={"persona": …})`` takes a persona's id, a :class:`~ppg_gym.conversation.Persona` or a dict of its
     fields; without it, one is drawn.
@@ -41,6 +41,8 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         on_judge_failure: ``raise``, ``nan`` (the reward is NaN) or ``truncate`` (NaN, and the conversation ends).
         max_failure_rate: Largest share of replies, of the last 1,000, that the judge may leave without a score; 1 for
             no limit.
+        max_partner_failure_rate: Largest share of the partner's lines, of the last 1,000, that may be missing; 1 for no
+            limit.
         render_mode: None or ``ansi``.
         **unknown: Takes nothing; it is here so that the message for a mistyped argument can offer the right one.
 
@@ -65,6 +67,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         max_turns: int | None = None,
         on_judge_failure: str = "raise",
         max_failure_rate: float = 0.05,
+        max_partner_failure_rate: float = 0.05,
         render_mode: str | None = None,
         **unknown: object,
     ) -> None:
@@ -83,6 +86,7 @@ class PersonaChatEnv(gym.Env[Observation, str]):
             max_turns,
             on_judge_failure,
             max_failure_rate,
+            max_partner_failure_rate,
         )
         self.max_turns = self.simulator.max_turns
         self.usage = self.simulator.usage
@@ -112,9 +116,10 @@ class PersonaChatEnv(gym.Env[Observation, str]):
         """Play one reply.
 
         Raises:
-            ValueError: The action is not a string, or too long.
+            ValueError: The action is not a string.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
             FailureRateError: The judge left too many replies without a score.
+            PartnerFailureRateError: Too many of the partner's lines were missing.
             RuntimeError: There is no conversation, or it is over.
         """
         check_reply(action)
@@ -144,10 +149,11 @@ class PersonaChatEnv(gym.Env[Observation, str]):
 
 
 def check_reply(action: object) -> None:
-    """Raise a ValueError unless an action is a string of at most ``MAX_CHARS`` characters."""
-    if not isinstance(action, str) or len(action) > MAX_CHARS:
-        got = f"{len(action)} characters" if isinstance(action, str) else type(action).__name__
-        raise ValueError(f"expected the action to be a str of at most {MAX_CHARS} characters, got {got}")
+    """Raise a ValueError unless an action is a string; a longer one than ``MAX_CHARS`` is heard up to there."""
+    if not isinstance(action, str):
+        raise ValueError(
+            f"expected the action to be a str of at most {MAX_CHARS} characters, got {type(action).__name__}"
+        )
 
 
 def observe(conversation: Conversation, message: str) -> Observation:
@@ -157,7 +163,7 @@ def observe(conversation: Conversation, message: str) -> Observation:
 
 def start_info(conversation: Conversation, opening: Said, reachable: float) -> dict[str, Any]:
     """Return ``reset``'s info; ``reachable`` is the twin's best mean reward per turn, NaN where unknown."""
-    partner = {"status": opening.status}
+    partner = partner_info(opening.status, opening.reason)
     return {"turn": 0, "persona": conversation.persona.id, "reachable": reachable, "partner": partner}
 
 
@@ -167,8 +173,13 @@ def turn_info(outcome: Outcome) -> dict[str, Any]:
         "turn": len(outcome.conversation.verdicts),
         "persona": outcome.conversation.persona.id,
         "verdict": outcome.verdict.to_dict(),
-        "partner": {"status": outcome.partner_status},
+        "partner": partner_info(outcome.partner_status, outcome.partner_reason),
     }
+
+
+def partner_info(status: str, reason: str) -> dict[str, str]:
+    """Return ``info["partner"]``; a fault comes with its reason, if the partner gives one."""
+    return {"status": status, "reason": reason} if reason else {"status": status}
 
 
 def transcript(conversation: Conversation) -> str:

@@ -117,6 +117,12 @@ def without_reasoning(text: str) -> str:
     return (text[: places[first.start()]] if first else text).strip()
 
 
+def after_reasoning(text: str) -> str:
+    """Return what follows the reasoning blocks that a text begins with; any other text is returned as it is."""
+    rest = without_reasoning(text)
+    return rest if rest and text.rstrip().endswith(rest) else text
+
+
 def _outside(text: str) -> str:
     """Return what stands outside the reasoning blocks, nested ones included."""
     skeleton, places = _skeleton(text)

@@ -22,7 +22,9 @@ from ppg_gym.domain.personas import read_personas
 from ppg_gym.domain.twin import Twin
 from ppg_gym.judges.failure_limit import FailureLimit
 from ppg_gym.nearest import did_you_mean, refuse_unknown
+from ppg_gym.sanitise import CUT
 
+MAX_CHARS = 16_384  # of a reply that judge and partner get
 ON_JUDGE_FAILURE = ("raise", "nan", "truncate")
 UNOPENED = Verdict("error", None, "Not judged: the partner gave no opening line.")
 
@@ -37,6 +39,7 @@ class Outcome(NamedTuple):
         truncated: A judge or partner that failed ended it.
         message: The partner's next line; empty when the conversation is over.
         partner_status: ``ok``, or how the partner failed.
+        partner_reason: Why, in a sentence; empty when it did not, or does not say.
     """
 
     conversation: Conversation
@@ -45,6 +48,7 @@ class Outcome(NamedTuple):
     truncated: bool
     message: str
     partner_status: str
+    partner_reason: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -65,6 +69,7 @@ class Simulator:
         max_turns: Turns of the policy per conversation; None for the domain's own length.
         on_judge_failure: ``raise``, ``nan`` or ``truncate``.
         max_failure_rate: Largest share of replies that the judge may leave without a score.
+        max_partner_failure_rate: Largest share of the partner's lines that may be missing.
 
     Raises:
         ValueError: An option is not what it should be.
@@ -81,6 +86,7 @@ class Simulator:
         max_turns: int | None = None,
         on_judge_failure: str = "raise",
         max_failure_rate: float = 0.05,
+        max_partner_failure_rate: float = 0.05,
     ) -> None:
         self.domain = domains.load(domain)
         if on_judge_failure not in ON_JUDGE_FAILURE:
@@ -90,7 +96,16 @@ class Simulator:
         if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
             raise ValueError(f"expected max_turns to be a positive integer or None, got {max_turns!r}")
         self.on_judge_failure = on_judge_failure
-        self.failures = FailureLimit(max_failure_rate)
+        self.failures = FailureLimit(
+            max_failure_rate, "max_failure_rate", "replies without a score", "repair the judge", judges.FailureRateError
+        )
+        self.partner_failures = FailureLimit(
+            max_partner_failure_rate,
+            "max_partner_failure_rate",
+            "the partner's lines to be missing",
+            "mend the partner (its server, its model, partner_options)",
+            partners.PartnerFailureRateError,
+        )
         self.max_turns = max_turns or self.domain.turns
         self.partner = partners.make(partner, domain, partner_options or {})
         self.judge = judges.make(judge, domain, judge_options or {})
@@ -131,9 +146,15 @@ class Simulator:
     def open(
         self, chosen: Sequence[Persona], rngs: Sequence[np.random.Generator]
     ) -> list[tuple[Conversation, partners.Said]]:
-        """Return new conversations that hold the partner's first line, and no line where the partner failed."""
+        """Return new conversations that hold the partner's first line, and no line where the partner failed.
+
+        Raises:
+            PartnerFailureRateError: Too many of the partner's lines were missing.
+        """
         fresh = [Conversation(persona) for persona in chosen]
         lines = self.partner.speak(fresh, rngs)
+        for conversation, line in zip(fresh, lines, strict=True):
+            self._count(conversation, line)
         pairs = zip(fresh, lines, strict=True)
         return [(c.add("partner", line.text) if line.status == "ok" else c, line) for c, line in pairs]
 
@@ -142,14 +163,16 @@ class Simulator:
     ) -> list[Outcome]:
         """Judge one reply per conversation and let the partner speak where the conversation goes on.
 
+        A reply of any length is taken: of a longer one than ``MAX_CHARS``, judge and partner get the first part.
         Where either of them waits for a server, they work at the same time, as the partner hears replies and not
         verdicts. A conversation that the partner never opened is truncated without a verdict.
 
         Raises:
             JudgeError: A reply was not scored and ``on_judge_failure`` is ``raise``.
             FailureRateError: Too many replies were not scored.
+            PartnerFailureRateError: Too many of the partner's lines were missing.
         """
-        spoken = [c.add("policy", reply) for c, reply in zip(conversations, replies, strict=True)]
+        spoken = [c.add("policy", heard(reply)) for c, reply in zip(conversations, replies, strict=True)]
         if all(c.lines for c in conversations):
             return self._turn(spoken, rngs)
         opened = [i for i, c in enumerate(conversations) if c.lines]
@@ -179,7 +202,8 @@ class Simulator:
             lost = verdict.score is None
             if lost and self.on_judge_failure == "raise":
                 raise judges.JudgeError(verdict)
-            self.failures.count(conversation, verdict)
+            cause = f"[{verdict.status}] {verdict.rationale or 'no reason given'}" if lost else None
+            self.failures.count(cause, _example(conversation) if cause else "")
             judged.append(conversation.judged(verdict))
             over = len(conversation.verdicts) >= last
             ends.append((over, lost and not over and self.on_judge_failure == "truncate"))
@@ -187,6 +211,8 @@ class Simulator:
         if not next_lines:
             lines = self.partner.speak([judged[i] for i in going], [rngs[i] for i in going])
             next_lines = dict(zip(going, lines, strict=True))
+        for i in going:
+            self._count(judged[i], next_lines[i])
         silence = partners.Said("")
         heard = [silence if any(end) else next_lines[i] for i, end in enumerate(ends)]
         return [
@@ -197,9 +223,19 @@ class Simulator:
                 truncated=cut or line.status != "ok",
                 message=line.text,
                 partner_status=line.status,
+                partner_reason=line.reason,
             )
             for c, line, (over, cut) in zip(judged, heard, ends, strict=True)
         ]
+
+    def _count(self, conversation: Conversation, line: partners.Said) -> None:
+        """Count a line that the partner was asked for; a person who stops is no fault."""
+        if line.status == partners.ENDED:
+            return
+        cause, why = None, f": {line.reason}" if line.reason else ""
+        if line.status != "ok":
+            cause = f"[{line.status}]{why[1:]}" if conversation.lines else f"[no opening line] {line.status}{why}"
+        self.partner_failures.count(cause, _example(conversation) if cause else "")
 
     def _overlap(self) -> bool:
         """Return whether judge and partner may work at the same time, and one of them spends its time waiting."""
@@ -222,6 +258,17 @@ class Simulator:
         for part in (self.judge, self.partner):
             if callable(close := getattr(part, "close", None)):
                 close()
+
+
+def _example(conversation: Conversation) -> str:
+    """Return whose conversation it is, and its newest reply."""
+    reply = f", reply {conversation.lines[-1].text[:80]!r}" if conversation.lines else ""
+    return f"persona {conversation.persona.id}{reply}"
+
+
+def heard(reply: str) -> str:
+    """Return what judge and partner get of a reply: at most ``MAX_CHARS`` characters, with a mark where it was cut."""
+    return reply if len(reply) <= MAX_CHARS else reply[: MAX_CHARS - len(CUT)] + CUT
 
 
 def _personas(domain: domains.Domain, source: str) -> tuple[Persona, ...]:

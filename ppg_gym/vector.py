@@ -127,6 +127,7 @@ class PersonaChatVectorEnv(VectorEnv[dict[str, tuple[str, ...]], Sequence[str], 
             ValueError: Not N strings.
             JudgeError: The judge gave no score and ``on_judge_failure`` is ``raise``.
             FailureRateError: The judge left too many replies without a score.
+            PartnerFailureRateError: Too many of the partner's lines were missing.
             RuntimeError: ``reset`` was never called.
         """
         if isinstance(actions, str) or not hasattr(actions, "__len__"):

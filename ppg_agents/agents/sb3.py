@@ -31,10 +31,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import set_random_seed
 from torch import Tensor, nn
 
-from ppg_agents.config.settings import EvaluationSettings
+from ppg_agents.config.settings import EnvSettings, EvaluationSettings
 from ppg_agents.evaluate import Evaluation, summarise
 from ppg_agents.nearest import did_you_mean, not_one_of
 from ppg_agents.rollout.environment import HELD_OUT, TRAIN
+from ppg_agents.rollout.metrics import check_partner
 from ppg_agents.trajectory import Trajectory, Turn
 
 ENVIRONMENT = "ppg_gym:ReplySelection-v0"
@@ -244,6 +245,7 @@ def play_sb3(
             trajectory, best = _play_one(env, chooser, conversation_seed, given.get("domain", ""), deterministic)
             trajectories.append(trajectory)
             reachable.append(best)
+    check_partner(trajectories, given.get("max_partner_failure_rate", EnvSettings.max_partner_failure_rate))
     return trajectories, np.array(reachable)
 
 

@@ -49,7 +49,7 @@ RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "two numbers in [0, 1) such as [0.9, 0.999]",
         "betas",
     ),
-    (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate"),
+    (lambda value: 0 <= value <= 1, "a number in [0, 1]", "discount env.max_failure_rate env.max_partner_failure_rate"),
     (lambda value: 0 < value <= 1, "a number in (0, 1]", "auto.cosine"),
     (lambda value: 0 <= value < 1, "a number in [0, 1)", "lora.dropout"),
     (lambda value: 0 < value < 1, "a share in (0, 1)", "offline.held_out"),

@@ -22,10 +22,13 @@ Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
-_SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
+_SERVER = (
+    *("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens"),
+    *("identity", "headroom", "omit", "extra_body"),
+)
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
-    "evaluation.at",
+    *("evaluation.at", "env.max_partner_failure_rate"),
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
@@ -120,6 +123,7 @@ class EnvSettings:
     max_turns: int | None = None
     on_judge_failure: Literal["raise", "nan", "truncate"] = "nan"
     max_failure_rate: float = 0.05
+    max_partner_failure_rate: float = 0.05
     kwargs: dict[str, Any] = field(default_factory=dict)
     held_out_kwargs: dict[str, Any] = field(default_factory=dict)
     instruction: str = ""

@@ -51,6 +51,7 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
             "judge_options": env.judge_options,
             "on_judge_failure": env.on_judge_failure,
             "max_failure_rate": env.max_failure_rate,
+            "max_partner_failure_rate": env.max_partner_failure_rate,
         }
         if env.max_turns is not None:
             given["max_turns"] = env.max_turns
@@ -58,7 +59,7 @@ def keyword_arguments(config: TrainConfig, personas: str) -> dict[str, Any]:
 
 
 class ConversationError(RunError):
-    """The environment cannot go on: its judge fails too often, a server is gone, or a budget is used up."""
+    """The environment cannot go on: its judge or partner fails too often, a server is gone, or a budget is used up."""
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppg_agents.rollout.speaker import Spoken
-from ppg_agents.trajectory import Trajectory, Turn
+from ppg_agents.trajectory import NO_OPENING, Trajectory, Turn
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,9 @@ class Record:
         self._turns: list[Turn] = []
         self._terminated = self._truncated = False
         self._partner, self._lost = "ok", False
+        self._partner = "ok"
+        self._opening = str((info.get("partner") or {}).get("reason") or "")
+        self._partner_reason = ""
 
     def cut(self, number: int) -> None:
         """End conversation ``number``: another reply might not fit into the context."""
@@ -53,7 +56,9 @@ class Record:
                 temperature=spoken.sample.temperature,
             )
         )
-        self._partner = str((info.get("partner") or {}).get("status", "ok"))
+        partner = info.get("partner") or {}
+        self._partner = str(partner.get("status", "ok"))
+        self._partner_reason = self._opening if self._partner == NO_OPENING else str(partner.get("reason") or "")
         self._terminated, self._truncated = bool(terminated), bool(truncated)
         self.over = self._terminated or self._truncated
         # An environment that cuts a conversation without a score lost its judge; a limit on turns leaves a score.
@@ -71,6 +76,7 @@ class Record:
             truncated=self._truncated,
             partner_status=self._partner,
             lost=self._lost,
+            partner_reason=self._partner_reason,
         )
 
 

@@ -149,6 +149,7 @@ class LLMJudge:
         self._shape = verdicts.schema(chosen.metric, chosen.scale, chosen.max_rationale)
         self._question_shape = questions.schema(chosen.questions)
         self._questions: dict[str, tuple[questions.Question, ...]] = {}
+        self._without_questions: dict[str, Verdict] = {}  # instructions that no readable questions came of
         self._own_client: ChatClient | None = None
         if chat is None:
             chat = self._own_client = lease(settings)
@@ -194,9 +195,11 @@ class LLMJudge:
         failed: dict[str, Verdict] = {}
         if self.options.metric == "qa":
             new = dict.fromkeys(conversations[i].persona.instruction for i in left)
-            new = {instruction: None for instruction in new if instruction not in self._questions}
+            known = self._questions.keys() | self._without_questions.keys()
+            new = {instruction: None for instruction in new if instruction not in known}
             made = await _all([self._make_questions(instruction) for instruction in new])
             failed = {instruction: verdict for instruction, verdict in zip(new, made, strict=True) if verdict}
+            failed |= self._without_questions
         asked = [i for i in left if conversations[i].persona.instruction not in failed]
         given = dict(zip(asked, await _all([self._ask(conversations[i]) for i in asked]), strict=True))
         return [
@@ -248,12 +251,19 @@ class LLMJudge:
         made = await self._until_read(request, shape, lambda text, finish: questions.read(text, finish, shape))
         if made.value is None:
             why = f"No questions about the persona: {made.reason}"
-            return Verdict(made.status, None, why, raw=BETWEEN.join(made.texts))
+            verdict = Verdict(made.status, None, why, raw=BETWEEN.join(made.texts))
+            if made.status in ("unparsed", "refused"):  # the same question would be answered the same way
+                self._without_questions[instruction] = verdict
+            return verdict
         self._questions[instruction] = made.value
         return None
 
     async def _until_read(self, request: Request, shape: Mapping[str, Any], read: Callable[[str, str], T]) -> _Read[T]:
-        """Ask until an answer can be read, up to ``retries`` more times; failed calls are repeated by the client."""
+        """Ask until an answer can be read, up to ``retries`` more times.
+
+        Failed calls are repeated by the client. An answer that was cut off is not asked for again: the client has given
+        it all the room there is.
+        """
         schema = self.options.schema
         if schema == "always" or (schema == "auto" and await self.chat.structured()):
             request = dataclasses.replace(request, schema=shape)
@@ -274,6 +284,8 @@ class LLMJudge:
                 return _Read(read(answer.text, answer.finish), tuple(texts))
             except verdicts.UnparsedError as error:
                 reason = f"{error} ({attempt + 1} of {1 + self.options.retries} answers)"
+            if answer.finish == "length":
+                break
         return _Read(None, tuple(texts), "unparsed", reason)
 
 

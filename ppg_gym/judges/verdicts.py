@@ -156,7 +156,10 @@ def read(text: str, finish: str, shape: Mapping[str, Any]) -> dict[str, Any]:
         UnparsedError: The answer was cut off, or is anything else than that object.
     """
     if finish == "length":
-        raise UnparsedError("the answer was cut off at max_tokens")
+        raise UnparsedError(
+            "the answer was cut off at max_tokens, and with headroom; raise judge_options['max_tokens'], or"
+            " ['headroom'] for a model that thinks before it answers"
+        )
     text = text.strip()
     if not text.startswith(("{", "```")):
         text = without_reasoning(text)

@@ -31,7 +31,7 @@ class Request:
     Attributes:
         messages: ``{"role": …, "content": …}``, oldest first.
         temperature: 0 is greedy.
-        max_tokens: Most tokens of the answer.
+        max_tokens: Most tokens of the answer; a client may allow more for thoughts.
         seed: Sampling seed, for servers that take one.
         schema: JSON schema of the answer; sent only to a server that honours schemas.
         sample: Tells several samples of one question apart in the cache; not sent.
@@ -51,10 +51,10 @@ class Answer:
 
     Attributes:
         status: ``ok``, or how the request failed.
-        text: The model's text when ok, else empty.
+        text: The model's text when ok, else empty; empty too when it was cut off before it said anything.
         reason: One sentence when not ok; never holds a key.
         cached: True when it cost no call.
-        finish: The server's finish reason: ``stop``, ``length``, …
+        finish: The server's finish reason: ``stop``, ``length`` (cut off, and asking again would not help), …
     """
 
     status: Status

@@ -9,24 +9,27 @@ import asyncio
 import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import time
-import weakref
 from typing import Any
 
 from ppg_gym.extras import need
 from ppg_gym.llm import background
-from ppg_gym.llm.cache import SHORT_LIVED, AnswerCache, Flights, digest
+from ppg_gym.llm.answers import Completion
+from ppg_gym.llm.bound import Bound
+from ppg_gym.llm.cache import SHORT_LIVED, AnswerCache, digest
 from ppg_gym.llm.chat import Answer, BudgetError, Counts, EndpointError, Request
-from ppg_gym.llm.endpoints import CallError, Completion, Endpoint, Pool
+from ppg_gym.llm.dialect import Dialect
+from ppg_gym.llm.endpoints import CallError, Endpoint
+from ppg_gym.llm.first_look import look
 from ppg_gym.llm.settings import ClientSettings
-from ppg_gym.nearest import did_you_mean
 
 FIRST_PAUSE = 0.25  # seconds before the second call; doubles every time, and half of it is random
 LONGEST_PAUSE = 30.0
 PATIENCE = 2.0  # seconds that an endpoint gets to come up, at the first look
-GLANCE = 10.0  # most seconds to wait for the list of models
+PROBE_REST = 60.0  # seconds before a schema is tried again, when the last try told nothing and another would not either
 
 _PROBE = Request(
     messages=({"role": "user", "content": "Is snow white? Say one short sentence."},),
@@ -39,41 +42,6 @@ _PROBE = Request(
     },
 )
 _log = logging.getLogger("ppg_gym.llm")
-
-
-class _Bound:
-    """The part of a client that belongs to one event loop of one process: connections and calls under way.
-
-    Connections cannot move to another loop, and a forked child must not use (or close) those of its parent. So a
-    client makes a new one of these wherever it finds itself.
-    """
-
-    def __init__(self, client: ChatClient) -> None:
-        self.pid = os.getpid()
-        self.loop = asyncio.get_running_loop()
-        self.flights = Flights()
-        self._settings = client.settings
-        self._cache = client.cache
-        self._pool: Pool | None = None
-        self.forget = weakref.finalize(client, background.close_on, self.loop, self.pid, self)
-        self.forget.atexit = False
-        background.adopt(self)
-
-    @property
-    def pool(self) -> Pool:
-        """The endpoints; made for the first call."""
-        if self._pool is None:
-            self._pool = Pool(self._settings)
-        return self._pool
-
-    async def aclose(self) -> None:
-        """Close the connections to the endpoints and to the cache."""
-        self.forget.detach()
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            await pool.aclose()
-        if self._cache is not None:
-            self._cache.close()
 
 
 class ChatClient:
@@ -102,9 +70,12 @@ class ChatClient:
         self.settings = settings
         self.counts = Counts()
         self.cache = AnswerCache(settings.cache, settings.whose) if settings.cache else None
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         self._seen = False  # whether the endpoints have been checked
         self._structured: bool | None = None
+        self._probe_from = -math.inf  # when a schema may be tried again
+        self._thinks = self._wordy = False  # whether answers need more room: for thoughts, for the text itself
+        self._dialects: dict[str, Dialect] = {}  # by URL: what the server takes
         self._unmetered = False  # whether a server leaves out its token counts
         self._proven: set[str] = set()  # URLs that have answered like a chat server
         self._warned: set[str] = set()  # reasons why the schema could not be tried
@@ -126,16 +97,19 @@ class ChatClient:
         if cache is None:
             return await self._paid(request, schema)
         flights = self._bind().flights
-        key = digest([_body(self.settings.model, request, schema=True), schema, request.sample])
+        asked = Dialect().body(self.settings, request, schema=True)
+        key = digest([self.settings.servers, asked, schema, request.sample])
         stored = cache.get(key)
-        if stored is not None:
+        # One that was cut off is asked for again when it may now become longer.
+        if stored is not None and stored.get("headroom", self.settings.headroom) == self.settings.headroom:
             self.counts.cached += 1
             return Answer("ok", str(stored["text"]), cached=True, finish=str(stored["finish"]))
 
         async def pay() -> Answer:
             answer = await self._paid(request, schema)
             if answer.status == "ok":
-                cache.put(key, {"text": answer.text, "finish": answer.finish})
+                cut = {"headroom": self.settings.headroom} if answer.finish == "length" else {}
+                cache.put(key, {"text": answer.text, "finish": answer.finish, **cut})
             return answer
 
         answer, shared = await flights.share(key, pay)
@@ -145,9 +119,10 @@ class ChatClient:
         return answer
 
     async def structured(self) -> bool:
-        """Return whether the server honours a JSON schema; one call finds out, and the cache keeps it for a week.
+        """Return whether the server honours a JSON schema; a call or two find out, and the cache keeps it for a week.
 
-        A probe that fails for another reason (no answer) counts as no, and is tried again the next time.
+        A probe that tells nothing (no answer, one that was cut off, a refusal for another reason) counts as no for
+        now. It is not kept, and tried again later.
 
         Raises:
             BudgetError: The probe's call is beyond the budget.
@@ -155,6 +130,8 @@ class ChatClient:
             EndpointError: No endpoint can serve the model.
         """
         if self._structured is None:
+            if time.monotonic() < self._probe_from:
+                return False
             return (await self._bind().flights.share("structured", self._probe))[0]
         return self._structured
 
@@ -172,7 +149,7 @@ class ChatClient:
         else:
             background.run(self.aclose(), bound.loop)
 
-    def _bind(self) -> _Bound:
+    def _bind(self) -> Bound:
         """Return the part for the running loop; a new one after a fork, or when the last loop has ended."""
         bound, loop = self._bound, asyncio.get_running_loop()
         if bound is not None and bound.loop is loop:
@@ -180,7 +157,7 @@ class ChatClient:
         if bound is not None and bound.pid == os.getpid() and bound.loop.is_running():
             raise RuntimeError("expected one running event loop per client, got a second one; make a client for each")
         self._leave()
-        self._bound = bound = _Bound(self)
+        self._bound = bound = Bound(self, self.settings, self.cache)
         return bound
 
     def _leave(self) -> None:
@@ -201,15 +178,33 @@ class ChatClient:
     async def _complete(self, request: Request, schema: bool) -> Completion:
         """Return a text after as many calls as it takes.
 
+        An answer that is cut off is never asked for again as it stands: once with more room, if there is any.
+
         Raises:
             CallError: That of the last call, when all have failed or another would not help.
             EndpointError: No endpoint can serve the model, or the answers are not even JSON.
         """
         if not self._seen:
             await self._bind().flights.share("look", self._look)
-        body = json.dumps(_body(self.settings.model, request, schema)).encode()
+        headroom = self.settings.headroom
+        room = headroom if self._thinks else min(headroom, request.max_tokens) if self._wordy else 0
+        done = await self._repeated(request, schema, room)
+        if done.finish != "length":
+            return done
+        thinks = done.thought or not done.text.strip()
+        more = headroom if thinks else min(headroom, request.max_tokens)
+        if more <= room:
+            return done
+        done = await self._repeated(request, schema, more)
+        if done.finish != "length":
+            self._thinks, self._wordy = self._thinks or thinks, self._wordy or not thinks
+            _log.info("%r: answers were cut off; from now on they get %d tokens more", self, more)
+        return done
+
+    async def _repeated(self, request: Request, schema: bool, room: int) -> Completion:
+        """Return a text, which may be cut off; failed calls are repeated."""
         try:
-            return await self._call(body)
+            return await self._call(request, schema, room)
         except CallError as failure:
             first: CallError | None = failure
         calls = 1
@@ -222,7 +217,7 @@ class ChatClient:
                 failure, first = first, None
                 raise failure
             calls += 1
-            return await self._call(body, again=True)
+            return await self._call(request, schema, room, again=True)
 
         try:
             stop = self._tenacity.stop_after_attempt(self.settings.attempts)
@@ -232,24 +227,20 @@ class ChatClient:
             raise
         return completion
 
-    async def _call(self, body: bytes, again: bool = False) -> Completion:
+    async def _call(self, request: Request, schema: bool, room: int, again: bool = False) -> Completion:
         pool, counts = self._bind().pool, self.counts
         endpoint = await pool.take()
         began, failure, answered = asyncio.get_running_loop().time(), None, False
         try:
-            self._check_budget()
-            counts.calls += 1
-            counts.retries += again
-            counts.failures += 1  # taken back once there is a text; anything raised counts
-            done = await endpoint.complete(body)
+            done = await self._adapted(endpoint, request, schema, room, again)
             answered = True
             self._proven.add(endpoint.url)
             self._count_tokens(done)
             if done.refusal or done.finish == "content_filter":
                 raise CallError("refused", f"the model refused: {endpoint.scrub(done.refusal) or done.finish}")
-            if not done.text.strip():
-                reason = f"{endpoint.url} sent an empty text, finish reason {done.finish!r}"
-                raise CallError("error", reason, again=True)
+            if not done.text.strip() and done.finish != "length":
+                raise self._empty(endpoint, done)
+            self._thinks = self._thinks or (done.thought and done.finish != "length")
             counts.failures -= 1
             return done
         except CallError as error:
@@ -259,6 +250,51 @@ class ChatClient:
             raise
         finally:
             pool.done(endpoint, began, failure, answered)
+
+    async def _adapted(self, endpoint: Endpoint, request: Request, schema: bool, room: int, again: bool) -> Completion:
+        """Return one server's answer; where it refuses a parameter by name, ask without it, and remember what worked.
+
+        Raises:
+            CallError: No answer, or an error.
+        """
+        counts = self.counts
+        known = dialect = self._dialects.get(endpoint.url, Dialect())
+        while True:
+            self._check_budget()
+            counts.calls += 1
+            counts.retries += again
+            counts.failures += 1  # taken back once there is a text; anything raised counts
+            try:
+                done = await endpoint.complete(json.dumps(dialect.body(self.settings, request, schema, room)).encode())
+            except CallError as error:
+                other = dialect.avoiding(error.named, request) if error.code in (None, 400, 422) else None
+                if other is None:
+                    raise
+                _log.info("%s; asking without", error.reason)
+                dialect, again = other, True
+                continue
+            if dialect != known:
+                self._dialects[endpoint.url] = dialect
+                if dialect.temperatures - known.temperatures:
+                    _log.warning(
+                        "%s does not take temperature %g: it is left out, and the server's own is used",
+                        endpoint.url,
+                        request.temperature,
+                    )
+            return done
+
+    def _empty(self, endpoint: Endpoint, done: Completion) -> CallError:
+        """Return the failed call for an answer without a text."""
+        if not done.thought:
+            return CallError("error", f"{endpoint.url} sent an empty text, finish reason {done.finish!r}", again=True)
+        whose = self.settings.whose
+        return CallError(
+            "error",
+            f"{endpoint.url}: the model thought and then said nothing, finish reason {done.finish!r}; check"
+            f" the server's reasoning parser, or switch thinking off with {whose}['extra_body'], such as"
+            " {'chat_template_kwargs': {'enable_thinking': false}}",
+            mute=True,
+        )
 
     def _retrying(self, stop: Any) -> Any:
         retry = self._tenacity.retry_if_exception(_worth_repeating)
@@ -296,76 +332,54 @@ class ChatClient:
             self.counts.completion_tokens += done.tokens[1]
 
     async def _look(self) -> None:
-        """Check every endpoint once: does it answer, and does it serve the model?"""
-        began = time.monotonic()
-        settings, endpoints = self.settings, self._bind().pool.endpoints
-        seen = await asyncio.gather(*(self._look_at(endpoint) for endpoint in endpoints))
-        failures = [models for models in seen if isinstance(models, CallError)]
-        for failure in failures:
-            if not failure.again:
-                raise EndpointError(f"expected an endpoint that serves {settings.model!r}: {failure.reason}")
-        if len(failures) == len(endpoints):
-            listed = "; ".join(failure.reason for failure in failures)
-            raise EndpointError(
-                f"expected an endpoint that answers, got none within {time.monotonic() - began:.1f} s: {listed};"
-                f" start the server or correct {settings.whose}['base_url']"
-            )
-        for failure in failures:
-            _log.warning("%s; going on with the other endpoints", failure.reason)
-        for endpoint, models in zip(endpoints, seen, strict=True):
-            if isinstance(models, list) and models and settings.model not in models:
-                hint = did_you_mean(settings.model, models, f"it serves {', '.join(models[:5])}")
-                raise EndpointError(
-                    f"expected {endpoint.url} to serve {settings.whose}['model'] = {settings.model!r}, got no such"
-                    f" model{hint}"
-                )
-        self._seen = True
-
-    async def _look_at(self, endpoint: Endpoint) -> list[str] | CallError | None:
+        """Check every endpoint once."""
         retrying = self._retrying(self._tenacity.stop_after_delay(PATIENCE))
-        try:
-            models: list[str] | None = await retrying(endpoint.models, min(self.settings.timeout, GLANCE))
-        except CallError as failure:
-            return failure
-        return models
+        await look(self._bind().pool.endpoints, self.settings, retrying)
+        self._seen = True
 
     async def _probe(self) -> bool:
         cache, settings = self.cache, self.settings
-        key = digest(["structured", settings.model, settings.base_url])
+        key = digest(["schema", settings.model, settings.servers, settings.omit, settings.extra_body])
         stored = cache.get(key) if cache else None
         if stored is not None:
-            honoured = stored["structured"] is True
+            honoured, self._thinks = stored["structured"] is True, self._thinks or stored["thinks"] is True
         else:
-            try:
-                honoured = _fits((await self._complete(_PROBE, schema=True)).text)
-            except CallError as failure:
-                if failure.code not in (400, 404, 422):
-                    level = logging.DEBUG if failure.reason in self._warned else logging.WARNING
-                    self._warned.add(failure.reason)
-                    _log.log(level, "could not try a JSON schema, which is not sent for now: %s", failure.reason)
-                    return False
-                honoured = False
+            outcome = await self._try_schema()
+            if outcome is None:
+                return False
+            honoured = outcome
             if cache:
-                cache.put(key, {"structured": honoured}, SHORT_LIVED)
+                cache.put(key, {"structured": honoured, "thinks": self._thinks}, SHORT_LIVED)
         way = "is sent with every request" if honoured else "is not sent: the server does not honour it"
         _log.info("%r: a JSON schema %s", self, way)
         self._structured = honoured
         return honoured
 
-
-def _body(model: str, request: Request, schema: bool) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": request.messages,
-        "temperature": request.temperature,
-        "max_tokens": request.max_tokens,
-    }
-    if request.seed is not None:
-        body["seed"] = request.seed
-    if schema and request.schema is not None:
-        given = {"name": "answer", "strict": True, "schema": request.schema}
-        body["response_format"] = {"type": "json_schema", "json_schema": given}
-    return body
+    async def _try_schema(self) -> bool | None:
+        """Return whether the server honours a schema; None when the try did not tell."""
+        try:
+            done = await self._complete(_PROBE, schema=True)
+            if done.finish != "length":
+                return _fits(done.text)
+            reason, later = "the answer was cut off", True
+        except CallError as failure:
+            reason, later = failure.reason, not failure.again
+            if failure.code in (400, 404, 422) or failure.mute:
+                # Only if the same question is answered without a schema was the schema the reason.
+                try:
+                    await self._complete(_PROBE, schema=False)
+                    return False
+                except CallError as other:
+                    reason, later = other.reason, not other.again
+        if later:
+            self._probe_from = time.monotonic() + PROBE_REST
+        _log.log(
+            logging.DEBUG if reason in self._warned else logging.WARNING,
+            "could not try a JSON schema, which is not sent for now: %s",
+            reason,
+        )
+        self._warned.add(reason)
+        return None
 
 
 def _worth_repeating(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NoReturn
 
 from ppg_gym.extras import need
+from ppg_gym.llm.answers import Completion, Fault, FormError, completion, fault
 from ppg_gym.llm.settings import ClientSettings
 
 FIRST_REST = 0.1  # seconds that an endpoint rests after a failure; doubles with every failure in a row
@@ -26,6 +27,7 @@ LONGEST_REST = 30.0
 LONGEST_RETRY_AFTER = 60.0
 IDLE = 3.0  # seconds before we drop an idle connection; servers do after 5 s or more, and a call in that moment is lost
 
+_FILTERING = (400, 403, 422, 451)  # statuses with which services tell of a content filter
 _log = logging.getLogger("ppg_gym.llm")
 
 
@@ -41,6 +43,8 @@ class CallError(Exception):
         after: Seconds that the server asks us to wait, if it does.
         code: The HTTP status, if there was one.
         foreign: Whether the answer is not JSON at all, so that it is probably not a chat server.
+        named: The parameters of the request that the server refuses.
+        mute: Whether the model thought and then said nothing.
     """
 
     status: Literal["timeout", "refused", "error"]
@@ -50,19 +54,11 @@ class CallError(Exception):
     after: float | None = field(default=None, kw_only=True)
     code: int | None = field(default=None, kw_only=True)
     foreign: bool = field(default=False, kw_only=True)
+    named: frozenset[str] = field(default=frozenset(), kw_only=True)
+    mute: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
         return self.reason
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A well-formed answer of a server; the text may be empty, and ``tokens`` is None when it reports no usage."""
-
-    text: str
-    finish: str
-    refusal: str
-    tokens: tuple[int, int] | None
 
 
 class Endpoint:
@@ -107,14 +103,17 @@ class Endpoint:
         # The low-level method: building the library's typed objects would double the time per call.
         text = await self._call("post", "/chat/completions", self._settings.timeout, content=body)
         try:
-            return _parse(text)
+            answer = completion(text)
         except (ValueError, RecursionError) as error:
             foreign = isinstance(error, json.JSONDecodeError) and text.lstrip()[:1] not in ("", "{", "[")
             reason = f"{self.url} sent a malformed answer: {self.scrub(str(error))}"
             if foreign:
                 hint = f"check {self._settings.whose}['base_url'], which usually ends in /v1"
                 reason = f"{self.url}: expected JSON, got {_shown(self.scrub(text))!r}; {hint}"
-            raise CallError("error", reason, again=True, foreign=foreign) from None
+            raise CallError("error", reason, again=not isinstance(error, FormError), foreign=foreign) from None
+        if isinstance(answer, Fault):
+            raise self._failure(answer, answer.code)
+        return answer
 
     async def models(self, timeout: float) -> list[str] | None:
         """Return the names of the served models; None when the server has no list that we can read.
@@ -165,23 +164,35 @@ class Endpoint:
         raise CallError("timeout", reason, again=True, lost=True)
 
     def _refused(self, error: Any) -> NoReturn:
-        code: int = error.status_code
-        body = error.body
-        message = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-        variable, whose = self._settings.api_key_env, self._settings.whose
+        text: str = error.response.text
+        try:
+            told = fault(json.loads(text))
+        except (ValueError, RecursionError):
+            told = fault(text)
+        failure = self._failure(told, error.status_code)
+        if failure.again:
+            failure.after = _retry_after(error.response.headers.get("retry-after", ""))
+        raise failure from None
+
+    def _failure(self, told: Fault, code: int | None) -> CallError:
+        """Return the failed call that an error stands for; ``code`` None: it came without a status."""
+        said, variable, whose = self.scrub(told.message), self._settings.api_key_env, self._settings.whose
+        if told.filtered and (code is None or code in _FILTERING):
+            return CallError("refused", f"{self.url} refused, by its content filter: {said}", code=code)
         if code in (401, 403):
             state = "holds the key that was sent" if self._key else "is not set"
             hint = f"; check the key: the environment variable {variable} {state}"
         elif code == 404:
             hint = f"; check {whose}['model'] and that {whose}['base_url'] ends like '/v1'"
         elif code in (400, 422):
-            hint = f"; check {whose}: the model's name, and what the server takes"
+            hint = f"; check {whose}: the model's name, and what the server takes (omit, extra_body)"
         else:
             hint = ""
-        again = code in (408, 409, 429) or code >= 500
-        reason = f"{self.url} answered with status {code}: {self.scrub(str(message or ''))}{hint}"
-        after = _retry_after(error.response.headers.get("retry-after", "")) if again else None
-        raise CallError("error", reason, again=again, lost=code >= 500, after=after, code=code) from None
+        again = code is None or code in (408, 409, 429) or code >= 500
+        reason = f"{self.url} answered with {'an error' if code is None else f'status {code}'}: {said}{hint}"
+        return CallError(
+            "error", reason, again=again, lost=code is not None and code >= 500, code=code, named=told.named
+        )
 
 
 class Pool:
@@ -273,30 +284,8 @@ class Pool:
                 self._timer = self._loop.call_at(min(returns), self._hand_out)
 
 
-def _parse(text: str) -> Completion:
-    body = json.loads(text, parse_constant=_no_constant)
-    try:
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        content, refusal = message.get("content"), message.get("refusal")
-        usage = body.get("usage")
-        tokens = None if usage is None else (usage["prompt_tokens"], usage.get("completion_tokens", 0))
-    except (TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"expected choices with a message, got {text[:80]!r}") from error
-    for name, value in (("content", content), ("refusal", refusal), ("finish_reason", finish)):
-        if not isinstance(value, str | None):
-            raise ValueError(f"expected text or null as {name}, got {value!r}")
-    if tokens is not None and not all(isinstance(n, int) and n >= 0 for n in tokens):
-        raise ValueError(f"expected counts of tokens, got {tokens!r}")
-    return Completion(content or "", finish or "", refusal or "", tokens)
-
-
 def _shown(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"expected JSON, got {name}")
 
 
 def _retry_after(header: str) -> float | None:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ class Reply:
     Attributes:
         status: The HTTP status; at 400 and above, ``text`` is the error's message.
         text: The assistant's text.
+        thoughts: What the model thinks first, as a reasoning parser tells it; counts towards the limit on tokens.
+        finish: The finish reason of an answer that was not cut off.
+        message: Further keys of the assistant's message, such as a ``content`` in parts.
+        error: Further keys of the error, such as ``code`` and ``param``.
         headers: Further headers.
         body: The raw body, instead of the usual JSON.
         hang: Seconds to wait first, on top of the server's latency.
@@ -36,6 +40,10 @@ class Reply:
 
     status: int = 200
     text: str = ""
+    thoughts: str = ""
+    finish: str = "stop"
+    message: Mapping[str, Any] = field(default_factory=dict)
+    error: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | None = None
     hang: float = 0.0
@@ -66,6 +74,8 @@ class Loopback:
         model: The models that ``/v1/models`` lists; with None there is no such path.
         key: Requests without this key are answered with 401.
         port: 0 for any free port.
+        refuse: Parameters that are refused by name with 400, as services do with ``max_tokens``; or the only value that
+            a parameter may have, such as ``{"temperature": 1}``.
 
     Attributes:
         url: ``http://127.0.0.1:PORT/v1``, once entered.
@@ -81,6 +91,7 @@ class Loopback:
         model: str | Sequence[str] | None = "loopback",
         key: str | None = None,
         port: int = 0,
+        refuse: Collection[str] | Mapping[str, Any] = (),
     ) -> None:
         self.url = ""
         self.requests: list[dict[str, Any]] = []
@@ -90,6 +101,7 @@ class Loopback:
         self._latency = latency
         self._models = [model] if isinstance(model, str) else model
         self._key, self._port = key, port
+        self._refuse = dict(refuse) if isinstance(refuse, Mapping) else dict.fromkeys(refuse)
         self._connections: set[_Connection] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="loopback", daemon=True)
@@ -137,13 +149,17 @@ class Loopback:
             return _wire(Reply(400, "expected a JSON body"), "")
         self.requests.append(asked)
         self.peak = max(self.peak, sum(connection.busy for connection in self._connections))
+        for name, only in self._refuse.items():
+            if name in asked and (only is None or asked[name] != only):
+                return _wire(_refusal(name, only), "")
         try:
             answer = self._answer(asked)
         except Exception as error:
             answer = Reply(500, f"the answering function raised {error!r}")
         reply = Reply(text=answer) if isinstance(answer, str) else answer
         words = sum(len(str(message.get("content")).split()) for message in asked.get("messages", ()))
-        return _wire(reply, str(asked.get("model", "")), words, self._latency)
+        limit = asked.get("max_completion_tokens", asked.get("max_tokens"))
+        return _wire(reply, str(asked.get("model", "")), words, self._latency, limit)
 
 
 class _Connection(asyncio.Protocol):
@@ -208,19 +224,38 @@ class _Connection(asyncio.Protocol):
                 self._next()
 
 
-def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0) -> _Wire:
+def _refusal(name: str, only: Any) -> Reply:
+    """Return the refusal of a parameter, in OpenAI's words."""
+    if only is not None:
+        text = f"Unsupported value: '{name}' is not supported with this model. Only {only} is supported."
+        return Reply(400, text, error={"param": name, "code": "unsupported_value"})
+    instead = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
+    text = f"Unsupported parameter: '{name}' is not supported with this model.{instead}"
+    return Reply(400, text, error={"param": name, "code": "unsupported_parameter"})
+
+
+def _wire(reply: Reply, model: str, words: int = 0, latency: float = 0.0, limit: int | None = None) -> _Wire:
+    """Return a response; a word counts as a token, and an answer of more than ``limit`` is cut off."""
     if reply.body is not None:
         body = reply.body
     elif reply.status >= 400:
-        body = json.dumps({"error": {"message": reply.text, "type": "loopback", "code": reply.status}}).encode()
+        error = {"message": reply.text, "type": "loopback", "code": reply.status, **reply.error}
+        body = json.dumps({"error": error}).encode()
     else:
-        written = len(reply.text.split())
+        thoughts, said = reply.thoughts.split(), reply.text.split()
+        written, cut = len(thoughts) + len(said), limit is not None and len(thoughts) + len(said) > limit
+        message: dict[str, Any] = {"role": "assistant", "content": reply.text, **reply.message}
+        if reply.thoughts:
+            message["reasoning_content"] = reply.thoughts
+        if limit is not None and cut:
+            written, left = limit, limit - len(thoughts)
+            message["content"] = " ".join(said[:left]) if left > 0 else None
         completion = {
             "id": "loopback",
             "object": "chat.completion",
             "created": 0,
             "model": model,
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply.text}}],
+            "choices": [{"index": 0, "finish_reason": "length" if cut else reply.finish, "message": message}],
             "usage": {"prompt_tokens": words, "completion_tokens": written, "total_tokens": words + written},
         }
         body = json.dumps(completion).encode()
@@ -238,13 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds from request to answer")
     parser.add_argument("--text", default='{"score": 1.0}', help="the assistant's text")
     parser.add_argument("--model", default="loopback", help="the name of the model")
+    parser.add_argument("--refuse", action="append", default=[], metavar="PARAMETER", help="answer it with a 400")
     given = parser.parse_args(arguments)
 
     def answer(body: dict[str, Any]) -> str:
         server.requests.clear()  # nobody looks at them here, and a long run would fill the memory
         return str(given.text)
 
-    with Loopback(answer, given.latency, given.model, port=given.port) as server:
+    with Loopback(answer, given.latency, given.model, port=given.port, refuse=given.refuse) as server:
         print(server.url, flush=True)
         try:
             threading.Event().wait()

@@ -6,6 +6,7 @@ Holds the name of the environment variable with the key, never the key.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,8 @@ from ppg_gym.nearest import refuse_unknown
 from ppg_gym.options import whole, wrong
 
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OMITTABLE = ("temperature", "seed", "max_tokens")
+_OURS = ("model", "messages", "response_format", "stream", "n")  # the client could not read another kind of answer
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class ClientSettings:
         concurrency: Most calls in flight per endpoint.
         api_key_env: Name of the environment variable with the key; leave it unset for a server without keys.
         cache: True for the user's cache folder, False for no cache, or a folder.
+        identity: Under which name the cache knows the servers; None: by ``base_url``. When a server moves, give its old
+            URL (of several: all, sorted, with a space between), and what was paid for is found again.
+        headroom: Most tokens on top of the limit for a model that thinks before it answers. An answer that was cut off
+            is asked for once more with a higher limit, which is kept where it helped: this for thoughts, twice the
+            limit for a plain text. 0: a cut answer stays cut.
+        omit: Parameters that are never sent, such as ``seed``.
+        extra_body: Further parameters of every request, such as ``{"reasoning_effort": "low"}``.
         max_calls: Budget of calls; cached answers are free.
         max_total_tokens: Budget of prompt and completion tokens, as reported by the servers; calls in flight when it
             runs out are not stopped.
@@ -47,6 +57,10 @@ class ClientSettings:
     concurrency: int = 64
     api_key_env: str = "OPENAI_API_KEY"
     cache: bool | str = True
+    identity: str | None = None
+    headroom: int = 2048
+    omit: tuple[str, ...] = ()
+    extra_body: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     max_calls: int | None = None
     max_total_tokens: int | None = None
     whose: str = dataclasses.field(default="options", compare=False, repr=False)
@@ -75,6 +89,25 @@ class ClientSettings:
                 whole(self.whose, name, getattr(self, name))
         if not isinstance(self.cache, bool | str) or self.cache == "":
             raise wrong(self.whose, "cache", "true, false or a folder", self.cache)
+        if self.identity is not None and (not isinstance(self.identity, str) or not self.identity.strip()):
+            raise wrong(self.whose, "identity", "a name for the servers, such as their old URL", self.identity)
+        whole(self.whose, "headroom", self.headroom, 0)
+        omitted = (self.omit,) if isinstance(self.omit, str) else self.omit
+        if not isinstance(omitted, list | tuple) or not set(omitted) <= set(_OMITTABLE):
+            raise wrong(self.whose, "omit", f"a list out of {', '.join(_OMITTABLE)}", self.omit)
+        object.__setattr__(self, "omit", tuple(omitted))
+        if not isinstance(self.extra_body, Mapping) or set(self.extra_body) & set(_OURS):
+            expected = f"parameters of a request by name, none of {', '.join(_OURS)}"
+            raise wrong(self.whose, "extra_body", expected, self.extra_body)
+        try:
+            object.__setattr__(self, "extra_body", json.loads(json.dumps(dict(self.extra_body), allow_nan=False)))
+        except (TypeError, ValueError):
+            raise wrong(self.whose, "extra_body", "plain JSON values", self.extra_body) from None
+
+    @property
+    def servers(self) -> str:
+        """By what the cache knows the servers."""
+        return self.identity or " ".join(sorted(self.base_url))
 
     @classmethod
     def take(

@@ -17,14 +17,23 @@ PARTNERS = {
 }
 
 
+ENDED = "ended"  # the status when a person who plays the partner stops: no fault
+
+
 class Said(NamedTuple):
     """A partner's line and its status.
 
-    Any status but ``ok`` truncates the conversation: the text is empty, and the status says how the partner failed.
+    Any status but ``ok`` truncates the conversation: the text is empty, the status says how the partner failed, and the
+    reason why, in a sentence or by the line that had the fault.
     """
 
     text: str
     status: str = "ok"
+    reason: str = ""
+
+
+class PartnerFailureRateError(RuntimeError):
+    """Too many of the partner's lines are missing; the message shows examples."""
 
 
 class Partner(Protocol):

@@ -56,7 +56,8 @@ def audit(line: str, conversation: Conversation, roles: Roles, max_words: int = 
     """Return what is wrong with a partner's next line: one of :data:`FAULTS`, or ``ok``.
 
     Stage directions ("(nods)") are fine as long as something is said beside them. A line of the partner is always
-    followed by a reply, so every farewell comes too early.
+    followed by a reply, so every farewell comes too early, and so does a word that stands for the end of a conversation
+    ("STOP", "<END>"), glued to the line or not.
 
     Args:
         line: The line as the model gave it.
@@ -66,8 +67,12 @@ def audit(line: str, conversation: Conversation, roles: Roles, max_words: int = 
     """
     if has_reasoning(line) or _PLANNING.search(line):
         return "leaked_reasoning"
+    if stops(line):
+        return "early_farewell"
     if holds_control(line) and plain(line, LONGEST) not in line:  # a token at the end alone is harmless
         return "speaks_for_both"
+    if _HALF_TOKEN.search(line[-_TAIL:]):
+        return "meta"
     spoken = own_words(line, roles).translate(_APOSTROPHES)
     if not _speaks(spoken):
         return "empty"
@@ -85,6 +90,20 @@ def audit(line: str, conversation: Conversation, roles: Roles, max_words: int = 
     return "repetition" if _repeats(spoken, conversation) else "ok"
 
 
+def stops(line: str) -> bool:
+    """Return whether a line ends with, or consists of, a sign that the conversation is over.
+
+    Such a sign is a stop word in brackets, stars or number signs, in any case ("<END>", "[end of conversation]",
+    "###STOP###"), or one in capitals that stands alone, behind a sign of punctuation, or glued to a word.
+    """
+    tail = line.strip()[-_TAIL:]  # more is never needed, and the patterns take long over a long row of signs
+    text = _TRAILING_TOKENS.sub("", tail).rstrip(" \t\n\"'”’")
+    if _MARKED_STOP.search(text):
+        return True
+    bare = _BARE_STOP.search(text)
+    return bare is not None and bare["stop"].isupper()
+
+
 def own_words(line: str, roles: Roles) -> str:
     """Return a line as plain text, without the speaker's own label and without quotes around the whole."""
     text = _patterns(roles).own_label.sub("", plain(line, LONGEST).strip(), count=1).strip()
@@ -95,12 +114,30 @@ def own_words(line: str, roles: Roles) -> str:
     return text
 
 
+_TAIL = 120
+_MEETING = r"(?:conversation|conv|chat|session|dialog(?:ue)?|lesson|class|scene|discussion|interview|transcript|turn)"
+_STOP = (
+    rf"(?:(?:the[\s_-]+)?{_MEETING}[\s_-]+(?:is[\s_-]+|has[\s_-]+)?)?"
+    r"(?:stop|end|ends|ended|over|done|exit|quit|finish|finished|terminate|terminated|eos|eot|eoc|eom|bye|goodbye)"
+    rf"(?:[\s_-]+(?:of[\s_-]+)?(?:the[\s_-]+)?{_MEETING})?"
+)
+_MARKED_STOP = re.compile(
+    rf"(?:<+[\s|/]*|\[+[\s/]*|\{{+\s*|\(+\s*|\*+\s*|#+\s*|=+\s*|-{{2,}}\s*|_{{2,}}){_STOP}"
+    r"[\s.!]*(?:[|/\s]*>+|\]+|\}+|\)+|\*+|#+|=+|-{2,}|_{2,})[.!]*$",
+    re.IGNORECASE,
+)
+_BARE_STOP = re.compile(
+    rf"(?:^|[^\w\s'’]\s*|\n|(?-i:(?<=[a-z0-9à-ÿ])))(?P<stop>{_STOP}(?:\W+{_STOP})*)[.!]*$", re.IGNORECASE
+)
+_TRAILING_TOKENS = re.compile(r"(?:\s*<\|[^<>\n]{0,40}\|?>?|\s*</?s>)+$")
+_HALF_TOKEN = re.compile(r"<\|\w*\|?\s*$")
 _APOSTROPHES = str.maketrans("‘’", "''")
 _WORD = re.compile(r"(?<!\w)[^\W\d_]+")
 _FEW = 8  # tokens; in a shorter line, signs between the words prove nothing
 _DIRECTIONS = re.compile(r"\*[^*\n]+\*|\([^()\n]+\)|\[[^\[\]\n]+\]")
 _QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))+'(?!\w)")
-_SENTENCE = re.compile(r"(?<=[.!?…])[\"”)*]*\s+|\n+")
+# A sentence may be glued to the next: "Nice!Goodbye."
+_SENTENCE = re.compile(r"(?<=[.!?…])[\"”)*]*\s+|(?<=[!?…])(?=[^\W\d_])|(?<=[a-z][.])(?=[A-Z])|\n+")
 
 # A model that plans aloud talks about the user, or about what it has to reply.
 _PLANNING = re.compile(

@@ -10,7 +10,7 @@ import numpy as np
 
 from ppg_gym.conversation import Conversation
 from ppg_gym.options import wrong
-from ppg_gym.partners import Said
+from ppg_gym.partners import ENDED, Said
 from ppg_gym.plugins import refuse_options
 
 
@@ -53,5 +53,5 @@ class ConsolePartner:
             except EOFError:
                 print()  # so that the next output begins on a new line
                 text = ""
-            lines.append(Said(text) if text else Said("", "ended"))
+            lines.append(Said(text) if text else Said("", ENDED))
         return lines

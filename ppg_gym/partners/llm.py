@@ -2,7 +2,7 @@
 
 It meets the persona as a stranger: it is told its role and what has been said, never the persona's instruction, facts
 or verdicts. Every line is audited; a line with a fault is sampled again. If no sample is free of faults, or the call
-fails, there is no line. Nothing here may make up, cut or repair a line.
+fails, there is no line. Nothing here may make up, cut or repair a line; thoughts in front of one are no part of it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from ppg_gym.options import number, whole, wrong
 from ppg_gym.partners import Said
 from ppg_gym.partners.audit import audit, own_words
 from ppg_gym.partners.scenes import Scene, scene
-from ppg_gym.sanitise import plain, without_reasoning
+from ppg_gym.sanitise import after_reasoning, plain, without_reasoning
 
 HEARD = 4_000  # characters of a reply that reach the partner
+REASON = 200  # characters kept of why there is no line
 _SEEDS = 2**31
 _WHOSE = "partner_options"
 
@@ -47,7 +48,8 @@ class Style:
 
     Attributes:
         temperature: Of sampling.
-        max_tokens: Most tokens of an answer; a line that is cut off there has a fault.
+        max_tokens: Most tokens of an answer. One that is cut off is asked for once more with more room
+            (``ClientSettings.headroom``); a line that is cut off there too has a fault.
         max_words: Most words of a line.
         history: Most lines of the conversation that the model sees; None for all.
         retries: Most new samples for a line with a fault.
@@ -156,16 +158,18 @@ class LLMPartner:
             answer = await self.chat.ask(request)
             if answer.status != "ok":
                 self.faults[answer.status] += 1
-                return Said("", answer.status)
-            fault = audit(answer.text, conversation, roles, self.style.max_words)
-            if fault == "ok" and answer.finish == "length":
-                fault = "too_long"
+                return Said("", answer.status, plain(answer.reason, REASON))
+            line = after_reasoning(answer.text)  # a model without a reasoning parser thinks in front of its line
+            if answer.finish == "length":  # the client has given it all the room there is
+                self.faults["too_long"] += 1
+                return Said("", "too_long", "cut off at max_tokens")
+            fault = audit(line, conversation, roles, self.style.max_words)
             if fault == "ok":
                 self.retried.update(faults)
-                return Said(own_words(answer.text, roles))
+                return Said(own_words(line, roles))
             faults.append(fault)
         self.faults[faults[-1]] += 1
-        return Said("", faults[-1])
+        return Said("", faults[-1], f"it said {plain(line, REASON)!r}")
 
 
 def messages(conversation: Conversation, played: Scene, style: Style) -> tuple[Mapping[str, str], ...]:

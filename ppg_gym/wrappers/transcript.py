@@ -12,7 +12,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from ppg_gym.env import MAX_CHARS, Observation
+from ppg_gym.env import Observation
+from ppg_gym.simulator import MAX_CHARS, heard
 from ppg_gym.spaces import Utterance
 
 MOST_CHARS = 2**20  # of a transcript, where nobody knows the number of turns
@@ -58,7 +59,7 @@ class TranscriptObservation(gym.Wrapper[str, str, Observation, str], RecordConst
             ValueError: The transcript is longer than ``max_chars``.
         """
         observation, reward, terminated, truncated, info = self.env.step(action)
-        self._rows.append(_line("you", action))
+        self._rows.append(_line("you", heard(action)))
         return self._hear(observation["message"]), float(reward), terminated, truncated, info
 
     def _hear(self, message: str) -> str:

@@ -23,9 +23,10 @@ from ppg_agents.credit import PolicyClass
 from ppg_agents.evaluate import summarise
 from ppg_agents.policy import Policy
 from ppg_agents.rollout.environment import ConversationError
+from ppg_agents.rollout.metrics import check_partner, partner_weights
 from ppg_agents.runs import Run
 from ppg_agents.terminal.interrupt import Interrupted
-from ppg_agents.trajectory import Trajectory, Turn, read_jsonl
+from ppg_agents.trajectory import Trajectory, Turn, from_json, read_jsonl, to_json
 
 
 class Toy(gym.Env[dict[str, str], str]):
@@ -337,3 +338,56 @@ def test_a_judge_that_fails_too_often_stops_the_run_whoever_counts() -> None:
     with pytest.raises(ConversationError, match=r"at most 5% .* got 11 of 100; .*: 11 × \[timeout\] No answer.*'well'"):
         training.check_judge([played(6, 50), played(5, 50)], 0.05)
     training.check_judge([played(50, 50)] * 10, 1.0)
+
+
+def played(
+    turns: int, status: str = "ok", reason: str = "", rewards: tuple[float, ...] = (1.0, 0.5, 0.25, 0.0)
+) -> Trajectory:
+    """Return a conversation of so many turns, of four planned, that the partner's status ended."""
+    verdict = {"status": "error", "score": None} if status == "no_opening" else {"status": "scored", "score": 1.0}
+    scores = (math.nan,) if status == "no_opening" else rewards
+    said = tuple(Turn("hi", f"well {t}", (1,), (2,), (0.0,), scores[t], verdict) for t in range(turns))
+    return Trajectory("Be.", f"p{turns}", "toy", 0, said, status == "ok", status != "ok", status, reason)
+
+
+def test_a_partner_that_fails_too_often_stops_the_run_by_its_own_name() -> None:
+    lost, whole = played(1, "timeout", "No answer."), played(4)
+    check_partner([lost] * 10 + [whole], 0.05)  # 10 of the first 200
+    check_partner([lost], 0.05)
+    check_partner([played(1, "ended")] * 20, 0.05)
+    check_partner([lost] * 20, 1.0)
+    with pytest.raises(ConversationError) as fault:
+        check_partner([lost] * 11 + [whole], 0.05)
+    said = str(fault.value)
+    assert "at most 5% of the partner's lines to be missing, got 11 of 26: faults of the partner ended 11 of 12" in said
+    assert "mend the partner" in said
+    assert said.endswith("The last causes: 11 × [timeout] No answer. (last: reply 'well 0')")
+    with pytest.raises(ConversationError, match="ended 2 of 2 conversations; mend the partner"):
+        check_partner([lost, lost], 0.5)
+    never = [played(1, "no_opening", "no such model")] * 12
+    training.check_judge(never, 0.0)
+    with pytest.raises(ConversationError, match=r"never gave an opening line in 12 of 12.*\[no_opening\] no such m"):
+        check_partner(never, 0.05)
+
+
+def test_a_partner_that_fails_does_not_raise_the_consistency() -> None:
+    whole = [played(4)] * 8
+    lost = [played(1, "timeout")] * 4 + [played(2, "timeout")] * 2 + [played(4)] * 2
+    assert partner_weights(whole).tolist() == [1.0] * 4
+    assert partner_weights(lost).tolist() == [1.0, 2.0, 4.0, 4.0]
+    for measure in (
+        lambda some: training.batch_metrics(some)["consistency"],
+        lambda some: summarise(some).persona_consistency,
+    ):
+        assert measure(whole) == measure(lost) == 1.75 / 4
+    unopened = [*whole, played(1, "no_opening")]
+    assert training.batch_metrics(unopened)["judge_failures"] == summarise(unopened).judge_failures == 0
+    assert training.batch_metrics(unopened)["consistency"] == summarise(unopened).persona_consistency == 1.75 / 4
+    short = [played(2, "ok")] * 4 + [played(4)] * 4  # the policy's own end is no fault
+    assert partner_weights(short).tolist() == [1.0] * 4
+
+
+def test_a_partner_s_reason_is_kept_in_the_file() -> None:
+    lost = played(1, "timeout", "No answer.")
+    assert from_json(to_json(lost)) == lost
+    assert "partner_reason" not in to_json(played(4))

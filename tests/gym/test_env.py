@@ -184,12 +184,28 @@ def test_an_option_that_is_none_is_refused(kwargs: dict[str, Any], message: str)
         PersonaChatEnv(**kwargs)
 
 
-@pytest.mark.parametrize("action", [None, 3, b"bytes", ["a"], "x" * (MAX_CHARS + 1)])
+@pytest.mark.parametrize("action", [None, 3, b"bytes", ["a"]])
 def test_an_action_that_is_none_is_refused(action: Any) -> None:
     env = PersonaChatEnv()
     env.reset(seed=0)
     with pytest.raises(ValueError, match="expected the action to be a str of at most"):
         env.step(action)
+
+
+@ALL
+@pytest.mark.parametrize(
+    "reply", ["I " * 20_000, "x" * 100_000, "I nurse people. " * 50_000, "(\n" * 9_000, "日本" * 9_000]
+)
+def test_a_reply_of_any_length_is_judged_on_its_first_part(domain: str, reply: str) -> None:
+    whole, part = PersonaChatEnv(domain), PersonaChatEnv(domain)
+    for env in (whole, part):
+        env.reset(seed=0)
+    step = whole.step(reply)
+    assert step == part.step(reply[: MAX_CHARS - 4] + " […]")
+    assert step[-1]["verdict"]["status"] == "scored"
+    assert whole._conversation is not None
+    assert len(whole._conversation.said()[0]) == MAX_CHARS
+    whole.step("I am fine.")
 
 
 def test_only_a_conversation_that_goes_on_can_be_stepped() -> None:

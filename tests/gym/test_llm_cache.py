@@ -72,15 +72,42 @@ def test_what_shapes_the_answer_is_in_the_key_and_nothing_else(make: Make) -> No
         dataclasses.replace(PLAIN, sample=1),
     ]
     with Loopback(lambda body: "fine") as one, Loopback(lambda body: "fine", model=["loopback", "other"]) as two:
-        chat = make(one)
+        chat = make(one, identity="ours")
         assert not any(answer.cached for answer in ask(chat, *variants))
         assert len(one.requests) == len(variants) + 1  # and the probe for a schema
         same = dataclasses.replace(PLAIN, messages=({"content": "Who are you?", "role": "user"},))
-        elsewhere = make(two, timeout=9.0, concurrency=2, attempts=1)
+        elsewhere = make(two, timeout=9.0, concurrency=2, attempts=1, identity="ours")
         assert all(answer.cached for answer in ask(elsewhere, *variants[:5], *variants[6:], same))
         other = ChatClient(dataclasses.replace(elsewhere.settings, model="other"))
         assert not ask(other, PLAIN)[0].cached
         other.close()
+
+
+def test_another_server_under_the_same_name_is_asked_and_a_server_that_moved_is_not(make: Make) -> None:
+    with Loopback(lambda body: "one") as one, Loopback(lambda body: "two") as two, Loopback(echo) as third:
+        assert [ask(make(server), PLAIN)[0].text for server in (one, two)] == ["one", "two"]
+        moved = make(third, identity=one.url)
+        assert ask(moved, PLAIN)[0] == Answer("ok", "one", cached=True, finish="stop")
+        assert ask(make(third, extra_body={"top_k": 1}), PLAIN)[0].text == "third"
+        assert not ask(make(third, extra_body={"top_k": 2}), PLAIN)[0].cached
+    several = [ClientSettings(urls, "m").servers for urls in ((one.url, two.url), (two.url, one.url))]
+    assert several[0] == several[1] == " ".join(sorted((one.url, two.url)))
+
+
+def test_an_answer_that_was_cut_off_is_kept_for_the_room_that_it_had(make: Make) -> None:
+    long = Reply(text="word " * 400)
+    with Loopback(lambda body: long) as server:
+        first = ask(make(server, headroom=50), PLAIN)[0]
+        assert first.finish == "length"
+        assert ask(make(server, headroom=50), PLAIN)[0].cached
+        paid = len(server.requests)
+        more = ask(make(server, headroom=200), PLAIN)[0]
+        assert (more.finish, more.cached) == ("stop", False)
+        assert len(server.requests) == paid + 2
+
+
+def echo(body: dict[str, Any]) -> str:
+    return "third"
 
 
 def test_a_schema_that_was_sent_is_another_question(make: Make) -> None:

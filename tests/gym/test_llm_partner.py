@@ -123,7 +123,7 @@ def test_a_reply_reaches_the_partner_without_control_text_or_reasoning() -> None
 
 
 def test_a_bad_line_is_sampled_again_and_counted() -> None:
-    speaker = partner(by_sample(FAREWELL, "<think>Hm.</think>Well?", "Therapist: " + GOOD))
+    speaker = partner(by_sample(FAREWELL, "Well? <think>Hm.</think>", "Therapist: " + GOOD))
     assert speaker.speak([Conversation(Persona("p", "x"))], rngs(1)) == [Said(GOOD)]
     assert (speaker.lines, speaker.faults) == (1, Counter())
     assert speaker.retried == {"early_farewell": 1, "leaked_reasoning": 1}
@@ -134,21 +134,31 @@ def test_a_bad_line_is_sampled_again_and_counted() -> None:
 
 def test_a_fault_that_stays_gives_no_line() -> None:
     speaker = partner(lambda _: FAREWELL, retries=1)
-    assert speaker.speak([Conversation(Persona("p", "x"))] * 2, rngs(1, 2)) == [Said("", "early_farewell")] * 2
+    assert (
+        speaker.speak([Conversation(Persona("p", "x"))] * 2, rngs(1, 2))
+        == [Said("", "early_farewell", "it said 'Goodbye!'")] * 2
+    )
     assert (speaker.faults, speaker.retried, len(asked(speaker))) == ({"early_farewell": 2}, Counter(), 4)
 
 
 @pytest.mark.parametrize("status", ["timeout", "refused", "error"])
 def test_a_failed_call_gives_no_line(status: Any) -> None:
     speaker = partner(by_sample(FAREWELL, Answer(status, reason="It failed.")))
-    assert speaker.speak([Conversation(Persona("p", "x"))], rngs(1)) == [Said("", status)]
+    assert speaker.speak([Conversation(Persona("p", "x"))], rngs(1)) == [Said("", status, "It failed.")]
     assert (speaker.faults, speaker.retried) == ({status: 1}, Counter())
 
 
-def test_a_line_that_was_cut_off_is_a_fault() -> None:
+def test_a_line_that_was_cut_off_is_a_fault_and_not_asked_for_again() -> None:
     speaker = partner(by_sample(Answer("ok", "And then you", finish="length"), GOOD))
+    assert speaker.speak([Conversation(Persona("p", "x"))], rngs(1)) == [Said("", "too_long", "cut off at max_tokens")]
+    assert (speaker.faults, len(asked(speaker))) == ({"too_long": 1}, 1)
+
+
+@pytest.mark.parametrize("thoughts", ["<think>Hm.</think>", "[THINK]Hm.[/THINK]\n", "Hm.</think>\n\n"])
+def test_thoughts_in_front_of_a_line_are_no_part_of_it(thoughts: str) -> None:
+    speaker = partner(lambda _: thoughts + GOOD)
     assert speaker.speak([Conversation(Persona("p", "x"))], rngs(1)) == [Said(GOOD)]
-    assert speaker.retried == {"too_long": 1}
+    assert len(asked(speaker)) == 1
 
 
 def test_a_line_draws_one_number_however_many_samples_it_takes() -> None:

@@ -19,7 +19,7 @@ from ppg_gym.judges import FailureRateError, JudgeError
 from ppg_gym.judges.failure_limit import FEW
 from ppg_gym.llm.chat import BudgetError
 from ppg_gym.llm.loopback import Loopback, Reply
-from ppg_gym.partners import Said
+from ppg_gym.partners import ENDED, PartnerFailureRateError, Said
 from ppg_gym.partners.llm import LLMPartner
 from ppg_gym.vector import PersonaChatVectorEnv
 
@@ -142,6 +142,46 @@ def test_too_many_failures_stop_the_environment_and_show_what_they_were() -> Non
     free.reset(seed=0)
     for _ in range(20):
         assert np.isnan(free.step(("bad",) * 20)[1]).all()
+
+
+def test_a_partner_that_fails_too_often_stops_the_environment_and_the_judge_is_not_blamed() -> None:
+    made = envs(11, max_turns=100)
+    made.reset(seed=0)
+    with pytest.raises(PartnerFailureRateError) as fault:
+        made.step(("break",) * 11)
+    said = str(fault.value)
+    assert "at most 5% of the partner's lines to be missing, got 11 of the last 22; mend the partner" in said
+    assert "raise max_partner_failure_rate. The last causes: 11 × [role_flip] (last: persona chatting-train-" in said
+    assert "reply 'break')" in said
+    assert "judge" not in said
+    free = envs(11, max_turns=100, max_partner_failure_rate=1)
+    free.reset(seed=0)
+    assert free.step(("break",) * 11)[3].all()
+    assert not envs(10, max_turns=100).reset(seed=0)[1].get("reason")
+
+
+def test_a_partner_that_never_opens_is_named_as_such() -> None:
+    with Loopback(lambda body: Reply(400, "no such adapter"), model="m") as server:
+        options = {"model": "m", "cache": False, "base_url": server.url}
+        made = envs(11, partner=LLMPartner("chatting", options))
+        with pytest.raises(PartnerFailureRateError, match=r"11 × \[no opening line\] error: .*no such ad") as fault:
+            made.reset(seed=0)
+        assert "mend the partner" in str(fault.value)
+        few = envs(2, partner=made.simulator.partner)
+        _, infos = few.reset(seed=0)
+        assert infos["partner"]["status"].tolist() == ["error"] * 2
+        assert "no such adapter" in infos["partner"]["reason"][0]
+        made.close()
+
+
+def test_a_person_who_stops_is_no_fault() -> None:
+    class Person(Partner):
+        def _line(self, conversation: Conversation) -> Said:
+            return Said("", ENDED) if conversation.lines else Said("Hello.")
+
+    made = envs(20, partner=Person(), max_partner_failure_rate=0)
+    made.reset(seed=0)
+    assert made.step(("a",) * 20)[3].all()
 
 
 def test_parts_of_one_s_own_are_named_by_module_and_class() -> None:
