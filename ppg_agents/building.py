@@ -27,9 +27,14 @@ from ppg_agents.terminal.progress import quiet_libraries
 
 
 def load_policy(config: TrainConfig) -> Policy:
-    """Return the policy at the start of a run: the model with a fresh adapter."""
+    """Return the policy at the start of a run: the model with a fresh adapter.
+
+    Raises:
+        ValueError: The model cannot be used, or cannot be trained; the message says why.
+    """
     policy = load_model(config, config.model, config.lora if config.lora.rank else None)
     policy.gradient_checkpointing(config.load.gradient_checkpointing)
+    policy.try_learning()
     return policy
 
 
