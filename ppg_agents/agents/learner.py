@@ -127,6 +127,11 @@ class Learner(OfflineAgent):
         )
 
     @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """What the optimiser steps on: the trained weights, or float32 copies of those in fewer bits."""
+        return self._descent.masters.tensors
+
+    @property
     def steps(self) -> int:
         """Optimiser steps taken."""
         return self._descent.steps
@@ -358,7 +363,7 @@ class Learner(OfflineAgent):
         """
         average = self._average.state_dict()
         state = {"steps": self.steps, "policy_version": self.policy.version, "moving_average": average}
-        save_state(Path(folder), self.policy, self.optimizer, state, self._workers)
+        save_state(Path(folder), self.policy, self.optimizer, self._descent.masters, state, self._workers)
         if self.head is not None and self._workers.main:
             self.head.save(Path(folder) / FILE)
 
@@ -368,7 +373,7 @@ class Learner(OfflineAgent):
         Raises:
             ValueError: Another schema, another model, or an optimiser state that does not fit.
         """
-        state = load_state(Path(folder), self.policy, self.optimizer)
+        state = load_state(Path(folder), self.policy, self.optimizer, self._descent.masters)
         self._average.load_state_dict(state["moving_average"])
         self._descent.steps = int(state["steps"])
         self.policy.version = int(state["policy_version"])
