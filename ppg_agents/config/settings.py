@@ -25,7 +25,7 @@ PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
 _SERVER = ("base_url", "timeout", "attempts", "concurrency", "api_key_env", "cache", "max_calls", "max_total_tokens")
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
-    "evaluation.at",
+    *("evaluation.at", "max_log_prob_gap"),
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )
