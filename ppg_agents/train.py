@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ppg_agents.agents.protocol import Agent
-from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
+from ppg_agents.building import advise, build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import TrainConfig, differences
 from ppg_agents.credit import Mask
@@ -89,6 +89,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             torch.set_num_threads(config.threads)
         task: Task = Offline(config, interrupt, team) if config.offline.files else Online(config, interrupt, team)
         policy = load_policy(config)
+        if team.main:
+            advise(config, policy)
         name = team.gather([uuid.uuid4().hex])[0]
         speech = replace(config.sampling, backend="hf", endpoints=()) if config.offline.files else config.sampling
         sampler = make_sampler(policy, speech, folder / "sampler", run=name, write=team.main)

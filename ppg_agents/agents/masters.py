@@ -33,7 +33,7 @@ class Masters:
         self.tensors = [nn.Parameter(p.detach().float()) if _narrow(p) else p for p in self._parameters]
         self._pairs = [(p, copy) for p, copy in zip(self._parameters, self.tensors, strict=True) if copy is not p]
         for p, copy in self._pairs:
-            p.register_post_accumulate_grad_hook(lambda p, copy=copy: _move_gradient(p, copy))  # type: ignore[misc]
+            p.register_post_accumulate_grad_hook(lambda p, copy=copy: _move_gradient(p, copy))  # type: ignore[no-untyped-call]
 
     def gather(self) -> None:
         """Move gradients that came without the hook (weights split over processes)."""

@@ -42,18 +42,21 @@ def save_plain(model: Any, tokenizer: Any, folder: Path, end_of_turn: int) -> No
     Args:
         model: A transformers causal LM.
         tokenizer: Its tokenizer.
-        folder: Made if it does not exist. Everything is written beside it, in ``.<name>.tmp``, and then moved in.
+        folder: Written beside it first, in ``.<name>.tmp``, and then renamed; if it holds files, moved in among them.
         end_of_turn: The token that closes a reply, at which whoever generates with the model is to stop.
     """
+    folder = folder.absolute()
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with _stopping_at(model, end_of_turn):
             model.save_pretrained(str(aside))
         tokenizer.save_pretrained(str(aside))
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in aside.iterdir():
-            os.replace(path, folder / path.name)
+        if folder.exists() and any(folder.iterdir()):
+            for path in aside.iterdir():
+                os.replace(path, folder / path.name)
+        else:
+            os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

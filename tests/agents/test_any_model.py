@@ -6,7 +6,9 @@ Each works from loading to resuming, or is refused at load in one line that says
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from gymnasium.vector import SyncVectorEnv
 
 from ppg_agents import credit
 from ppg_agents.agents.learner import Learner
+from ppg_agents.building import advise
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.policy import LoraSettings, Policy, add_lora
 from ppg_agents.rollout import collect
@@ -293,3 +297,22 @@ class TestSixteenBits:
             model = random_model("Qwen3Moe", **EXPERTS["Qwen3Moe"]).bfloat16()
             policy = Policy(add_lora(model, LoraSettings(rank=2, targets=targets)), byte_tokenizer())
             assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+class TestAdvice:
+    def test_settings_of_the_embedded_model_are_questioned_on_a_large_one(
+        self, policy: Policy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        advise(TrainConfig(), policy)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr("ppg_agents.building._LARGE", 1000)
+        monkeypatch.setattr("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 10_000)
+        advise(TrainConfig(), policy)
+        rate, memory = capsys.readouterr().err.splitlines()
+        assert rate.endswith("0 M weights with LoRA 1e-4 to 1e-3 is usual: --set learning_rate=1e-4")
+        assert re.search(r"micro_batch_tokens 8192 may need .* --set micro_batch_tokens=\d+ or", memory)
+        suited = TrainConfig(learning_rate=1e-4, micro_batch_tokens=256)
+        advise(suited, policy)
+        assert capsys.readouterr().err == ""
+        advise(replace(suited, lora=LoraSettings(rank=0), learning_rate=1e-3), policy)
+        assert "weights 1e-6 to 1e-5 is usual" in capsys.readouterr().err
