@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ppg_agents.agents.protocol import Agent
-from ppg_agents.building import build_agent, integer_seed, load_policy, split, synchronise
+from ppg_agents.building import advise, build_agent, integer_seed, load_policy, split, synchronise
 from ppg_agents.config.checks import check_learning
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import TrainConfig, differences
@@ -34,6 +34,7 @@ from ppg_agents.distributed import Workers, finish, workers
 from ppg_agents.evaluate import play, summarise
 from ppg_agents.generation import GenerationError, Sampler, SingleSampler, make_sampler, speaking
 from ppg_agents.horizon.planner import Planner
+from ppg_agents.ledger import LedgerError
 from ppg_agents.offline import Offline
 from ppg_agents.policy.policy import Policy
 from ppg_agents.rollout.environment import (
@@ -71,6 +72,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
         ConfigError: Settings that contradict the environment or the resumed run.
         RunError: The folder is not empty, holds no run or a damaged one, is in use, or cannot be written.
         ConversationError: Judge or partner fails too often, a server is gone, a budget is used up; the run is saved.
+        LedgerError: A batch is not what the policy sampled; the run is saved.
         Interrupted: The user stopped the run; it is saved.
     """
     require(config.report_to)
@@ -89,6 +91,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             torch.set_num_threads(config.threads)
         task: Task = Offline(config, interrupt, team) if config.offline.files else Online(config, interrupt, team)
         policy = load_policy(config)
+        if team.main:
+            advise(config, policy)
         name = team.gather([uuid.uuid4().hex])[0]
         speech = replace(config.sampling, backend="hf", endpoints=()) if config.offline.files else config.sampling
         sampler = make_sampler(policy, speech, folder / "sampler", run=name, write=team.main)
@@ -138,7 +142,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             synchronise(sampler, policy, team)
             if team.main:
                 held_out(task, run, "after", done, trackers)
-        except (Stop, ConversationError, GenerationError) as stop:
+        except (Stop, ConversationError, GenerationError, LedgerError) as stop:  # no step was taken on the batch
             latest = run.latest_checkpoint()
             fresh = latest is not None and latest[0] == done
             if isinstance(stop, Stop):  # all ranks stop together; a fault may hit one alone
@@ -148,7 +152,8 @@ def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
             if isinstance(stop, Stop):
                 raise Interrupted(run.folder, done) from None
             latest = run.latest_checkpoint()
-            raise ConversationError(f"{stop}; {saved(run.folder, latest[0] if latest else 0)}") from stop
+            kind = LedgerError if isinstance(stop, LedgerError) else ConversationError
+            raise kind(f"{stop}; {saved(run.folder, latest[0] if latest else 0)}") from stop
         finally:
             task.close()
         if team.main:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ppg_agents import ledger, losses
 from ppg_agents.agents.importance import Importance, importance_weights
+from ppg_agents.agents.masters import Masters
 from ppg_agents.agents.settings import LearnerSettings
 from ppg_agents.agents.sums import Ratios, Sums, WeightSums
 from ppg_agents.agents.watch import watch
@@ -135,6 +136,7 @@ class Descent:
 
     Attributes:
         optimizer: The AdamW.
+        masters: What it steps on: the weights, or float32 copies of those in fewer bits.
         steps: Steps taken.
     """
 
@@ -144,7 +146,8 @@ class Descent:
         self._policy, self._settings, self._workers = policy, settings, workers
         limit = settings.max_log_prob_gap
         self._gap_limit = ledger.default_gap_limit(policy.model.dtype) if limit is None else limit
-        self._parameters = policy.parameters()
+        self.masters = Masters(policy.parameters())
+        self._parameters = self.masters.tensors
         self.optimizer = torch.optim.AdamW(
             groups(self._parameters),
             lr=settings.rate(0),
@@ -204,6 +207,7 @@ class Descent:
         }
         if not whole.valid.any():
             return metrics
+        self.masters.gather()
         self._workers.sum_gradients(self._parameters)
         norm = clip(self._parameters, self._settings.max_grad_norm)
         if not np.isfinite(norm):
@@ -211,6 +215,7 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.masters.write()
         self.steps += 1
         self._policy.version += 1
         clipped = float(norm > self._settings.max_grad_norm)

@@ -133,6 +133,11 @@ class Learner(OfflineAgent):
         )
 
     @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """What the optimiser steps on: the trained weights, or float32 copies of those in fewer bits."""
+        return self._descent.masters.tensors
+
+    @property
     def steps(self) -> int:
         """Optimiser steps taken."""
         return self._descent.steps
@@ -364,7 +369,7 @@ class Learner(OfflineAgent):
         """
         average = self._average.state_dict()
         state = {"steps": self.steps, "policy_version": self.policy.version, "moving_average": average}
-        save_state(Path(folder), self.policy, self.optimizer, state, self._workers)
+        save_state(Path(folder), self.policy, self.optimizer, self._descent.masters, state, self._workers)
         if self.head is not None and self._workers.main:
             self.head.save(Path(folder) / FILE)
 
@@ -374,7 +379,7 @@ class Learner(OfflineAgent):
         Raises:
             ValueError: Another schema, another model, or an optimiser state that does not fit.
         """
-        state = load_state(Path(folder), self.policy, self.optimizer)
+        state = load_state(Path(folder), self.policy, self.optimizer, self._descent.masters)
         average = state["moving_average"]
         if len(average["mean"]) == len(self._average.mean):
             self._average.load_state_dict(average)

@@ -35,8 +35,9 @@ class LearnerSettings:
         entropy_coefficient: Weight of the entropy bonus, per token in nats (see `gradient.Objective`).
         reference_kl_every: Batches from one measurement of the divergence from the model without its adapter to the
             next, where the loss does not need it; 0 for never.
-        max_log_prob_gap: Learning stops where the sampler's log-prob of a token and the learner's differ by more
-            nats; None for a limit set by the learner's precision (`ledger.default_gap_limit`). Stale turns are exempt.
+        max_log_prob_gap: Learning stops where the log-probs of sampler and learner differ by more nats per uncertain
+            token (`ledger.gap_fault`); None for a limit set by the learner's precision (`ledger.default_gap_limit`).
+            Stale turns are exempt.
         max_staleness: How many optimiser steps a turn's policy version may be behind; 0 is on-policy.
         steps_per_batch: Optimiser steps on every online batch. From the second on, the replies come from an older
             policy, so more than 1 needs importance weights, or a method whose loss has its own ratios.

@@ -13,19 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppg_agents.agents.masters import Masters
 from ppg_agents.distributed import Workers, joined, split_like, whole_weights
 from ppg_agents.policy.policy import Policy
 
 SCHEMA = "ppg-agent/1"
+MASTER = "master"
 
 
 def save_state(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, own: Mapping[str, Any], workers: Workers
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    masters: Masters,
+    own: Mapping[str, Any],
+    workers: Workers,
 ) -> None:
-    """Write adapter, tokenizer, moments, and the learner's ``own`` state as JSON; only the main worker writes."""
+    """Write adapter, tokenizer, moments, and the learner's ``own`` state as JSON; only the main worker writes.
+
+    Float32 copies of weights in fewer bits go with the moments.
+    """
     from safetensors.torch import save_file
 
-    moments = _moments_of(policy.model, optimizer)
+    moments = _moments_of(policy.model, optimizer, masters)
     with whole_weights(policy.model):
         if not workers.main:
             return
@@ -36,8 +46,8 @@ def save_state(
     (folder / "agent.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load policy and moments, and return the learner's own state.
+def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, masters: Masters) -> dict[str, Any]:
+    """Load policy, moments and float32 copies, and return the learner's own state.
 
     Raises:
         ValueError: The schema, the model or the optimiser state does not fit.
@@ -49,21 +59,31 @@ def load_state(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -
     with whole_weights(policy.model):
         policy.load_weights(folder)
     optimizer.state.clear()
-    optimizer.state.update(moments)
+    for parameter, master in masters.by_weight().items():
+        kept = moments.get(parameter, {})
+        if master is not parameter:
+            with torch.no_grad():  # before the first step the copy is the weight
+                master.copy_(kept.pop(MASTER, parameter.float()))
+        if kept:
+            optimizer.state[master] = kept
     return state
 
 
-def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the moments of every trainable weight: ``<weight>.<kind>`` -> whole tensor."""
-    return {
-        f"{name}.{kind}": joined(tensor).contiguous()
-        for name, parameter in _trainable(model).items()
-        for kind, tensor in optimizer.state.get(parameter, {}).items()
-    }
+def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer, masters: Masters) -> dict[str, Tensor]:
+    """Return ``<weight>.<kind>`` -> whole tensor for the moments of every trainable weight, and for its copy."""
+    whole: dict[str, Tensor] = {}
+    steps_on = masters.by_weight()
+    for name, parameter in _trainable(model).items():
+        master = steps_on[parameter]
+        kept = dict(optimizer.state.get(master, {}))
+        if kept and master is not parameter:
+            kept[MASTER] = master.detach()
+        whole |= {f"{name}.{kind}": joined(tensor).contiguous() for kind, tensor in kept.items()}
+    return whole
 
 
 def _read_moments(file: Path, policy: Policy) -> dict[Tensor, dict[str, Tensor]]:
-    """Return the saved moments, split over the workers like the model's weights."""
+    """Return the saved moments and copies, split over the workers like the model's weights."""
     from safetensors.torch import load_file
 
     named, moments = _trainable(policy.model), dict[Tensor, dict[str, Tensor]]()

@@ -28,7 +28,7 @@ _SERVER = (
 )
 RESUMABLE = (
     *("iterations", "out", "threads", "checkpoint_every", "keep_checkpoints", "report_to", "env.max_failure_rate"),
-    *("evaluation.at", "env.max_partner_failure_rate"),
+    *("evaluation.at", "env.max_partner_failure_rate", "max_log_prob_gap"),
     *("sampling.endpoints", "sampling.timeout", "sampling.patience", "load.gradient_checkpointing"),
     *(f"env.{part}_options.{key}" for part in ("judge", "partner") for key in _SERVER),
 )

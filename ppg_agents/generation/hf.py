@@ -16,6 +16,8 @@ from ppg_agents.generation import Sample
 from ppg_agents.policy.policy import Policy
 
 _SLOTS = 128  # per row at first; doubled when a conversation outgrows them
+_TRIAL = {True: 1e-2, False: 0.2}  # nats per token that rounding alone does not reach, in 32 bits and in fewer
+_TRIAL_TOKENS = 16
 _FEW = 1 / 3  # finished rows ride along until so few are left that gathering those is cheaper
 
 
@@ -96,6 +98,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         self._stores, self.slots = grown, slots
 
 
+def _unfit(policy: Policy, got: str) -> str:
+    """Return the message for a model that cannot be sampled with `SlotCache`."""
+    return (
+        f"expected a model whose key-value cache holds all that it remembers (full or sliding-window attention), got "
+        f"{policy.config.model_type!r} with {got}; let vLLM sample in training: "
+        "--set sampling.backend=vllm"
+    )
+
+
 class HFSampler:
     """Samples replies for n conversations in lockstep.
 
@@ -114,7 +125,8 @@ class HFSampler:
             temperature: Sampling temperature; 0 takes the most likely token.
 
         Raises:
-            ValueError: A limit is out of range, or a layer's attention is neither full nor sliding-window.
+            ValueError: A limit is out of range, or the model computes something else with this cache than without
+                (it has layers other than full and sliding-window attention).
         """
         if max_new_tokens >= policy.context_length:
             raise ValueError(
@@ -127,14 +139,49 @@ class HFSampler:
             )
         kinds = set(getattr(policy.config, "layer_types", None) or ())
         if kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"expected full or sliding-window attention layers, got {sorted(kinds)}")
+            raise ValueError(_unfit(policy, f"layers of the kinds {', '.join(sorted(kinds))}"))
         self.policy = policy
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.context_length = policy.context_length
         self._kinds = kinds
         self._window: int | None = getattr(policy.config, "sliding_window", None)
+        if policy.context_length >= _TRIAL_TOKENS:
+            self._try_cache()
         self.start(0)
+
+    @torch.inference_mode()
+    def _try_cache(self) -> None:
+        """Raise unless two short conversations of two turns get the log-probs that the learner gives them.
+
+        Not every model says what kinds of layers it has: one that keeps a state of its own between tokens (RWKV), or
+        reads an encoder, would be sampled from another distribution than is learned.
+        """
+        generator = torch.Generator(self.policy.device).manual_seed(0)
+        turns = [([1, 2, 3, 4, 5, 6, 7], [2, 4]), ([1, 3, 5], [5, 6, 7, 8])]  # of unequal lengths: some is padding
+        length, self.max_new_tokens = self.max_new_tokens, min(2, self.max_new_tokens)
+        rows: list[list[int]] = [[], []]
+        apart = []
+        try:
+            self.start(2)
+            for prompts in turns:
+                for row, prompt, sample in zip(rows, prompts, self.reply(prompts, generator), strict=True):
+                    assert sample is not None  # both conversations were asked
+                    row += [*prompt, *sample.token_ids]
+                    ids = torch.tensor([row])
+                    learner = self.policy.log_probs(ids, torch.ones_like(ids), temperature=self.temperature or 1.0)
+                    own = torch.tensor(sample.log_probs, device=learner.device)
+                    apart.append((learner[0, -len(own) :] - own).abs().mean())
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(_unfit(self.policy, f"{type(error).__name__}: {reason}")) from error
+        finally:
+            self.max_new_tokens = length
+        mean = float(torch.stack(apart).mean())
+        if not mean <= _TRIAL[torch.finfo(self.policy.model.dtype).bits >= 32] / min(1.0, self.temperature or 1.0):
+            raise ValueError(_unfit(self.policy, f"log-probs {mean:.2g} nats apart"))
 
     def start(self, n: int) -> None:
         """Start n new conversations and forget the old ones."""

@@ -6,6 +6,7 @@ knows a token or a reward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from ppg_agents.config.settings import LoraSettings
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -27,6 +30,7 @@ class Adapted:
         name: Its name there.
         module: PEFT's layer.
         base: The layer it wraps, with the frozen weight.
+        weight: The frozen weight: a matrix, or those of all experts, [experts, …, …].
         adapter: PEFT's name for the active adapter.
         plain: Whether it computes just ``W + s · B A``; False with DoRA or a trained bias.
         quantised: Whether the base weight is stored in 4 or 8 bits.
@@ -36,6 +40,7 @@ class Adapted:
     name: str
     module: Any
     base: Any
+    weight: nn.Parameter
     adapter: str
     plain: bool = True
     quantised: bool = False
@@ -50,22 +55,63 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> Any:
 
     The update is scaled by ``alpha / rank``, with rsLoRA (arXiv 2312.03732) by ``alpha / √rank``. DoRA
     (arXiv 2402.09353) also trains the norm of every output's weights.
+
+    In a mixture of experts whose experts are fused into one parameter, ``"all-linear"`` leaves out the whole block of
+    experts, router and shared experts; experts are adapted where a target names their parameter.
+
+    Raises:
+        ValueError: PEFT cannot put LoRA on these targets; the message has its reason.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    targets: str | list[str] = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    experts = _fused_experts(model)
+    if targets == "all-linear" and experts:
+        targets = _outside(model, {path.split(".")[-3] for path in experts})
+        log.info("LoRA leaves experts and routers alone; to train experts, name their parameters in lora.targets")
+    parameters = [t for t in targets if any(f".{path}".endswith(f".{t}") for path in experts)] if experts else []
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=targets,
+        target_modules=[t for t in targets if t not in parameters] if parameters else targets,
+        target_parameters=parameters or None,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"lora.targets {settings.targets!r}: expected layers of {type(model).__name__} that PEFT can adapt, got: "
+            f"{' '.join(str(error).split())[:200]}; name other layers in lora.targets, or set lora.rank=0"
+        ) from error
+
+
+def _fused_experts(model: nn.Module) -> list[str]:
+    """Return the names of parameters that hold the weights of all experts of a layer, [experts, …, …]."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if "expert" in path.rpartition(".")[2]
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
+
+
+def _outside(model: Any, blocks: set[str]) -> list[str]:
+    """Return the names of all linear layers but the head and those in modules with one of these names."""
+    # Not only the layers with experts: PEFT reads `gate_proj` in a dense layer as "the experts", as they once were.
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not model.get_output_embeddings()
+        and not blocks & set(path.split("."))
+    ]
 
 
 def adapted_layers(model: Any) -> list[Adapted]:
@@ -97,7 +143,8 @@ def adapted_layers(model: Any) -> list[Adapted]:
         if not (kind == "LoRA" or kind.startswith("Dora")) or not hasattr(module, "get_delta_weight"):
             raise ValueError(f"expected LoRA, rsLoRA or DoRA at {path}, got {kind}, which cannot be merged; use one")
         base = module.get_base_layer()
-        if len(shared := owners.get(id(base.weight), [])) > 1:
+        weight = base.weight if hasattr(base, "weight") else module.get_param()
+        if len(shared := owners.get(id(weight), [])) > 1:
             raise ValueError(f"expected an untied weight at {path}, got one that is tied: {shared}; drop the target")
         parent, _, name = path.rpartition(".")
         layers.append(
@@ -106,9 +153,10 @@ def adapted_layers(model: Any) -> list[Adapted]:
                 name=name,
                 module=module,
                 base=base,
+                weight=weight,
                 adapter=adapter,
                 plain=variant is None and not module.lora_bias.get(adapter),
-                quantised=not base.weight.is_floating_point(),
+                quantised=not weight.is_floating_point(),
             )
         )
     return layers
@@ -133,7 +181,7 @@ def merge(layers: Sequence[Adapted]) -> Iterator[Originals]:
                     continue
                 originals.append((layer, [(p, p.data) for p in layer.base.parameters(recurse=False)]))
                 if layer.plain:
-                    weight = layer.base.weight
+                    weight = layer.weight
                     weight.data = weight.data + layer.module.get_delta_weight(layer.adapter).to(weight.dtype)
                 else:
                     layer.module.merge(safe_merge=True, adapter_names=[layer.adapter])
@@ -142,7 +190,7 @@ def merge(layers: Sequence[Adapted]) -> Iterator[Originals]:
                 setattr(layer.parent, layer.name, layer.base)
         yield originals
     finally:
-        for layer, parameters in originals:
+        for layer, parameters in reversed(originals):  # PEFT nests the layers of one module's parameters
             layer.module.merged_adapters.clear()
             for parameter, data in parameters:
                 parameter.data = data
@@ -155,7 +203,7 @@ def bypass(layers: Sequence[Adapted], merged: Originals) -> Iterator[None]:
     current = [(parameter, parameter.data) for _, parameters in merged for parameter, _ in parameters]
     present = [(layer, getattr(layer.parent, layer.name)) for layer in layers]
     try:
-        for _, parameters in merged:
+        for _, parameters in reversed(merged):
             for parameter, data in parameters:
                 parameter.data = data
         for layer in layers:
@@ -242,7 +290,9 @@ class _LoraLinear(torch.autograd.Function):
         low = rows @ down.T
         ctx.save_for_backward(rows, weight, down, up, low)
         out = nn.functional.linear(rows, weight, bias).addmm_(low, up.T, alpha=scale)
-        return out.view(*x.shape[:-1], -1)
+        # Not `view`: autograd lets nobody change a view from a custom function in place, as Gemma 3n does.
+        shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return shaped
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,7 @@ from ppg_agents.config.settings import LoraSettings
 from ppg_agents.models import saving
 from ppg_agents.models.finding import TINY, base_of
 from ppg_agents.models.loading import Kernels, Quantisation, load_base
+from ppg_agents.policy import trials
 from ppg_agents.policy.lora import Originals, adapted_layers, add_lora, bypass, dropout, fuse, merge
 from ppg_agents.policy.prompts import trainable_format
 
@@ -38,7 +39,7 @@ class Policy:
         config: The language model's transformers configuration.
         device: Where the weights are.
         end_of_turn_id: The token that closes a reply.
-        pad_id: The token that pads a batch.
+        pad_id: The token that pads a batch; always one that has an embedding.
         context_length: Longest conversation, in tokens.
         version: Optimiser steps taken; whoever takes a step increments it.
     """
@@ -60,8 +61,9 @@ class Policy:
             template_options: Extra variables for the chat template.
 
         Raises:
-            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), the model's head
-                is more than a linear layer with known scalings, or the LoRA variant cannot be merged.
+            ValueError: The chat template cannot be trained on (see `prompts.trainable_format`), a token of the
+                tokenizer has no embedding, the model's head is more than a linear layer with known scalings, or the
+                LoRA variant cannot be merged.
         """
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -71,15 +73,20 @@ class Policy:
         self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.format.end_of_turn))
         if self._encode(f"{self.format.end_of_turn}\n")[:1] != [self.end_of_turn_id]:
             raise ValueError(f"expected a tokenizer that encodes {self.format.end_of_turn!r} as one token, got several")
-        self.pad_id = int(self.end_of_turn_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self._lm = model.get_base_model() if hasattr(model, "peft_config") else model
+        rows = len(self._lm.get_input_embeddings().weight)
+        trials.check_tokens(tokenizer, self.format, rows)
+        pad = tokenizer.pad_token_id
+        self.pad_id = int(self.end_of_turn_id if pad is None or pad >= rows else pad)
         self.config = self._lm.config.get_text_config()
         self.context_length = int(getattr(self.config, "max_position_embeddings", None) or 2**31 - 1)
         self.device = next(model.parameters()).device
+        base = self._lm.base_model
+        self._body = self._lm.model if base is self._lm and hasattr(base, "model") else base  # as in Llama 4
         self._lora = adapted_layers(model)
         self._merged: Originals | None = None
         self._checkpointed: list[nn.Module] = []
-        self._check_head()
+        trials.check_head(self._lm, self.transformer, self.logits, lora=bool(self._lora))
 
     @classmethod
     def load(
@@ -132,7 +139,13 @@ class Policy:
         if adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+            try:
+                model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+            except RuntimeError as error:  # torch names every tensor, over many lines
+                raise ValueError(
+                    f"{adapter}: expected an adapter for {name}, got one with other shapes (for example embeddings of "
+                    "added tokens); merge it into its base model with PEFT, and load that"
+                ) from error
         elif lora is not None:
             model = add_lora(model, lora, seed)
         return cls(model, tokenizer, name=name, template_options=template_options)
@@ -184,7 +197,7 @@ class Policy:
         """
         learning = torch.is_grad_enabled()
         with dropout(self._lora, learning), _training(self._checkpointed if learning else []):
-            return cast(Tensor, self._lm.base_model(**inputs).last_hidden_state)
+            return cast(Tensor, self._body(**inputs).last_hidden_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits [..., vocab] of hidden states [..., hidden], in float32 or wider."""
@@ -388,7 +401,10 @@ class Policy:
 
     def save(self, folder: str | Path) -> None:
         """Write the PEFT adapter (or, without LoRA, the model) and the tokenizer, as safetensors and JSON."""
-        saving.save(self.model, self.tokenizer, self.name, Path(folder))
+        if hasattr(self.model, "peft_config"):
+            saving.save_adapter(self.model, self.tokenizer, self.name, Path(folder))
+        else:
+            saving.save_plain(self._lm, self.tokenizer, Path(folder), self.end_of_turn_id)
 
     def save_merged(self, folder: str | Path) -> None:
         """Write the model with LoRA folded into its weights, and the tokenizer, as a plain Hugging Face folder.
@@ -402,8 +418,7 @@ class Policy:
                 "save the adapter and load it without quantisation"
             )
         with self.merged():
-            self._lm.save_pretrained(str(folder))
-        self.tokenizer.save_pretrained(str(folder))
+            saving.save_plain(self._lm, self.tokenizer, Path(folder), self.end_of_turn_id)
 
     def load_weights(self, folder: str | Path) -> None:
         """Load what `save` wrote into this policy's weights.
@@ -414,17 +429,13 @@ class Policy:
         """
         saving.read_into(self.model, Path(folder), self.device)
 
-    def _check_head(self) -> None:
-        """Raise unless `transformer` and `logits` together are the model."""
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        with torch.no_grad():
-            expected = self._lm(input_ids=ids, use_cache=False).logits.float()
-            got = self.logits(self.transformer(input_ids=ids, use_cache=False)).float()
-        if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-2, atol=1e-2):
-            raise ValueError(
-                f"expected a causal LM whose logits are its head on the last hidden state, got "
-                f"{type(self._lm).__name__}, whose logits differ; choose another architecture"
-            )
+    def try_learning(self) -> None:
+        """Compute a gradient on four tokens, so that a model that cannot be trained is refused before any work.
+
+        Raises:
+            ValueError: The model cannot be trained with this LoRA; the message has the reason.
+        """
+        trials.check_learning(self._lm, self.parameters(), self.log_probs, lora=bool(self._lora))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,12 @@ from ppg_agents import credit, ledger
 from ppg_agents.agents.gradient import trained_tokens
 from ppg_agents.agents.learner import Learner
 from ppg_agents.batch import Batch, batch
+from ppg_agents.config.settings import TrainConfig
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import Gap, LedgerError
 from ppg_agents.policy import LoraSettings, Policy, add_lora
 from ppg_agents.rollout import collect
+from ppg_agents.rollout.environment import make_envs
 from ppg_agents.trajectory import Trajectory, Turn
 
 Make = Callable[..., Policy]
@@ -134,13 +137,77 @@ def test_gap_by_hand() -> None:
     theirs = torch.tensor([[5.0, -1.5, -2.25, math.nan], [5.0, -1.125, -1.0, 0.0]])
     mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]], dtype=torch.bool)
     whole = ledger.gap(own, theirs, mask, [4, 2])
-    assert (whole.count, whole.total, whole.largest, whole.at) == (3, 0.875, 0.5, (4, 1))
-    assert (whole.learner, whole.sampler, whole.mean) == (-1.0, -1.5, 0.875 / 3)
-    parts = [ledger.gap(own[[i]], theirs[[i]], mask[[i]], [row]) for i, row in ((1, 2), (0, 4))]
+    assert (whole.count, whole.total, whole.largest, whole.mean) == (3, 0.875, 0.5, 0.875 / 3)
+    first, second = whole.conversations
+    assert (first.row, first.count, first.total, first.largest) == (4, 2, 0.75, 0.5)
+    assert (first.position, first.learner, first.sampler) == (1, -1.0, -1.5)
+    assert first.uncertain == pytest.approx(2 - math.exp(-1.5) - math.exp(-2.25))
+    assert (second.row, second.count, second.total, second.position) == (2, 1, 0.125, 1)
+    parts = [ledger.gap(own[[i]], theirs[[i]], mask[[i]], [row]) for i, row in ((0, 4), (1, 2))]
     assert sum(parts, Gap()) == whole
     assert ledger.gap(own, torch.full_like(own, math.nan), mask, [0, 1]) == Gap()
     assert ledger.gap_fault(Gap(), 0.1, PLAYED) is None
-    assert ledger.gap_fault(whole, 0.5, PLAYED) is None
+
+
+def batch_of(conversations: int, tokens: int, probability: float) -> tuple[list[Trajectory], torch.Tensor]:
+    """Return conversations of one long reply each, and the sampler's log-probs [conversations, 1 + tokens]."""
+    score = math.log(probability)
+    reply = Turn("m", "r", (1,), tuple(range(tokens)), (score,) * tokens, 1.0, sampler="hf")
+    return [trajectory(reply)] * conversations, torch.full((conversations, 1 + tokens), score)
+
+
+class TestRounding:
+    """The limit is one of nats per uncertain token: 0.12 here, as in bfloat16."""
+
+    def fault(self, played: list[Trajectory], sampler: torch.Tensor, learner: torch.Tensor) -> str | None:
+        mask = torch.ones(sampler.shape, dtype=torch.bool)
+        mask[:, 0] = False
+        return ledger.gap_fault(ledger.gap(learner, sampler, mask, range(len(sampler))), 0.12, played)
+
+    def test_one_token_in_thousands_is_rounding(self) -> None:
+        played, sampler = batch_of(20, 100, 0.4)
+        noise = torch.randn(sampler.shape, generator=torch.Generator().manual_seed(0))
+        learner = sampler + 0.05 * noise
+        learner[7, 50] -= 3.0
+        assert self.fault(played, sampler, learner) is None
+        played, sampler = batch_of(1, 4, 0.4)  # nor is it in a short batch
+        learner = sampler.clone()
+        learner[0, 2] -= 1.1
+        assert self.fault(played, sampler, learner) is None
+
+    def test_a_small_difference_everywhere_is_another_sampler(self) -> None:
+        played, sampler = batch_of(20, 100, 0.4)
+        message = (
+            r"within 0.12 nats per uncertain token, got 0.16\d over 2000 tokens of the batch; most at conversation"
+        )
+        assert re.search(message, str(self.fault(played, sampler, sampler - 0.1)))
+
+    def test_a_sure_token_counts_less(self) -> None:
+        played, sampler = batch_of(20, 100, 0.95)
+        assert self.fault(played, sampler, sampler - 0.005) is None
+        assert self.fault(played, sampler, sampler - 0.05)
+
+    def test_one_wrong_conversation_of_many_is_found(self) -> None:
+        played, sampler = batch_of(40, 100, 0.4)
+        learner = sampler.clone()
+        learner[3] -= 0.2
+        message = (
+            r"within 0.24 nats per uncertain token, got 0.28\d over 100 of one conversation; most at conversation 4"
+        )
+        assert re.search(message, str(self.fault(played, sampler, learner)))
+
+    def test_rounding_of_logits_grows_as_the_temperature_falls(self) -> None:
+        played, sampler = batch_of(20, 100, 0.4)
+        assert self.fault(played, sampler, sampler - 0.1)
+        cool = [replace(t, turns=tuple(replace(turn, temperature=0.5) for turn in t.turns)) for t in played]
+        assert self.fault(cool, sampler, sampler - 0.1) is None
+
+    def test_the_advice_can_be_followed(self) -> None:
+        played, sampler = batch_of(20, 100, 0.4)
+        advised = re.search(r"--set max_log_prob_gap=([\d.]+)", str(self.fault(played, sampler, sampler - 0.1)))
+        assert advised
+        found = ledger.gap(sampler - 0.1, sampler, torch.ones(sampler.shape, dtype=torch.bool), range(20))
+        assert ledger.gap_fault(found, float(advised[1]), played) is None
 
 
 def rollout(policy: Policy, envs: SyncVectorEnv, temperature: float = 1.0, seed: int = 0) -> list[Trajectory]:
@@ -175,8 +242,9 @@ def test_a_log_prob_that_is_not_the_policy_s_stops_learning(make_policy: Make, t
     own = played[1].turns[2]
     forged = tuple(p - 0.25 * (i == 1) for i, p in enumerate(own.log_probs))
     message = (
-        rf"within 0.01, got {forged[1]:.6f} \(sampler 'hf'\) and -\d+\.\d+ \(learner\), 0.2(5|499)\d+ apart, at "
-        rf"conversation 2 of 3 .*, turn 3 of 3, token 2 of {len(forged)} \(id {own.token_ids[1]}\)"
+        rf"within 0.00\d+ nats per uncertain token, got 0.0\d+ over .* conversation 2 of 3 .*, turn 3 of 3, "
+        rf"token 2 of {len(forged)} \(id {own.token_ids[1]}\): {forged[1]:.6f} \(sampler 'hf'\) and -\d+\.\d+ "
+        r"\(learner\), 0.2(5|499)\d+ apart"
     )
     with pytest.raises(LedgerError, match=message):
         agent.learn(swap(played, 1, 2, log_probs=forged))
@@ -235,4 +303,42 @@ def test_mixed_temperatures_and_unknown_log_probs_stop_learning(policy: Policy, 
 
 def test_the_limit_goes_by_precision() -> None:
     limits = {dtype: ledger.default_gap_limit(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
-    assert list(limits.values()) == [0.01, 0.01, 1.0]
+    assert list(limits.values()) == [0.001, 0.001, 0.12]
+
+
+WRONG: dict[str, Callable[[Policy], Any]] = {
+    "none": lambda policy: None,
+    "version before": lambda policy: nudge(policy, 0.003),
+    "another adapter": lambda policy: nudge(policy, 0.1),
+}
+
+
+def nudge(policy: Policy, size: float) -> None:
+    """Move every weight of the adapter, as learning does."""
+    generator = torch.Generator().manual_seed(4)
+    for parameter in policy.parameters():
+        parameter.data += size * torch.randn(parameter.shape, generator=generator).sign()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [*WRONG, "temperature 0.8", "temperature 0.95"])
+def test_the_embedded_model_finds_every_wrong_sampler(dtype: str, wrong: str) -> None:
+    policy = Policy.load(device="cpu", dtype=getattr(torch, dtype), seed=1)
+    nudge(policy, 0.01)
+    config = TrainConfig()
+    envs = make_envs(config, 8, "train")
+    sampler = HFSampler(policy, 48)
+    trajectories = collect(envs, policy, sampler, list(range(8)), torch.Generator().manual_seed(0))
+    envs.close()
+    if wrong.startswith("temperature"):
+        at = float(wrong.split()[1])
+        trajectories = [replace(t, turns=tuple(replace(x, temperature=at) for x in t.turns)) for t in trajectories]
+    else:
+        WRONG[wrong](policy)
+    agent = Learner(policy, credit.full, learning_rate=1e-4)
+    too_weak_for_16_bits = dtype == "bfloat16" and wrong in ("version before", "temperature 0.95")
+    if wrong == "none" or too_weak_for_16_bits:
+        assert agent.learn(trajectories)["log_prob_gap_max"] < (1e-4 if dtype == "float32" else 2.0)
+        return
+    with pytest.raises(LedgerError, match="sampled from another distribution"):
+        agent.learn(trajectories)
