@@ -163,7 +163,7 @@ def test_train_resume_evaluate_rollout(toy: list[str], capfd: pytest.CaptureFixt
     expected = {"persona_consistency", "ci95", "per_turn", "n_personas", "reachable", "judge_failures"}
     assert all(expected <= set(result) for result in results)
     assert results[0]["persona_consistency"] == 0.5
-    assert results[0]["ci95"] == [None, None]  # CliToy-v0 has one persona: too few to say
+    assert results[0]["ci95"] == [None, None]  # CliToy-v0 has three personas: too few to say
     assert results[0]["reachable"] is None
     assert results[0]["conversations"] == 6
     assert [result["domain"] for result in results] == ["CliToy-v0", "CliToy-v0"]
