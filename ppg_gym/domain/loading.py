@@ -104,7 +104,7 @@ class Domain:
         scenario: One sentence for people and for a model that plays the partner.
         instruction: Template of the role-play instruction.
         table: The rule table.
-        mix: Reply kinds of the untrained embedded model: kind -> weight.
+        mix: Reply kinds of the untrained embedded model: kind -> weight, without those that never come.
         tilt: state -> kind -> factor on that weight; see :meth:`mix_in`.
         rules: How a reply is read, first match wins.
         slots: slot -> value -> phrases by which the value is recognised.
@@ -237,7 +237,7 @@ def _load(source: str) -> Domain:
         scenario=data["scenario"],
         instruction=data["instruction"],
         table=table,
-        mix=data["mix"],
+        mix={kind: weight for kind, weight in data["mix"].items() if weight > 0},
         tilt=data.get("tilt", {}),
         rules=tuple(
             ReadRule(rule["kind"], frozenset(rule["needs"]), frozenset(rule.get("without", ())))
