@@ -125,5 +125,8 @@ def _check_adapter(policy: Policy) -> None:
     if not configs:
         raise ValueError("expected a policy with LoRA for sync 'adapter', got one without; use sync 'merged'")
     for config in configs:
-        if getattr(config, "use_dora", False) or getattr(config, "modules_to_save", None):
-            raise ValueError("expected plain LoRA for sync 'adapter', got DoRA or saved modules; use sync 'merged'")
+        if any(getattr(config, more, None) for more in ("use_dora", "modules_to_save", "target_parameters")):
+            raise ValueError(
+                "expected plain LoRA on linear layers for sync 'adapter', got DoRA, saved modules or experts; use sync "
+                "'merged'"
+            )

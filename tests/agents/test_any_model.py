@@ -22,6 +22,7 @@ from ppg_agents.agents.learner import Learner
 from ppg_agents.building import advise
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.generation.hf import HFSampler
+from ppg_agents.generation.versions import Versions
 from ppg_agents.policy import LoraSettings, Policy, add_lora
 from ppg_agents.rollout import collect
 
@@ -108,6 +109,8 @@ def test_experts_named_in_the_targets_are_trained_merged_and_put_back(
         assert torch.equal(reference, untouched.log_probs(ids, torch.ones_like(ids)))
     kept = {name.replace(".base_layer", ""): p for name, p in policy.model.get_base_model().named_parameters()}
     assert all(torch.equal(kept[name], p) for name, p in base.items())
+    with pytest.raises(ValueError, match="DoRA, saved modules or experts; use sync 'merged'"):
+        Versions(policy, tmp_path / "sync", "adapter")
     policy.save_merged(tmp_path / "merged")
     plain = Policy.load(tmp_path / "merged", lora=None, device="cpu")
     with torch.no_grad():

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ppg_agents import credit, ledger
 from ppg_agents.agents.gradient import trained_tokens
 from ppg_agents.agents.learner import Learner
 from ppg_agents.batch import Batch, batch
+from ppg_agents.cli import main
 from ppg_agents.config.settings import TrainConfig
 from ppg_agents.generation.hf import HFSampler
 from ppg_agents.ledger import Gap, LedgerError
@@ -342,3 +344,16 @@ def test_the_embedded_model_finds_every_wrong_sampler(dtype: str, wrong: str) ->
         return
     with pytest.raises(LedgerError, match="sampled from another distribution"):
         agent.learn(trajectories)
+
+
+def test_a_run_that_the_gap_stops_is_saved_and_goes_on_with_another_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "batch=2 env.max_turns=1 sampling.max_new_tokens=4 evaluation.conversations=0 max_log_prob_gap=1e-12"
+    options = [part for setting in small.split() for part in ("--set", setting)]
+    out = str(tmp_path / "run")
+    assert main(["train", "--iterations", "1", *options, "--out", out]) == 1
+    said = capsys.readouterr().err
+    assert "another distribution" in said
+    assert f"saved after iteration 0; go on with: ppg-agent train --resume {out}" in said
+    assert main(["train", "--resume", out, "--set", "max_log_prob_gap=5"]) == 0
