@@ -154,6 +154,18 @@ def test_verdicts_where_the_answer_is_known() -> None:
     assert all(value.low < 0.1 for value in delayed.lags[:3])
 
 
+def test_faults_show_no_direction() -> None:
+    """Every reward is .8: whoever was lost or not judged, no class has a gradient."""
+    plain = synthetic("own", 12)
+    valid = np.ones((12, 4), np.bool_)
+    valid[0, 1:], valid[5, 2] = False, False
+    found = replace(plain, rewards=np.where(valid, 0.8, np.nan), valid=valid, vectors=plain.vectors * valid[:, :, None])
+    with_faults = products(replace(found, missing=~valid), list(ALL_OF_4.values()))
+    assert float(np.abs(with_faults.squares).max()) < 1e-20
+    ended = products(replace(found, missing=(np.arange(12)[:, None] == 5) & ~valid), list(ALL_OF_4.values()))
+    assert float(ended.squares.max()) > 1  # had conversation 0 wanted to end, it would have lost by it
+
+
 def test_noise_is_undecided() -> None:
     """The best class is equal to all others: none of them may be excluded in more than 5% of the batches."""
     reports = [advise(synthetic("noise", 30, seed), ALL_OF_4, resamples=200) for seed in range(40)]
