@@ -25,7 +25,7 @@ LONGEST_STUTTER = 6  # words
 
 # What people say twice in a row.
 _TWICE = word_set("very really so no yes yeah ha haha hi hey bye that had many long knock ok okay")
-_NO_STAMMER = word_set("iphone ipad ipod imac iran ion ions irate")
+_NO_STAMMER = word_set("iphone ipad ipod imac iran ion ions irate ideal ideally")
 _JOINTS = PAUSES | {"and", "but", "or", "because"}
 _SIGNS = PAUSES | frozenset(".!?;\n")
 
