@@ -25,6 +25,7 @@ LONGEST_STUTTER = 6  # words
 
 # What people say twice in a row.
 _TWICE = word_set("very really so no yes yeah ha haha hi hey bye that had many long knock ok okay")
+_NO_STAMMER = word_set("iphone ipad ipod imac iran ion ions irate ideal ideally")
 _JOINTS = PAUSES | {"and", "but", "or", "because"}
 _SIGNS = PAUSES | frozenset(".!?;\n")
 
@@ -39,10 +40,21 @@ class Sentences:
 
     def __init__(self, domain: Domain, split: Any) -> None:
         self._english = english()
+        self._vocabulary = {word for text in domain.words() for word in split(text)} - {""}
         self._own: set[tuple[str, str, str]] = set()
         for text in own_texts(domain):
             for sentence in sentences(split(text)):
                 self._own.update(_threes(sentence))
+
+    def _stammers(self, word: str) -> bool:
+        """Return whether a word is an "I" said many times, or run together with the next word: "iii", "iperhaps"."""
+        if not word.startswith("i") or self.knows(word) or word in _NO_STAMMER or word in self._vocabulary:
+            return False
+        many = len(word) - len(word.lstrip("i"))
+        return many == len(word) or any(self._word(word[at:]) for at in range(1, many + 1))
+
+    def _word(self, word: str) -> bool:
+        return word in self._vocabulary or self.knows(word)
 
     def knows(self, word: str) -> bool:
         """Return whether a word is in the table of ordinary English."""
@@ -74,7 +86,7 @@ class Sentences:
         Args:
             tokens: All of a reply, as `ppg_gym.domain.parsing.words` returns them.
         """
-        if repeats(tokens):
+        if repeats(tokens) or any(map(self._stammers, tokens)):
             return "repeats"
         longer = (sentence for sentence in sentences(tokens) if len(sentence) > 2)  # a word by itself has no order
         return "order" if any(self.surprise(sentence) > UNLIKELY for sentence in longer) else ""

@@ -170,6 +170,10 @@ NOT_ENGLISH = [
     ("chatting", "What is your favorite food?", "Mostly pizza for pizza.", "garbled"),
     ("therapy", "What are you afraid of?", "Tunnels I of afraid.", "garbled"),
     ("therapy", "What are you afraid of?", "I hate tunnels.", "disclose"),
+    ("therapy", "What are you afraid of?", "IIIIIII fear tunnels.", "garbled"),
+    ("therapy", "What are you afraid of?", "IIt is tunnels.", "garbled"),
+    ("therapy", "What are you afraid of?", "II guess it is tunnels.", "garbled"),
+    ("therapy", "What are you afraid of?", "IPerhaps it is tunnels.", "garbled"),
     ("therapy", "Where do you feel safe?", "You go to the museum.", "off_topic"),
     ("education", "Listen: leaves catch light.", "Could leaves with you pictures the.", "garbled"),
 ]
