@@ -79,8 +79,8 @@ class Trajectory:
         terminated: The conversation reached its planned end.
         truncated: It was cut short: by a limit on tokens or turns, or because judge or partner was lost.
         partner_status: ``ok``, or the partner's fault that ended the conversation.
-        lost: A fault of judge or partner ended it, so its further rewards are missing, not 0.
         partner_reason: Why, where the environment says so.
+        lost: A fault of judge or partner ended it, so its further rewards are missing, not 0.
     """
 
     instruction: str
@@ -91,8 +91,8 @@ class Trajectory:
     terminated: bool
     truncated: bool
     partner_status: str = "ok"
-    lost: bool = False
     partner_reason: str = ""
+    lost: bool = False
 
     @property
     def partner_failed(self) -> bool:

@@ -44,7 +44,10 @@ def arguments(name: str) -> dict[str, Any]:
     module, _, attribute = name.partition(":")
     cls = getattr(importlib.import_module(module), attribute)
     if dataclasses.is_dataclass(cls):
-        found = {f.name: f.default for f in dataclasses.fields(cls)}
+        found = {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(cls)
+        }
         return {k: "required" if v is dataclasses.MISSING else v for k, v in found.items() if k != "whose"}
     parameters = inspect.signature(cls).parameters.values()
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "env"]

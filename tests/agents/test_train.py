@@ -347,7 +347,8 @@ def played(
     verdict = {"status": "error", "score": None} if status == "no_opening" else {"status": "scored", "score": 1.0}
     scores = (math.nan,) if status == "no_opening" else rewards
     said = tuple(Turn("hi", f"well {t}", (1,), (2,), (0.0,), scores[t], verdict) for t in range(turns))
-    return Trajectory("Be.", f"p{turns}", "toy", 0, said, status == "ok", status != "ok", status, reason)
+    over = status == "ok"
+    return Trajectory("Be.", f"p{turns}", "toy", 0, said, over, not over, status, reason, lost=not over)
 
 
 def test_a_partner_that_fails_too_often_stops_the_run_by_its_own_name() -> None:
