@@ -26,6 +26,7 @@ from scipy.stats import t as student
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from ppg_agents.intervals import FEWEST_SEEDS
 from ppg_agents.trl import PersonaChat
 from ppg_agents.trl.credit import PartialCreditTrainer
 
@@ -74,6 +75,8 @@ def score(way: str, seed: int, domain: str, steps: int, turns: int) -> float:
 def interval(values: Sequence[float] | NDArray[np.float64], sign: str = "") -> str:
     """Return the mean of one value per seed, with its 95% t-interval; ``+`` shows the sign of differences."""
     mean, n = float(np.mean(values)), len(values)
+    if n < FEWEST_SEEDS:
+        return f"{mean:{sign}.3f} (too few seeds to say)"
     half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return f"{mean:{sign}.3f} [{mean - half:{sign}.3f}, {mean + half:{sign}.3f}]"
 
@@ -87,8 +90,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4, help="of a conversation")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     given = parser.parse_args()
-    if given.seeds < 2:
-        parser.error("expected at least 2 seeds for an interval")
     found: dict[str, list[float]] = {way: [] for way in given.ways}
     for seed in range(given.seeds):
         for way in given.ways:
