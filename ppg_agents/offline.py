@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.agents.protocol import Agent, OfflineAgent
+from ppg_agents.agents.protocol import Agent, OfflineAgent, PreparingAgent
 from ppg_agents.batch import batch
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import OfflineSettings, TrainConfig
 from ppg_agents.credit import Mask
+from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.missing import Credits
 from ppg_agents.rollout.metrics import batch_metrics, reply_lengths
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
 from ppg_agents.terminal.table import aligned
-from ppg_agents.trajectory import Trajectory, from_logged
+from ppg_agents.trajectory import Trajectory, from_logged, group_labels
 
 if TYPE_CHECKING:
     from ppg_agents.distributed import Workers
@@ -51,15 +53,25 @@ class Offline:
         """Do nothing: every iteration follows from its number."""
 
     def meet(self, agent: Agent) -> None:
-        """Take the agent; nobody speaks.
+        """Take the agent, and let it look at the training conversations if it wants to; nobody speaks.
 
         Raises:
-            ConfigError: It does not learn from logged dialogues.
+            ConfigError: It does not learn from logged dialogues, or compares those of one persona and topic where no
+                two are.
         """
         if not (isinstance(agent, OfflineAgent) and agent.learns_offline):
             name = self.config.agent
             raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
         self.agent = agent
+        groups = Counter(group_labels(self.data.train)) if self.config.baseline in PER_TURN else Counter()
+        self.alone = (sum(size == 1 for size in groups.values()), len(groups))
+        if self.config.baseline == "group-turn" and self.alone[0] == len(groups):
+            raise ConfigError(
+                "baseline 'group-turn' compares dialogues of one persona and topic turn by turn: expected two of some, "
+                "got one of each; use 'group', or give more dialogues"
+            )
+        if isinstance(agent, PreparingAgent):
+            agent.prepare(self.data.train)
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
@@ -71,6 +83,8 @@ class Offline:
     def describe(self, run: Run) -> None:
         """Report what was read, and record it in the run folder."""
         say(report_table(self.data))
+        if self.alone[1]:
+            say("advantage: {1} groups of one persona and topic, {0} of them with one conversation".format(*self.alone))
         say(f"run folder: {run.folder}")
         read, before = finite(to_json(self.data)), run.read_json("offline.json")
         if before is not None and before != read:

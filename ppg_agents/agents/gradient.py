@@ -5,7 +5,7 @@ The loss is a function of a micro-batch (`Loss`); nothing here knows a baseline,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Whole:
         credits: The credit of the conversations of all ranks in rank order, for any baseline.
         credit: [B, n], without a baseline; what a fault took away is made up for.
         valid: [B, n], the turns that are learned from.
-        groups: B labels, equal for conversations that share a persona.
+        groups: B labels (instruction, topic), equal for conversations that are compared.
         own: This rank's rows.
         units: What the aggregation divides by (see `losses.batch_units`).
     """
@@ -47,7 +47,7 @@ class Whole:
     credits: Credits
     credit: Array
     valid: NDArray[np.bool_]
-    groups: list[Hashable]
+    groups: list[tuple[str, str]]
     own: slice
     units: int
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ppg_agents.agents.importance import Importance
+from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.losses import Aggregation
 
-Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average", "group", "group-turn"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class LearnerSettings:
         n_turns: n; None for the longest conversation of each batch.
         discount: Per turn.
         baseline: Subtracted from the credit when learning online; None for the method's own default.
-            ``leave-one-out`` compares conversations with the same instruction.
+            ``leave-one-out`` compares conversations with the same instruction; ``group`` and ``group-turn``, which also
+            scale, those with the same instruction and topic (`ppg_agents.group_advantage`), and hold offline too.
         standardise: Divide advantages by their standard deviation.
         aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
         constant: The divisor of the aggregation ``constant``.
@@ -71,6 +73,8 @@ class LearnerSettings:
         """
         if self.baseline is not None and self.baseline not in get_args(Baseline):
             raise ValueError(f"expected a baseline in {get_args(Baseline)}, got {self.baseline!r}")
+        if self.baseline in PER_TURN and self.standardise:
+            raise ValueError(f"expected standardise = False with baseline {self.baseline!r}, which scales by itself")
         if self.baseline == "moving-average" and self.n_turns is None:
             raise ValueError("expected n_turns with baseline 'moving-average', got None; pass n_turns=")
         gap = self.max_log_prob_gap

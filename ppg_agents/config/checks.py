@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from ppg_agents.config.parsing import ConfigError
+from ppg_agents.group_advantage import PER_TURN
 
 if TYPE_CHECKING:
     from ppg_agents.config.settings import TrainConfig
@@ -102,8 +103,11 @@ def _check_batch(config: TrainConfig) -> None:
         raise ConfigError(f"batch: expected a multiple of group = {config.group}, got {config.batch}")
     if config.offline.files and config.steps_per_batch > 1:
         raise ConfigError("steps_per_batch: expected 1 for logged dialogues; for more passes set offline.epochs")
-    if config.baseline == "leave-one-out" and config.group < 2:
-        raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
+    compares = config.baseline == "leave-one-out" or (config.baseline in PER_TURN and not config.offline.files)
+    if compares and config.group < 2:
+        raise ConfigError(f"baseline {config.baseline!r} needs companions: expected group >= 2, got 1")
+    if config.baseline in PER_TURN and config.standardise:
+        raise ConfigError(f"standardise: expected false with baseline {config.baseline!r}, which scales by itself")
 
 
 def _check_offline(config: TrainConfig) -> None:
@@ -111,7 +115,7 @@ def _check_offline(config: TrainConfig) -> None:
     if not config.offline.files:
         return
     unread = {
-        "baseline": config.baseline not in ("none", type(config).baseline),
+        "baseline": config.baseline not in ("none", type(config).baseline, *PER_TURN),
         "importance": config.importance != "none",
         "kl_coefficient": config.kl_coefficient != 0,
         "entropy_coefficient": config.entropy_coefficient != 0,

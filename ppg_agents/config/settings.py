@@ -18,7 +18,7 @@ from ppg_agents.config.checks import check
 from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put, tables
 from ppg_agents.credit import PolicyClass
 
-Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average", "group", "group-turn"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
