@@ -60,7 +60,7 @@ class Learner(OfflineAgent):
     Attributes:
         name: The method's name; ``method`` is its row, ``options`` all its options, ``settings`` the rest.
         policy: The policy that learns; its version counts optimiser steps.
-        optimizer: AdamW over the policy's trainable weights.
+        optimizer: AdamW, or plain gradient descent, over the policy's trainable weights.
         head: The value head; None for a method without one.
     """
 

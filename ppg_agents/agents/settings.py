@@ -12,6 +12,8 @@ from ppg_agents.losses import Aggregation
 
 Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average", "group", "group-turn"]
 
+Optimizer = Literal["adamw", "sgd"]
+
 
 @dataclass(frozen=True)
 class LearnerSettings:
@@ -26,9 +28,10 @@ class LearnerSettings:
         standardise: Divide advantages by their standard deviation.
         aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
         constant: The divisor of the aggregation ``constant``.
-        learning_rate: AdamW's: a number, or a function of the steps taken.
-        max_grad_norm: The gradient is scaled down to this 2-norm.
-        weight_decay: AdamW's.
+        optimizer: ``adamw``, or ``sgd``: θ ← θ − rate · gradient, without momentum.
+        learning_rate: The step size: a number, or a function of the steps taken.
+        max_grad_norm: The gradient is scaled down to this 2-norm; 0 leaves it as it is.
+        weight_decay: Every step also takes rate · weight_decay · θ off the weights.
         betas: AdamW's decay of its two moments, each in [0, 1).
         micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
         importance: Level of the weights for replies sampled by another version or engine, see `importance`.
@@ -51,6 +54,7 @@ class LearnerSettings:
     standardise: bool = False
     aggregation: Aggregation = "sum"
     constant: float | None = None
+    optimizer: Optimizer = "adamw"
     learning_rate: float | Callable[[int], float] = 1e-3
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -89,6 +93,12 @@ class LearnerSettings:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected two betas in [0, 1), got {self.betas}")
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"expected an optimizer in {get_args(Optimizer)}, got {self.optimizer!r}")
+        if self.optimizer == "sgd" and self.betas != type(self).betas:
+            raise ValueError(f"expected betas with the optimizer 'adamw' alone, got {self.betas} with 'sgd'")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"expected max_grad_norm >= 0 (0 for no clipping), got {self.max_grad_norm}")
         if self.reference_kl_every < 0:
             raise ValueError(f"expected reference_kl_every >= 0, got {self.reference_kl_every}")
 
