@@ -27,7 +27,7 @@ RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda value: math.isfinite(value) and value > 0,
         "a finite number above 0",
-        "learning_rate max_grad_norm aggregation_constant max_log_prob_gap",
+        "learning_rate aggregation_constant max_log_prob_gap",
     ),
     (
         lambda value: value >= 0,
@@ -38,7 +38,7 @@ RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda value: math.isfinite(value) and value >= 0,
         "a finite number of at least 0",
-        "kl_coefficient entropy_coefficient weight_decay sampling.temperature",
+        "kl_coefficient entropy_coefficient weight_decay max_grad_norm sampling.temperature",
     ),
     (
         lambda value: 0 <= value < 1 or (value >= 1 and float(value).is_integer()),
@@ -103,6 +103,8 @@ def _check_batch(config: TrainConfig) -> None:
         raise ConfigError(f"batch: expected a multiple of group = {config.group}, got {config.batch}")
     if config.offline.files and config.steps_per_batch > 1:
         raise ConfigError("steps_per_batch: expected 1 for logged dialogues; for more passes set offline.epochs")
+    if config.optimizer == "sgd" and config.betas != type(config).betas:
+        raise ConfigError(f"betas: expected only with the optimizer 'adamw', got {list(config.betas)} with 'sgd'")
     compares = config.baseline == "leave-one-out" or (config.baseline in PER_TURN and not config.offline.files)
     if compares and config.group < 2:
         raise ConfigError(f"baseline {config.baseline!r} needs companions: expected group >= 2, got 1")
