@@ -24,6 +24,7 @@ from ppg_agents.credit import Mask
 from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.missing import Credits
+from ppg_agents.prefixes import price, rewarded
 from ppg_agents.rollout.metrics import batch_metrics, reply_lengths
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
@@ -71,7 +72,7 @@ class Offline:
                 "got one of each; use 'group', or give more dialogues"
             )
         if isinstance(agent, PreparingAgent):
-            agent.prepare(self.data.train)
+            agent.prepare(rewarded(self.data.train, self.config.reward))
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
@@ -102,20 +103,24 @@ class Offline:
         rows = order[position * self.config.batch :][: self.config.batch]
         trajectories = [self.data.train[row] for row in rows]
         began = time.perf_counter()
-        learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
+        learned_from = rewarded(trajectories, self.config.reward)
+        learned = self.agent.learn_offline(learned_from[self.team.shard(len(trajectories))])
         lengths = reply_lengths(trajectories, self.end_of_turn_id)
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **lengths, **learned}
+        if self.config.reward == "prefix":
+            metrics |= price(trajectories)
         if self.agent.loss_is_likelihood:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
-            weight = weighted_tokens(trajectories, self.mask(self.turns or 1), self.config.discount)
-            metrics |= likelihood(total, weight, trajectories)
+            weight = weighted_tokens(learned_from, self.mask(self.turns or 1), self.config.discount)
+            metrics |= likelihood(total, weight, learned_from)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
     def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Score the dialogues of held-out personas; nothing is played."""
         mask = self.mask(self.turns or 1)
         with self.interrupt.abandonable():
-            return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
+            held_out = {name: rewarded(part, self.config.reward) for name, part in self.data.held_out.items()}
+            return held_out_likelihood(self.agent, held_out, mask, self.config.discount), ()
 
     def close(self) -> None:
         """Nothing to close."""
@@ -223,7 +228,7 @@ def likelihood(total: float, weight: float, trajectories: Sequence[Trajectory]) 
     tokens = sum(len(turn.token_ids) for t in trajectories for turn in t.turns if math.isfinite(turn.reward))
     return {
         "log_likelihood": total / len(trajectories),
-        "log_likelihood_per_token": total / tokens,
+        "log_likelihood_per_token": total / tokens if tokens else None,
         "weighted_token_log_prob": total / weight if weight else None,
     }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from ppg_agents.agents.methods import METHODS
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.group_advantage import PER_TURN
 
@@ -72,6 +73,7 @@ def check(config: TrainConfig) -> None:
     _check_sampling(config)
     _check_batch(config)
     _check_offline(config)
+    _check_reward(config)
     _check_policy_class(config)
     _check_environment(config)
 
@@ -126,6 +128,22 @@ def _check_offline(config: TrainConfig) -> None:
         raise ConfigError(
             f"{name}: logged dialogues are learned from without it, got {getattr(config, name)!r}; leave it out, or "
             "train online"
+        )
+
+
+def _check_reward(config: TrainConfig) -> None:
+    """Refuse what would not raise the score of the conversation that ``reward = "prefix"`` stands for."""
+    if config.reward != "prefix":
+        return
+    if config.discount != 1:
+        raise ConfigError(
+            f"discount: expected 1 with reward 'prefix', got {config.discount}: discounted, these rewards do not add "
+            "up to the conversation's score"
+        )
+    if config.agent in METHODS and not METHODS[config.agent].credit:
+        raise ConfigError(
+            f"reward: expected 'turn' with the agent {config.agent!r}, got 'prefix': it keeps conversations by the "
+            "mean of their scores, which these rewards are not"
         )
 
 
