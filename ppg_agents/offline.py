@@ -24,7 +24,7 @@ from ppg_agents.credit import Mask
 from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.missing import Credits
-from ppg_agents.prefixes import price, rewarded
+from ppg_agents.prefixes import Reward, price, rewarded
 from ppg_agents.rollout.metrics import batch_metrics, reply_lengths
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
@@ -77,7 +77,8 @@ class Offline:
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
         self.end_of_turn_id = policy.end_of_turn_id
-        self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
+        settings, seed, reward = self.config.offline, self.config.seed, self.config.reward
+        self.data = encode(self.dialogues, self.reports, settings, policy, seed, reward)
         self.per_epoch = math.ceil(len(self.data.train) / self.config.batch)
         self.iterations = self.config.offline.epochs * self.per_epoch
 
@@ -169,8 +170,9 @@ def encode(
     settings: OfflineSettings,
     policy: Policy,
     seed: int,
+    reward: Reward = "turn",
 ) -> Logged:
-    """Hold out personas and encode with the policy's tokenizer.
+    """Hold out personas and encode with the policy's tokenizer; leave out what has no ``reward``.
 
     Raises:
         ValueError: Too few personas to hold some out, or nothing fits the longest sequence.
@@ -179,7 +181,7 @@ def encode(
 
     parts = split_by_persona(dialogues, settings.held_out, seed)
     encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]
-    kept = [[(d, t) for d, t in part if t.judged()] for part in encoded]
+    kept = [[(d, t) for d, t in part if rewarded([t], reward)[0].judged()] for part in encoded]
     if not kept[0] or not kept[1]:
         raise ValueError(
             "expected conversations with judged turns that fit in both parts of the split, got "
@@ -228,7 +230,7 @@ def likelihood(total: float, weight: float, trajectories: Sequence[Trajectory]) 
     tokens = sum(len(turn.token_ids) for t in trajectories for turn in t.turns if math.isfinite(turn.reward))
     return {
         "log_likelihood": total / len(trajectories),
-        "log_likelihood_per_token": total / tokens if tokens else None,
+        "log_likelihood_per_token": total / tokens,
         "weighted_token_log_prob": total / weight if weight else None,
     }
 

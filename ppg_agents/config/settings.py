@@ -193,9 +193,9 @@ class TrainConfig:
     `PolicyClass.parse` reads, or ``"auto"``, chosen as the settings ``auto`` say. An online agent takes
     ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name. ``reward`` says
     what the judge's score of a turn is: its reward, or, with ``prefix``, a score of the whole conversation so far
-    (`ppg_agents.prefixes`). ``warmup`` is
-    how long the learning rate rises before ``schedule`` takes over: below 1 a share of all optimiser steps, from 1 on
-    a number of them. ``max_grad_norm`` 0 is no clipping. ``reference_kl_every`` is in iterations, 0 for never.
+    (`ppg_agents.prefixes`). ``warmup`` is how long the learning rate rises before ``schedule`` takes over: below 1 a
+    share of all optimiser steps, from 1 on a number of them. ``max_grad_norm`` 0 is no clipping.
+    ``reference_kl_every`` is in iterations, 0 for never.
     """
 
     domain: str = "chatting"

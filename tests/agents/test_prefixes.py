@@ -102,6 +102,7 @@ def test_an_offline_run_does_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     turns = [{"message": "Well?", "reply": "I am a nurse.", "verdict": verdict} for verdict in verdicts]
     schema = {"schema": "ppg-dialogue/1", "domain": "chatting", "turns": turns}
     lines = [{**schema, "persona": {"id": f"p{i}", "instruction": f"Be person {i}."}} for i in range(4)]
+    lines += [{**line, "turns": [{**turns[0], "verdict": None}, *turns[1:]]} for line in lines]  # all of it unknown
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["train", *SMALL, "--offline", "talks.jsonl", "--out", "run"]) == 0
     (line,) = Run.open(tmp_path / "run").metrics()
