@@ -109,7 +109,8 @@ def _check_batch(config: TrainConfig) -> None:
         raise ConfigError(f"betas: expected only with the optimizer 'adamw', got {list(config.betas)} with 'sgd'")
     compares = config.baseline == "leave-one-out" or (config.baseline in PER_TURN and not config.offline.files)
     if compares and config.group < 2:
-        raise ConfigError(f"baseline {config.baseline!r} needs companions: expected group >= 2, got 1")
+        todo = "add --set group=4"
+        raise ConfigError(f"baseline {config.baseline!r} needs companions: expected group >= 2, got 1; {todo}")
     if config.baseline in PER_TURN and config.standardise:
         raise ConfigError(f"standardise: expected false with baseline {config.baseline!r}, which scales by itself")
 
