@@ -3,9 +3,10 @@
 Each is a mean per column, so it can be taken of the credit or, as `ppg_agents.missing` does, of the rewards that make
 it up: b is linear in them.
 
-All are own choices; arXiv 2603.06138 leaves baselines open. Every docstring states the bias with respect to
-the policy class's own gradient: E[∇ log π(y_t | …) · b] = 0 as long as b does not depend on y_t. Faults that depend on
-the reply are another matter: leaving those turns out changes the objective itself, with any baseline.
+All are own choices; that of arXiv 2603.06138, which also scales, is in `ppg_agents.group_advantage`. Every docstring
+states the bias with respect to the policy class's own gradient: E[∇ log π(y_t | …) · b] = 0 as long as b does not
+depend on y_t. Faults that depend on the reply are another matter: leaving those turns out changes the objective itself,
+with any baseline.
 
 Numpy only; nothing here may know a token or a model.
 """

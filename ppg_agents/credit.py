@@ -55,7 +55,7 @@ def k_step(n: int, k: int) -> NDArray[np.bool_]:
 
 
 def segment(n: int, lengths: Sequence[int]) -> NDArray[np.bool_]:
-    """Segments (class [P], definition own): R_t = {ℓ ≥ t : ℓ in the same segment as t}; lengths in turns, in order."""
+    """Segments [P, appendix A.5]: R_t = {ℓ ≥ t : ℓ in the same segment as t}; lengths in turns, in order."""
     _positive("n", n)
     for i, length in enumerate(lengths):
         _positive(f"lengths[{i}]", length)
@@ -273,9 +273,10 @@ def decompose(f: NDArray[np.floating[Any]], monotone: Literal["raise", "running_
 
     so that r_t ≥ 0 and Σ_t r_t = r(x, τ_n).
 
-    An f that decreases somewhere violates the lemma. ``running_max`` puts max_{s ≤ t} f(x, τ_s) in its place
-    (own choice). Then r_t ≥ 0 again, but **the terminal value changes**: Σ_t r_t = max_t f(x, τ_t) ≥ r(x, τ_n), so a
-    conversation that ends badly after a good middle is rewarded for its middle. So it is not the default.
+    An f that decreases somewhere violates the lemma. ``running_max`` puts max_{s ≤ t} f(x, τ_s) in its place, as the
+    paper does, which calls it no loss of generality. Then r_t ≥ 0 again, but **the terminal value changes**:
+    Σ_t r_t = max_t f(x, τ_t) ≥ r(x, τ_n), so a conversation that ends badly after a good middle is rewarded for its
+    middle. So it is not the default.
 
     Args:
         f: [B, n+1], the score of every prefix τ_0 … τ_n, finite, f[:, 0] = 0.

@@ -216,7 +216,7 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> float:
 
     Args:
         parameters: The trained weights; collective if some are split.
-        max_norm: Larger gradients are scaled down to it.
+        max_norm: Larger gradients are scaled down to it; infinity leaves them as they are.
     """
     trained = [p for p in parameters if p.grad is not None]
     split = [p for p in trained if isinstance(p, DTensor)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppg_agents.agents.protocol import Agent, OfflineAgent
+from ppg_agents.agents.protocol import Agent, OfflineAgent, PreparingAgent
 from ppg_agents.batch import batch
 from ppg_agents.config.parsing import ConfigError
 from ppg_agents.config.settings import OfflineSettings, TrainConfig
 from ppg_agents.credit import Mask
+from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.horizon.planner import Planner
 from ppg_agents.missing import Credits
+from ppg_agents.prefixes import Reward, price, rewarded
 from ppg_agents.rollout.metrics import batch_metrics, reply_lengths
 from ppg_agents.runs.files import finite
 from ppg_agents.terminal.progress import say
 from ppg_agents.terminal.table import aligned
-from ppg_agents.trajectory import Trajectory, from_logged
+from ppg_agents.trajectory import Trajectory, from_logged, group_labels
 
 if TYPE_CHECKING:
     from ppg_agents.distributed import Workers
@@ -51,26 +54,39 @@ class Offline:
         """Do nothing: every iteration follows from its number."""
 
     def meet(self, agent: Agent) -> None:
-        """Take the agent; nobody speaks.
+        """Take the agent, and let it look at the training conversations if it wants to; nobody speaks.
 
         Raises:
-            ConfigError: It does not learn from logged dialogues.
+            ConfigError: It does not learn from logged dialogues, or compares those of one persona and topic where no
+                two are.
         """
         if not (isinstance(agent, OfflineAgent) and agent.learns_offline):
             name = self.config.agent
             raise ConfigError(f"agent: expected one that learns offline, such as 'ppg', got {name!r}")
         self.agent = agent
+        groups = Counter(group_labels(self.data.train)) if self.config.baseline in PER_TURN else Counter()
+        self.alone = (sum(size == 1 for size in groups.values()), len(groups))
+        if self.config.baseline == "group-turn" and self.alone[0] == len(groups):
+            raise ConfigError(
+                "baseline 'group-turn' compares dialogues of one persona and topic turn by turn: expected two of some, "
+                "got one of each; use 'group', or give more dialogues"
+            )
+        if isinstance(agent, PreparingAgent):
+            agent.prepare(rewarded(self.data.train, self.config.reward))
 
     def prepare(self, policy: Policy, sampler: Sampler) -> None:
         """Hold out personas and encode the dialogues."""
         self.end_of_turn_id = policy.end_of_turn_id
-        self.data = encode(self.dialogues, self.reports, self.config.offline, policy, self.config.seed)
+        settings, seed, reward = self.config.offline, self.config.seed, self.config.reward
+        self.data = encode(self.dialogues, self.reports, settings, policy, seed, reward)
         self.per_epoch = math.ceil(len(self.data.train) / self.config.batch)
         self.iterations = self.config.offline.epochs * self.per_epoch
 
     def describe(self, run: Run) -> None:
         """Report what was read, and record it in the run folder."""
         say(report_table(self.data))
+        if self.alone[1]:
+            say("advantage: {1} groups of one persona and topic, {0} of them with one conversation".format(*self.alone))
         say(f"run folder: {run.folder}")
         read, before = finite(to_json(self.data)), run.read_json("offline.json")
         if before is not None and before != read:
@@ -88,20 +104,24 @@ class Offline:
         rows = order[position * self.config.batch :][: self.config.batch]
         trajectories = [self.data.train[row] for row in rows]
         began = time.perf_counter()
-        learned = self.agent.learn_offline(trajectories[self.team.shard(len(trajectories))])
+        learned_from = rewarded(trajectories, self.config.reward)
+        learned = self.agent.learn_offline(learned_from[self.team.shard(len(trajectories))])
         lengths = reply_lengths(trajectories, self.end_of_turn_id)
         metrics = {"epoch": epoch + 1, **batch_metrics(trajectories), **lengths, **learned}
+        if self.config.reward == "prefix":
+            metrics |= price(trajectories)
         if self.agent.loss_is_likelihood:  # loss = -objective
             total = -learned["loss"] * len(trajectories)
-            weight = weighted_tokens(trajectories, self.mask(self.turns or 1), self.config.discount)
-            metrics |= likelihood(total, weight, trajectories)
+            weight = weighted_tokens(learned_from, self.mask(self.turns or 1), self.config.discount)
+            metrics |= likelihood(total, weight, learned_from)
         return {**metrics, "seconds_learning": time.perf_counter() - began}
 
     def evaluate(self) -> tuple[dict[str, Any], Sequence[Trajectory]] | None:
         """Score the dialogues of held-out personas; nothing is played."""
         mask = self.mask(self.turns or 1)
         with self.interrupt.abandonable():
-            return held_out_likelihood(self.agent, self.data.held_out, mask, self.config.discount), ()
+            held_out = {name: rewarded(part, self.config.reward) for name, part in self.data.held_out.items()}
+            return held_out_likelihood(self.agent, held_out, mask, self.config.discount), ()
 
     def close(self) -> None:
         """Nothing to close."""
@@ -150,8 +170,9 @@ def encode(
     settings: OfflineSettings,
     policy: Policy,
     seed: int,
+    reward: Reward = "turn",
 ) -> Logged:
-    """Hold out personas and encode with the policy's tokenizer.
+    """Hold out personas and encode with the policy's tokenizer; leave out what has no ``reward``.
 
     Raises:
         ValueError: Too few personas to hold some out, or nothing fits the longest sequence.
@@ -160,7 +181,7 @@ def encode(
 
     parts = split_by_persona(dialogues, settings.held_out, seed)
     encoded = [list(zip(part, from_logged(part, policy, settings.max_tokens), strict=True)) for part in parts]
-    kept = [[(d, t) for d, t in part if t.judged()] for part in encoded]
+    kept = [[(d, t) for d, t in part if rewarded([t], reward)[0].judged()] for part in encoded]
     if not kept[0] or not kept[1]:
         raise ValueError(
             "expected conversations with judged turns that fit in both parts of the split, got "

@@ -37,6 +37,7 @@ from ppg_agents.horizon.planner import Planner
 from ppg_agents.ledger import LedgerError
 from ppg_agents.offline import Offline
 from ppg_agents.policy.policy import Policy
+from ppg_agents.prefixes import price, rewarded
 from ppg_agents.rollout.environment import (
     HELD_OUT,
     ConversationError,
@@ -55,6 +56,9 @@ from ppg_agents.runs.tracking import Trackers, make_trackers, require
 from ppg_agents.terminal.interrupt import Interrupt, Interrupted, Stop, saved
 from ppg_agents.terminal.progress import Progress, interval, number, say, status
 from ppg_agents.trajectory import Trajectory
+
+ONE_LINE = ("facts", "llm", "nli")
+"""Judges of the newest reply; none of them scores the conversation so far."""
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool = False) -> Run:
@@ -237,6 +241,11 @@ class Online:
         """Report the task and the run folder."""
         config, length = self.config, f"{self.turns} turns" if self.turns else "open length"
         say(f"{config.subject}, {config.label}: {config.batch} conversations of {length} per iteration")
+        if config.reward == "prefix" and config.env.is_persona_chat and config.env.judge in ONE_LINE:
+            say(
+                "reward 'prefix' takes a score as that of the whole conversation so far; the judge "
+                f"{config.env.judge!r} scores the newest reply, so the run learns to give one good reply"
+            )
         say(f"run folder: {run.folder}")
 
     def step(self, run: Run, iteration: int) -> dict[str, Any]:
@@ -259,13 +268,15 @@ class Online:
         check_judge(everything, config.env.max_failure_rate)
         check_partner(everything, config.env.max_partner_failure_rate)
         sampled = time.perf_counter()
-        chosen = self.planner.review(trajectories, self.policy, iteration)
-        learned = self.agent.learn(trajectories)
+        learned_from = rewarded(trajectories, config.reward)
+        chosen = self.planner.review(learned_from, self.policy, iteration)
+        learned = self.agent.learn(learned_from)
         seconds = {"seconds_sampling": sampled - began, "seconds_learning": time.perf_counter() - sampled}
         if self.team.main:
-            run.append_trajectories(everything)
+            run.append_trajectories(rewarded(everything, config.reward))
         usage = self.envs.usage()  # requests to servers
-        played = {**batch_metrics(everything), **reply_lengths(everything, self.policy.end_of_turn_id)}
+        paid = price(everything) if config.reward == "prefix" else {}
+        played = {**batch_metrics(everything), **paid, **reply_lengths(everything, self.policy.end_of_turn_id)}
         return {**played, **learned, **chosen, **({"usage": usage} if usage else {}), **seconds}
 
     def _play(self, sampler: Sampler, seeds: Sequence[int], generator: torch.Generator) -> list[Trajectory]:

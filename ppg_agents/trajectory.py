@@ -81,6 +81,7 @@ class Trajectory:
         partner_status: ``ok``, or the partner's fault that ended the conversation.
         partner_reason: Why, where the environment says so.
         lost: A fault of judge or partner ended it, so its further rewards are missing, not 0.
+        topic: What a logged dialogue was about; empty if that is not known.
     """
 
     instruction: str
@@ -93,6 +94,7 @@ class Trajectory:
     partner_status: str = "ok"
     partner_reason: str = ""
     lost: bool = False
+    topic: str = ""
 
     @property
     def partner_failed(self) -> bool:
@@ -117,10 +119,15 @@ class Trajectory:
         return [turn.reward for turn in self.turns if math.isfinite(turn.reward)]
 
 
+def group_labels(trajectories: Iterable[Trajectory]) -> list[tuple[str, str]]:
+    """Return (instruction, topic) of each: what conversations that are compared with one another have in common."""
+    return [(trajectory.instruction, trajectory.topic) for trajectory in trajectories]
+
+
 def to_json(trajectory: Trajectory) -> str:
     """Return one line of JSON; NaN becomes null, and every turn has its reply's ``span``."""
     record: dict[str, Any] = {"schema": SCHEMA, **asdict(trajectory)}
-    for name in ("partner_reason", "lost"):
+    for name in ("partner_reason", "lost", "topic"):
         if not record[name]:
             del record[name]
     for turn, span in zip(record["turns"], trajectory.spans(), strict=True):
@@ -225,6 +232,8 @@ class LoggedDialogueLike(Protocol):
     @property
     def persona(self) -> Any: ...  # noqa: D102
     @property
+    def topic(self) -> str: ...  # noqa: D102
+    @property
     def turns(self) -> Sequence[LoggedTurnLike]: ...  # noqa: D102
 
 
@@ -285,6 +294,7 @@ def from_logged(
                 turns=tuple(turns),
                 terminated=not truncated,
                 truncated=truncated,
+                topic=dialogue.topic,
             )
         )
     if cut:

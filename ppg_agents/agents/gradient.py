@@ -1,11 +1,11 @@
-"""One optimiser step: pack a batch into micro-batches, score them, add up their gradients, step with AdamW.
+"""One optimiser step: pack a batch into micro-batches, score them, add up their gradients, step.
 
 The loss is a function of a micro-batch (`Loss`); nothing here knows a baseline, a policy class or a method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,7 +39,7 @@ class Whole:
         credits: The credit of the conversations of all ranks in rank order, for any baseline.
         credit: [B, n], without a baseline; what a fault took away is made up for.
         valid: [B, n], the turns that are learned from.
-        groups: B labels, equal for conversations that share a persona.
+        groups: B labels (instruction, topic), equal for conversations that are compared.
         own: This rank's rows.
         units: What the aggregation divides by (see `losses.batch_units`).
     """
@@ -47,7 +47,7 @@ class Whole:
     credits: Credits
     credit: Array
     valid: NDArray[np.bool_]
-    groups: list[Hashable]
+    groups: list[tuple[str, str]]
     own: slice
     units: int
 
@@ -132,10 +132,10 @@ Loss = Callable[[Scored, Reduction], tuple[Tensor, Ratios]]
 
 
 class Descent:
-    """AdamW over the policy's trainable weights, one step per batch, the same on all workers.
+    """The optimiser over the policy's trainable weights, one step per batch, the same on all workers.
 
     Attributes:
-        optimizer: The AdamW.
+        optimizer: AdamW, or plain stochastic gradient descent.
         masters: What it steps on: the weights, or float32 copies of those in fewer bits.
         steps: Steps taken.
     """
@@ -148,13 +148,12 @@ class Descent:
         self._gap_limit = ledger.default_gap_limit(policy.model.dtype) if limit is None else limit
         self.masters = Masters(policy.parameters())
         self._parameters = self.masters.tensors
-        self.optimizer = torch.optim.AdamW(
-            groups(self._parameters),
-            lr=settings.rate(0),
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            foreach=True,
-        )
+        common: dict[str, Any] = {"lr": settings.rate(0), "weight_decay": settings.weight_decay, "foreach": True}
+        self.optimizer: torch.optim.Optimizer
+        if settings.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups(self._parameters), **common)
+        else:
+            self.optimizer = torch.optim.AdamW(groups(self._parameters), betas=settings.betas, **common)
 
     def step(
         self,
@@ -209,7 +208,8 @@ class Descent:
             return metrics
         self.masters.gather()
         self._workers.sum_gradients(self._parameters)
-        norm = clip(self._parameters, self._settings.max_grad_norm)
+        limit = self._settings.max_grad_norm or float("inf")
+        norm = clip(self._parameters, limit)
         if not np.isfinite(norm):
             raise FloatingPointError(f"expected a finite gradient, got norm {norm}; lower the learning rate")
         for group in self.optimizer.param_groups:
@@ -218,7 +218,7 @@ class Descent:
         self.masters.write()
         self.steps += 1
         self._policy.version += 1
-        clipped = float(norm > self._settings.max_grad_norm)
+        clipped = float(norm > limit)
         return {**metrics, "grad_norm": norm, "grad_clipped": clipped, "policy_version": self._policy.version}
 
     def _observes_reference(self) -> bool:

@@ -42,12 +42,16 @@ from ppg_agents.batch import Batch, batch
 from ppg_agents.credit import full
 from ppg_agents.distributed import Alone, Workers
 from ppg_agents.generation import Sampler
+from ppg_agents.group_advantage import PER_TURN, GroupAdvantage
 from ppg_agents.ledger import LedgerError
 from ppg_agents.missing import Credits
 from ppg_agents.policy.policy import Policy
-from ppg_agents.trajectory import Trajectory
+from ppg_agents.trajectory import Trajectory, group_labels
 
 log = logging.getLogger(__name__)
+
+_PART = 512
+"""Conversations per part of `Learner.prepare`; more would need n² numbers for each at once."""
 
 
 class Learner(OfflineAgent):
@@ -56,7 +60,7 @@ class Learner(OfflineAgent):
     Attributes:
         name: The method's name; ``method`` is its row, ``options`` all its options, ``settings`` the rest.
         policy: The policy that learns; its version counts optimiser steps.
-        optimizer: AdamW over the policy's trainable weights.
+        optimizer: AdamW, or plain gradient descent, over the policy's trainable weights.
         head: The value head; None for a method without one.
     """
 
@@ -107,6 +111,7 @@ class Learner(OfflineAgent):
             entropy_coefficient=settings.entropy_coefficient,
         )
         self._mask, self._workers = mask, workers or Alone()
+        self._prepared: GroupAdvantage | None = None
         self._average = baselines.MovingAverage((settings.n_turns or 1) ** 2)  # of every reward, for every reply
         self._descent = Descent(policy, settings, self._workers)
         self.optimizer = self._descent.optimizer
@@ -124,7 +129,7 @@ class Learner(OfflineAgent):
     def needs(self) -> Needs:
         """What the learner needs from the loop."""
         return Needs(
-            group=self._group(),
+            group=max(self._group(), 2 if self._scales_in_groups else 1),
             together=2 if self.method.pair_loss else 1,
             branch=self.method.branch,
             full_only=self.method.full_only(self.options),
@@ -150,7 +155,7 @@ class Learner(OfflineAgent):
     @property
     def loss_is_likelihood(self) -> bool:
         """Whether the loss of `learn_offline` is minus the credit-weighted log-likelihood."""
-        plain = self.settings.aggregation == "sum" and not self.settings.standardise
+        plain = self.settings.aggregation == "sum" and not (self.settings.standardise or self._scales_in_groups)
         return plain and self.method.offline and "baseline" in self.method.takes
 
     def learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -174,16 +179,33 @@ class Learner(OfflineAgent):
     def learn_offline(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Take one step on logged conversations, of any policy version.
 
-        For ``ppg`` it ascends the credit-weighted log-likelihood: no baseline, no importance weights, no KL term.
-        Returns and raises as `learn` does.
+        For ``ppg`` it ascends the credit-weighted log-likelihood: no importance weights, no KL term, and no baseline
+        other than ``group`` and ``group-turn``, whose statistics `prepare` takes. Returns and raises as `learn` does.
 
         Raises:
-            ValueError: The method needs samples of the policy itself.
+            ValueError: The method needs samples of the policy itself, or a baseline that was not prepared.
         """
         if not self.method.offline:
             offline = ", ".join(name for name, method in METHODS.items() if method.offline)
             raise ValueError(f"{self.name!r} learns from its own samples only; agents that learn offline: {offline}")
         return self._learn(trajectories, sampled=False)
+
+    def prepare(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take the statistics of the baselines ``group`` and ``group-turn`` over a whole training set [P: eq. (9)].
+
+        Deterministic, so that all processes and a resumed run take the same. Without faults the partial sums are those
+        of training to the last bit; with some, what is missing is made up for by parts of `_PART` conversations.
+        """
+        if not self._scales_in_groups:
+            return
+        turns = self.settings.n_turns or max((len(t.turns) for t in trajectories), default=1)
+        sums, valid = [np.zeros((0, turns))], [np.zeros((0, turns), dtype=np.bool_)]
+        for first in range(0, len(trajectories), _PART):
+            data = batch(trajectories[first : first + _PART], self.policy.pad_id, turns)
+            sums.append(self._credits(data.rewards, data.valid, data.missing).filled())
+            valid.append(data.valid)
+        groups, per_turn = group_labels(trajectories), PER_TURN[str(self.settings.baseline)]
+        self._prepared = GroupAdvantage(np.concatenate(sums), np.concatenate(valid), groups, per_turn=per_turn)
 
     def _learn(self, trajectories: Sequence[Trajectory], *, sampled: bool) -> dict[str, float]:
         """Learn from a batch: the path from a reward to the gradient."""
@@ -241,7 +263,7 @@ class Learner(OfflineAgent):
     def _credit(self, trajectories: Sequence[Trajectory], data: Batch) -> Whole:
         """Return the credit of all workers' conversations: statistics cover the whole batch, never one share."""
         units = losses.batch_units(trained_tokens(data), data.turn_index, self._objective.aggregation)
-        labels = [t.instruction for t in trajectories]
+        labels = group_labels(trajectories)
         parts = self._workers.gather([(data.rewards, data.valid, data.missing, labels, units)])
         rewards, valid, missing, personas, counts = zip(*parts, strict=True)
         before = sum(len(part) for part in personas[: self._workers.rank])
@@ -260,7 +282,7 @@ class Learner(OfflineAgent):
         self, trajectories: Sequence[Trajectory], data: Batch, whole: Whole
     ) -> tuple[Batch, Whole, dict[str, float]]:
         """Drop the conversations, or turns, that the method does not learn from."""
-        self._check_groups(whole)
+        self._check_groups(whole, self._group())
         if self.method.pair_loss:
             compared = compared_turns(self.name, trajectories, data.valid, branch=self.method.branch)
             kept = np.concatenate(self._workers.gather([compared]))
@@ -288,7 +310,9 @@ class Learner(OfflineAgent):
             critique: Critique = resolve(self.method.critic)(given, self.options)
             return critique
         advantage = whole.credit
-        if "baseline" in self.method.takes:
+        if self._scales_in_groups:
+            advantage = self._group_advantage(whole, sampled=sampled)
+        elif "baseline" in self.method.takes:
             # Logged replies are imitated in proportion to their credit; with a baseline the likelihood is unbounded.
             baseline = baselines.named(self.settings.baseline, whole.groups, self._average) if sampled else None
             advantage = whole.credits.against(baseline) if baseline else advantage
@@ -414,13 +438,33 @@ class Learner(OfflineAgent):
         """Return the least number of conversations with one persona."""
         return 2 if self.options.get("group_mean") else self.method.group
 
-    def _check_groups(self, whole: Whole) -> None:
-        alone = [label for label, size in Counter(whole.groups).items() if size < self._group()]
+    def _check_groups(self, whole: Whole, least: int) -> None:
+        alone = [label for label, size in Counter(whole.groups).items() if size < least]
         if alone:
             raise ValueError(
-                f"{self.name!r} compares conversations with one persona: expected at least {self._group()} with each, "
-                f"got 1 with {str(alone[0])[:60]!r}; add --set group=4"
+                f"{self.name!r} compares conversations with one persona: expected at least {least} with each, "
+                f"got 1 with {alone[0][0][:60]!r}; add --set group=4"
             )
+
+    @property
+    def _scales_in_groups(self) -> bool:
+        """Whether the advantage is that of `GroupAdvantage`."""
+        return self.settings.baseline in PER_TURN and "baseline" in self.method.takes
+
+    def _group_advantage(self, whole: Whole, *, sampled: bool) -> Array:
+        """Return the credit standardised over its group: of the batch, or of the training set if it is logged."""
+        if sampled:
+            self._check_groups(whole, 2)
+            per_turn = PER_TURN[str(self.settings.baseline)]
+            scale = GroupAdvantage(whole.credit, whole.valid, whole.groups, per_turn=per_turn)
+        elif self._prepared is None:
+            raise ValueError(
+                f"baseline {self.settings.baseline!r}: expected the statistics of the training set, got none; call "
+                "prepare(trajectories) before learn_offline"
+            )
+        else:
+            scale = self._prepared
+        return scale(whole.credit, whole.valid, whole.groups)
 
     def _aggregated_as_the_source(self, settings: LearnerSettings) -> LearnerSettings:
         """Return the settings with the aggregation of the method's source."""

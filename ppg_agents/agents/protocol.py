@@ -76,6 +76,14 @@ class OfflineAgent(Agent, Protocol):
 
 
 @runtime_checkable
+class PreparingAgent(Protocol):
+    """An offline agent that looks at all training conversations before the first step."""
+
+    def prepare(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take what it needs of them. Every process sees all of them; a resumed run calls it again."""
+
+
+@runtime_checkable
 class SpeakingAgent(Protocol):
     """Speaks for itself: its replies are what the environment hears."""
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ppg_agents.agents.importance import Importance
+from ppg_agents.group_advantage import PER_TURN
 from ppg_agents.losses import Aggregation
 
-Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average", "group", "group-turn"]
+
+Optimizer = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,15 @@ class LearnerSettings:
         n_turns: n; None for the longest conversation of each batch.
         discount: Per turn.
         baseline: Subtracted from the credit when learning online; None for the method's own default.
-            ``leave-one-out`` compares conversations with the same instruction.
+            ``leave-one-out`` compares conversations with the same instruction; ``group`` and ``group-turn``, which also
+            scale, those with the same instruction and topic (`ppg_agents.group_advantage`), and hold offline too.
         standardise: Divide advantages by their standard deviation.
         aggregation: How token losses become one number (see `losses`); ``sum`` is the gradient itself.
         constant: The divisor of the aggregation ``constant``.
-        learning_rate: AdamW's: a number, or a function of the steps taken.
-        max_grad_norm: The gradient is scaled down to this 2-norm.
-        weight_decay: AdamW's.
+        optimizer: ``adamw``, or ``sgd``: θ ← θ − rate · gradient, without momentum.
+        learning_rate: The step size: a number, or a function of the steps taken.
+        max_grad_norm: The gradient is scaled down to this 2-norm; 0 leaves it as it is.
+        weight_decay: Every step also takes rate · weight_decay · θ off the weights.
         betas: AdamW's decay of its two moments, each in [0, 1).
         micro_batch_tokens: Tokens, padding included, per forward pass; at least one conversation.
         importance: Level of the weights for replies sampled by another version or engine, see `importance`.
@@ -49,6 +54,7 @@ class LearnerSettings:
     standardise: bool = False
     aggregation: Aggregation = "sum"
     constant: float | None = None
+    optimizer: Optimizer = "adamw"
     learning_rate: float | Callable[[int], float] = 1e-3
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
@@ -71,6 +77,8 @@ class LearnerSettings:
         """
         if self.baseline is not None and self.baseline not in get_args(Baseline):
             raise ValueError(f"expected a baseline in {get_args(Baseline)}, got {self.baseline!r}")
+        if self.baseline in PER_TURN and self.standardise:
+            raise ValueError(f"expected standardise = False with baseline {self.baseline!r}, which scales by itself")
         if self.baseline == "moving-average" and self.n_turns is None:
             raise ValueError("expected n_turns with baseline 'moving-average', got None; pass n_turns=")
         gap = self.max_log_prob_gap
@@ -85,6 +93,12 @@ class LearnerSettings:
                 raise ValueError(f"expected {name} >= 0, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"expected two betas in [0, 1), got {self.betas}")
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(f"expected an optimizer in {get_args(Optimizer)}, got {self.optimizer!r}")
+        if self.optimizer == "sgd" and self.betas != type(self).betas:
+            raise ValueError(f"expected betas with the optimizer 'adamw' alone, got {self.betas} with 'sgd'")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"expected max_grad_norm >= 0 (0 for no clipping), got {self.max_grad_norm}")
         if self.reference_kl_every < 0:
             raise ValueError(f"expected reference_kl_every >= 0, got {self.reference_kl_every}")
 

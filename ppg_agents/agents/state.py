@@ -76,7 +76,7 @@ def _moments_of(model: nn.Module, optimizer: torch.optim.Optimizer, masters: Mas
     for name, parameter in _trainable(model).items():
         master = steps_on[parameter]
         kept = dict(optimizer.state.get(master, {}))
-        if kept and master is not parameter:
+        if master is not parameter:  # an optimiser without moments has nothing but this
             kept[MASTER] = master.detach()
         whole |= {f"{name}.{kind}": joined(tensor).contiguous() for kind, tensor in kept.items()}
     return whole

@@ -116,6 +116,7 @@ def horizon(
     from ppg_agents.horizon.advice import advise, own_mean_removed
     from ppg_agents.horizon.choice import default_candidates, distinct, masks
     from ppg_agents.horizon.sketch import sketch
+    from ppg_agents.prefixes import rewarded
     from ppg_agents.terminal.progress import Progress
 
     if out is not None:
@@ -125,6 +126,7 @@ def horizon(
     else:
         check_learning(config)
         policy, trajectories = played(target, config, personas, conversations)
+    trajectories = rewarded(trajectories, config.reward)
     temperature = 1.0 if files else config.sampling.temperature
     with Progress("differentiating", len(trajectories)) as progress:
         sketches = sketch(policy, trajectories, seed=config.seed, temperature=temperature, done=progress.advance)

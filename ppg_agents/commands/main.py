@@ -81,6 +81,7 @@ for command, words in (  # short enough for the list of commands at 80 columns
 @shared("seed")
 @click.option("--out", type=click.Path(), help="Run folder; default: a new one under runs/.")
 @click.option("--report-to", multiple=True, metavar="NAME", help="Also log to tensorboard, wandb or trackio.")
+@click.option("--recipe", metavar="NAME", help="paper: train as the paper does; your own settings override it.")
 @click.option("--config", "file", type=click.Path(), metavar="FILE.toml", help="Settings; flags override them.")
 @shared("set")
 @click.option("--resume", is_flag=False, flag_value="", metavar="[RUN]", help="Resume a run; default: the newest.")
@@ -88,6 +89,7 @@ for command, words in (  # short enough for the list of commands at 80 columns
 def train(
     offline: tuple[str, ...],
     out: str | None,
+    recipe: str | None,
     file: str | None,
     assignments: tuple[str, ...],
     resume: str | None,
@@ -104,6 +106,8 @@ def train(
     """
     if more and not offline:
         raise click.UsageError(f"unexpected argument {more[0]!r}; dialogue files go after --offline")
+    if resume is not None and recipe:
+        raise click.UsageError("--resume goes on with the run's own settings; leave out --recipe")
     from ppg_agents.runs import run as runs
 
     endpoints = list(flags.pop("rollout_endpoints"))
@@ -116,7 +120,7 @@ def train(
         raise click.UsageError(f"--resume {resume} continues in that folder; leave out --out {out}")
     if folder is not None and base is None:
         base = runs.Run.open(folder).folder / "config.toml"
-    config = settings(base, assignments, flags)
+    config = settings(base, assignments, flags, recipe=recipe, training=True)
     if folder is None:
         folder = Path(out or config.out or runs.default_folder(config))
         if os.environ.get("RANK", "0") == "0":  # before the model loads; other ranks may see the folder appear

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -58,7 +58,14 @@ def shared(*names: str) -> Callable[[F], F]:
     return add
 
 
-def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, Any]) -> TrainConfig:
+def settings(
+    base: Path | None,
+    assignments: tuple[str, ...],
+    flags: dict[str, Any],
+    *,
+    recipe: str | None = None,
+    training: bool = False,
+) -> TrainConfig:
     """Return the settings of a file with ``--set`` and flags on top.
 
     ``--judge-url`` implies the judge ``llm``. A judge or partner that differs from the file's starts without options.
@@ -67,26 +74,30 @@ def settings(base: Path | None, assignments: tuple[str, ...], flags: dict[str, A
         base: A TOML file, or None.
         assignments: ``a.b=c`` as given.
         flags: Flags by name; those not given are None, empty or False.
+        recipe: Read before the file.
+        training: Whether it is for training, which asks no judge or partner where the dialogues are logged.
     """
     from ppg_agents.config import settings as configs
 
     flags = dict(flags)
     no_cache = flags.pop("no_cache", False)
     fresh: dict[str, Any] = {}
-    for part in ("judge", "partner"):
+    parts: tuple[Literal["judge", "partner"], ...] = ("judge", "partner")
+    for part in parts:
         name, urls = flags.pop(part, None), list(flags.pop(f"{part}_url", ()))
         name = name or ("llm" if urls else None)
-        if name and base is not None and name != getattr(configs.load(base).env, part):
+        if name and name != configs.speaker(part, base, recipe):
             fresh[f"env.{part}_options"] = {}
         flags[f"env.{part}"] = name
         flags[f"env.{part}_options.base_url"] = urls or None
         flags[f"env.{part}_options.model"] = flags.pop(f"{part}_model", None)
     given = {key: value for key, value in flags.items() if value is not None}
-    config = configs.load(base, fresh | configs.parse_assignments(assignments) | given)
+    config = configs.load(base, fresh | configs.parse_assignments(assignments) | given, recipe)
     for part, embedded in (("judge", "facts"), ("partner", "scripted")):
         if f"env.{part}_options.model" in given and getattr(config.env, part) == embedded:
             raise click.UsageError(f"--{part}-model names a model on an endpoint; give --{part}-url too")
-    check_servers(config)
+    if not (training and config.offline.files):
+        check_servers(config)
     for part in ("judge", "partner") if no_cache else ():
         if getattr(config.env, part) == "llm":
             uncached = {f"{part}_options": getattr(config.env, f"{part}_options") | {"cache": False}}

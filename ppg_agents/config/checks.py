@@ -10,7 +10,9 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from ppg_agents.agents.methods import METHODS
 from ppg_agents.config.parsing import ConfigError
+from ppg_agents.group_advantage import PER_TURN
 
 if TYPE_CHECKING:
     from ppg_agents.config.settings import TrainConfig
@@ -26,7 +28,7 @@ RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda value: math.isfinite(value) and value > 0,
         "a finite number above 0",
-        "learning_rate max_grad_norm aggregation_constant max_log_prob_gap",
+        "learning_rate aggregation_constant max_log_prob_gap",
     ),
     (
         lambda value: value >= 0,
@@ -37,7 +39,7 @@ RANGES: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     (
         lambda value: math.isfinite(value) and value >= 0,
         "a finite number of at least 0",
-        "kl_coefficient entropy_coefficient weight_decay sampling.temperature",
+        "kl_coefficient entropy_coefficient weight_decay max_grad_norm sampling.temperature",
     ),
     (
         lambda value: 0 <= value < 1 or (value >= 1 and float(value).is_integer()),
@@ -71,6 +73,7 @@ def check(config: TrainConfig) -> None:
     _check_sampling(config)
     _check_batch(config)
     _check_offline(config)
+    _check_reward(config)
     _check_policy_class(config)
     _check_environment(config)
 
@@ -102,8 +105,14 @@ def _check_batch(config: TrainConfig) -> None:
         raise ConfigError(f"batch: expected a multiple of group = {config.group}, got {config.batch}")
     if config.offline.files and config.steps_per_batch > 1:
         raise ConfigError("steps_per_batch: expected 1 for logged dialogues; for more passes set offline.epochs")
-    if config.baseline == "leave-one-out" and config.group < 2:
-        raise ConfigError("baseline 'leave-one-out' needs companions: expected group >= 2, got 1")
+    if config.optimizer == "sgd" and config.betas != type(config).betas:
+        raise ConfigError(f"betas: expected only with the optimizer 'adamw', got {list(config.betas)} with 'sgd'")
+    compares = config.baseline == "leave-one-out" or (config.baseline in PER_TURN and not config.offline.files)
+    if compares and config.group < 2:
+        todo = "add --set group=4"
+        raise ConfigError(f"baseline {config.baseline!r} needs companions: expected group >= 2, got 1; {todo}")
+    if config.baseline in PER_TURN and config.standardise:
+        raise ConfigError(f"standardise: expected false with baseline {config.baseline!r}, which scales by itself")
 
 
 def _check_offline(config: TrainConfig) -> None:
@@ -111,7 +120,7 @@ def _check_offline(config: TrainConfig) -> None:
     if not config.offline.files:
         return
     unread = {
-        "baseline": config.baseline not in ("none", type(config).baseline),
+        "baseline": config.baseline not in ("none", type(config).baseline, *PER_TURN),
         "importance": config.importance != "none",
         "kl_coefficient": config.kl_coefficient != 0,
         "entropy_coefficient": config.entropy_coefficient != 0,
@@ -120,6 +129,22 @@ def _check_offline(config: TrainConfig) -> None:
         raise ConfigError(
             f"{name}: logged dialogues are learned from without it, got {getattr(config, name)!r}; leave it out, or "
             "train online"
+        )
+
+
+def _check_reward(config: TrainConfig) -> None:
+    """Refuse what would not raise the score of the conversation that ``reward = "prefix"`` stands for."""
+    if config.reward != "prefix":
+        return
+    if config.discount != 1:
+        raise ConfigError(
+            f"discount: expected 1 with reward 'prefix', got {config.discount}: discounted, these rewards do not add "
+            "up to the conversation's score"
+        )
+    if config.agent in METHODS and not METHODS[config.agent].credit:
+        raise ConfigError(
+            f"reward: expected 'turn' with the agent {config.agent!r}, got 'prefix': it keeps conversations by the "
+            "mean of their scores, which these rewards are not"
         )
 
 

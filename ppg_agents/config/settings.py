@@ -2,7 +2,7 @@
 
 Must not import torch, so that the command line can report a wrong key at once. A setting that is unknown, of the wrong
 type (see `parsing`) or out of range (see `checks`) is an error that names it.
-Precedence: defaults < TOML file < ``--set`` < flags.
+Precedence: defaults < recipe < TOML file < ``--set`` < flags.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, Literal
 from ppg_agents.config.checks import check
 from ppg_agents.config.parsing import ConfigError, build, flatten, plain, put, tables
 from ppg_agents.credit import PolicyClass
+from ppg_agents.recipes import recipe as recipe_file
 
-Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average"]
+Baseline = Literal["none", "leave-one-out", "batch-mean", "moving-average", "group", "group-turn"]
 Schedule = Literal["constant", "linear", "cosine"]
 
 PERSONA_CHAT = "ppg_gym:PersonaChat-v0"
@@ -190,9 +191,11 @@ class TrainConfig:
 
     ``batch`` is conversations per iteration, ``group`` of them with the same persona. ``policy_class`` is what
     `PolicyClass.parse` reads, or ``"auto"``, chosen as the settings ``auto`` say. An online agent takes
-    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name. ``warmup`` is
-    how long the learning rate rises before ``schedule`` takes over: below 1 a share of all optimiser steps, from 1 on
-    a number of them. ``reference_kl_every`` is in iterations, 0 for never.
+    ``steps_per_batch`` optimiser steps on every batch; ``agent_options`` are its own options, by name. ``reward`` says
+    what the judge's score of a turn is: its reward, or, with ``prefix``, a score of the whole conversation so far
+    (`ppg_agents.prefixes`). ``warmup`` is how long the learning rate rises before ``schedule`` takes over: below 1 a
+    share of all optimiser steps, from 1 on a number of them. ``max_grad_norm`` 0 is no clipping.
+    ``reference_kl_every`` is in iterations, 0 for never.
     """
 
     domain: str = "chatting"
@@ -207,9 +210,11 @@ class TrainConfig:
     seed: int = 0
     out: str | None = None
     steps_per_batch: int = 1
+    reward: Literal["turn", "prefix"] = "turn"
     baseline: Baseline = "batch-mean"
     standardise: bool = False
     discount: float = 1.0
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = 3e-3
     schedule: Schedule = "linear"
     warmup: float = 0.0
@@ -270,30 +275,78 @@ class TrainConfig:
         return f"{where}, {self.learner}" if self.learner else where
 
 
-def load(path: Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Return the settings of a TOML file with dotted ``overrides`` on top; later keys win.
+def load(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, recipe: str | None = None
+) -> TrainConfig:
+    """Return the settings of a TOML file, over those of a recipe, with dotted ``overrides`` on top; later keys win.
+
+    A judge or partner of the file that is not the recipe's starts without the recipe's options.
 
     Raises:
         ConfigError: The file cannot be read, or a setting is wrong; the message names it.
+        ValueError: No recipe has that name.
     """
-    given: dict[str, Any] = {}
-    if path is not None:
-        try:
-            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: expected TOML: {error}") from error
+    given, merged = _layers(path, recipe)
     try:
-        merged = _folded(deepcopy(given))
+        merged = _folded(deepcopy(merged))
         for key, value in _folded(overrides or {}).items():
             put(merged, key, value)
+        if recipe is not None and not _table(merged, "offline").get("files"):
+            raise ConfigError(f"the recipe {recipe!r} learns from logged dialogues; give --offline FILES")
         return from_dict(merged)
     except ConfigError as error:
         fault = str(error)
         if path is None or not _at_fault(given, fault):
             raise
         raise ConfigError(f"{path}: {fault}") from error
+
+
+def speaker(part: Literal["judge", "partner"], path: Path | None = None, recipe: str | None = None) -> str:
+    """Return the judge or partner that a file over a recipe names, or the default.
+
+    Raises:
+        ConfigError: The file cannot be read.
+        ValueError: No recipe has that name.
+    """
+    return str(_table(_layers(path, recipe)[1], "env").get(part, getattr(EnvSettings, part)))
+
+
+def _layers(path: Path | None, recipe: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a file's tables, and the same over those of a recipe."""
+    given = {} if path is None else _read(path)
+    if recipe is None:
+        return given, given
+    beneath = _read(recipe_file(recipe))
+    for part in ("judge", "partner"):
+        named = _table(given, "env").get(part)
+        if named is not None and named != _table(beneath, "env").get(part):
+            _table(beneath, "env").pop(f"{part}_options", None)
+    return given, _over(beneath, given)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a TOML file's tables, or raise a ConfigError that names it."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"expected a readable TOML file, got {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected TOML: {error}") from error
+
+
+def _table(tables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a table of the tables; an empty one where it is missing, or no table, which `build` reports."""
+    inner = tables.get(name)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _over(beneath: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, table by table; what is given wins."""
+    merged = {**beneath, **given}
+    for key in beneath.keys() & given.keys():
+        if isinstance(beneath[key], Mapping) and isinstance(given[key], Mapping):
+            merged[key] = _over(beneath[key], given[key])
+    return merged
 
 
 def _at_fault(given: Mapping[str, Any], fault: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ppg_agents.agents.methods import METHODS
 from ppg_agents.config.settings import TrainConfig
+from ppg_agents.group_advantage import PER_TURN
 
 
 def reads_credit(config: TrainConfig) -> bool:
@@ -17,7 +18,7 @@ def baseline(config: TrainConfig) -> str | None:
     method = METHODS.get(config.agent)
     if method is None or "baseline" not in method.takes:
         return None
-    return "none" if config.offline.files else config.baseline
+    return "none" if config.offline.files and config.baseline not in PER_TURN else config.baseline
 
 
 def note(config: TrainConfig) -> str:

@@ -113,6 +113,7 @@ class _Stored:
 
     Attributes:
         domain: Of the dialogue.
+        topic: What it is about; empty if the file does not say.
         lines: What was said, without the speakers' labels.
         verdicts: Number of a line -> what the judge wrote about it.
         judged: The speakers with verdicts.
@@ -127,6 +128,8 @@ class _Stored:
         self.domain = task.strip().lower()
         if self.domain not in _DOMAINS:
             raise DataError(f"{where}, key 'task_name': expected one of {_DOMAINS}, got {task!r}")
+        # Not in every file; null or empty in some.
+        self.topic = (self._field("topic", str) if entry.get("topic") is not None else "").strip()
         opener = self._field("pturn", int)
         if opener not in (1, 2):
             raise DataError(f"{where}, key 'pturn': expected 1 or 2 (who speaks first), got {opener}")
@@ -173,7 +176,7 @@ class _Stored:
             LoggedTurn(self.lines[line - 1] if line else "", self.lines[line], self._verdict(line, polarity))
             for line in range(first, len(self.lines), 2)
         )
-        return LoggedDialogue(self.domain, persona, turns, source, index, speaker)
+        return LoggedDialogue(self.domain, persona, turns, source, index, speaker, self.topic)
 
     def speaks_for_both(self, line: int) -> bool:
         """Return whether the line has a paragraph that starts with the other speaker's label."""

@@ -43,6 +43,7 @@ class LoggedDialogue:
         source: Name of the file.
         index: Position of the dialogue in the file.
         speaker: 1 or 2, as in the file.
+        topic: What it is about; empty if the file does not say.
     """
 
     domain: str
@@ -51,6 +52,7 @@ class LoggedDialogue:
     source: str
     index: int
     speaker: int
+    topic: str = ""
 
 
 def split_by_persona(

@@ -4,13 +4,13 @@ A line of ``ppg-dialogue/1`` is one judged speaker's side of a dialogue::
 
     {"schema": "ppg-dialogue/1", "domain": "chatting",
      "persona": {"id": "…", "name": "…", "instruction": "…", "facts": {}},
-     "source": "file.json", "index": 0, "speaker": 2,
+     "source": "file.json", "index": 0, "speaker": 2, "topic": "…",
      "turns": [{"message": "…", "reply": "…",
                 "verdict": {"status": "scored", "score": 1.0, "rationale": "…", "kind": "", "raw": "…"}}]}
 
 ``schema``, ``domain``, ``persona.id``, ``persona.instruction`` and ``turns`` are needed; a turn needs ``message``
-and ``reply``, a verdict ``status`` and ``score``. A turn without a verdict (or with null) was not judged. What is
-written can be read back unchanged. One bad line, and nothing of the file is used.
+and ``reply``, a verdict ``status`` and ``score``. A turn without a verdict (or with null) was not judged; ``topic`` is
+written where one is known. What is written can be read back unchanged. One bad line, and nothing of the file is used.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def to_record(dialogue: LoggedDialogue) -> dict[str, Any]:
         "source": dialogue.source,
         "index": dialogue.index,
         "speaker": dialogue.speaker,
+        **({"topic": dialogue.topic} if dialogue.topic else {}),
         "turns": [
             {
                 "message": turn.message,
@@ -76,7 +77,7 @@ def from_record(
     Raises:
         ValueError: A key is missing, unknown, or of the wrong type.
     """
-    _keys(record, "", ("schema", "domain", "persona", "turns"), ("source", "index", "speaker"))
+    _keys(record, "", ("schema", "domain", "persona", "turns"), ("source", "index", "speaker", "topic"))
     if record["schema"] != SCHEMA:
         raise _FaultError(f"key 'schema': expected {SCHEMA!r}, got {shorten(record['schema'])}")
     entry = _object(record, "persona", "")
@@ -103,6 +104,7 @@ def from_record(
         source=_take(record, "source", str, "") if "source" in record else source,
         index=_take(record, "index", int, "") if "index" in record else index,
         speaker=speaker,
+        topic=_take(record, "topic", str, "") if "topic" in record else "",
     )
 
 
@@ -187,7 +189,8 @@ def _trajectory(record: Mapping[str, Any], source: str, index: int, domain: str 
     if not instruction.strip():
         return "no instruction"
     persona = Persona(name or persona_id(instruction, spoken_in), instruction, domain=spoken_in)
-    return LoggedDialogue(spoken_in, persona, turns, source, index, speaker=2)
+    topic = _take(record, "topic", str, "") if "topic" in record else ""
+    return LoggedDialogue(spoken_in, persona, turns, source, index, speaker=2, topic=topic)
 
 
 def _played(turn: Any, where: str) -> LoggedTurn:

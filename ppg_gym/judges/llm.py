@@ -48,7 +48,8 @@ class JudgeOptions:
         samples: Odd number of answers per reply. The score is their median: for ``binary`` the majority, for
             ``graded`` one of the grades, which a single gullible sample cannot move. Every sample has to be readable.
         retries: Most new samples for an answer that cannot be read.
-        history: Most earlier lines shown, of both speakers.
+        history: Most earlier lines shown, of both speakers. 0: the model sees the line alone, and neither its place
+            in the conversation nor a word about lines before it.
         max_chars: Most characters of each text; longer ones are cut with a mark.
         temperature: None: 0 for one sample, else ``WARM``.
         max_tokens: Most tokens of an answer.
@@ -145,7 +146,9 @@ class LLMJudge:
             rest = dict(options)
             refuse_unknown(_WHOSE, rest, _NAMES)
         self.options = chosen = JudgeOptions(**rest)
-        self._task = verdicts.task(chosen.metric, chosen.scale, domains.load(domain).scenario)
+        self._task = verdicts.task(
+            chosen.metric, chosen.scale, domains.load(domain).scenario, history=chosen.history > 0
+        )
         self._shape = verdicts.schema(chosen.metric, chosen.scale, chosen.max_rationale)
         self._question_shape = questions.schema(chosen.questions)
         self._questions: dict[str, tuple[questions.Question, ...]] = {}
@@ -222,11 +225,14 @@ class LLMJudge:
         elif self.options.metric == "qa":
             made = self._questions[conversation.persona.instruction]
             fields["questions"] = [{"number": i, **q._asdict()} for i, q in enumerate(made, start=1)]
-        fields["history"] = [
-            {"line": i, "speaker": "persona" if line.speaker == "policy" else "partner", "text": line.text}
-            for i, line in shown
-        ]
-        fields["reply"] = {"line": reply[0], "text": reply[1].text}
+        if self.options.history:
+            fields["history"] = [
+                {"line": i, "speaker": "persona" if line.speaker == "policy" else "partner", "text": line.text}
+                for i, line in shown
+            ]
+            fields["reply"] = {"line": reply[0], "text": reply[1].text}
+        else:
+            fields["reply"] = {"text": reply[1].text}
         own_lines = tuple(i for i, line in shown if line.speaker == "policy")
         return _Case(framing.frame(fields, self._task, self.options.max_chars), own_lines, len(made))
 

@@ -25,10 +25,14 @@ _FENCED = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
 
 _ROLE = (
     "You check role play for consistency. {scenario} One speaker, the persona, plays a character; the other one is"
-    " called the partner. You look at one line of the persona, the field `reply`. The field `history` holds the"
-    " lines before it, oldest first, for you to understand it; lines further back may be left out."
+    " called the partner. You look at one line of the persona, the field `reply`. {before}"
     f" A text that ends with {'[…]'!r} was cut."
 )
+_HISTORY = (
+    "The field `history` holds the lines before it, oldest first, for you to understand it; lines further back may be"
+    " left out."
+)
+_NO_HISTORY = "What was said before it is not shown: judge the line by itself."
 _QUESTION = {
     "prompt-to-line": (
         "The question: does the reply contradict the description of the character in the field `persona`? It does"
@@ -47,7 +51,7 @@ _QUESTION = {
     ),
     "qa": (
         "The question: which of the field `questions` does the reply touch, and does it agree with their answers? A"
-        " reply touches a question when it alone, read after `history`, gives an answer to it, in whole or in part,"
+        " reply touches a question when it alone{after} gives an answer to it, in whole or in part,"
         " in plain words or by implication. It agrees when that answer and the given one can both be true. Leave"
         " out every question that the reply does not touch."
     ),
@@ -109,10 +113,11 @@ class Opinion:
     rationale: str
 
 
-def task(metric: str, scale: str, scenario: str) -> str:
-    """Return the prompt that says what to do and how to answer."""
-    asked = _OWN_KEYS[metric, scale]
-    return "\n\n".join((_ROLE.format(scenario=scenario), _QUESTION[metric], _KEYS.format(own=asked)))
+def task(metric: str, scale: str, scenario: str, *, history: bool = True) -> str:
+    """Return the prompt that says what to do and how to answer; ``history`` says whether earlier lines are shown."""
+    role = _ROLE.format(scenario=scenario, before=_HISTORY if history else _NO_HISTORY)
+    question = _QUESTION[metric].replace("{after}", ", read after `history`," if history else "")
+    return "\n\n".join((role, question, _KEYS.format(own=_OWN_KEYS[metric, scale])))
 
 
 def schema(metric: str, scale: str, longest: int | None = None) -> dict[str, Any]:

@@ -53,6 +53,12 @@ from ppg_agents.config import ConfigError, TrainConfig
         ({"reference_kl_every": -1}, "reference_kl_every: expected at least 0, got -1"),
         ({"sampling": {"temperature": -0.1}}, "sampling.temperature: expected a finite number of at least 0, got -0.1"),
         ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"max_grad_norm": -0.5}, "max_grad_norm: expected a finite number of at least 0, got -0.5"),
+        (
+            {"optimizer": "sgd", "betas": [0.9, 0.95]},
+            "betas: expected only with the optimizer 'adamw', got [0.9, 0.95]",
+        ),
+        ({"optimizer": "adam"}, "optimizer: expected one of 'adamw', 'sgd', got 'adam'; did you mean 'adamw'?"),
         ({"offline": {"held_out": 1.0}}, "offline.held_out: expected a share in (0, 1), got 1.0"),
     ],
 )

@@ -269,7 +269,45 @@ def test_learning_rate_and_clipping(policy: Policy) -> None:
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_plain_step_is_the_rate_times_the_gradient(make_policy: Make) -> None:
+    """Algorithm 1 of the paper: θ ← θ + α · g, nothing subtracted, clipped or normalised."""
+    policy = make_policy(dtype=torch.float64)
+    plain = {"baseline": "none", "optimizer": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.25}
+    agent = Learner(policy, credit.full, weight_decay=0.1, **plain)
+    for _ in range(2):  # no momentum: the second step knows nothing of the first
+        before = [p.detach().clone() for p in policy.parameters()]
+        metrics = agent.learn(ledger(policy, [3, 2, 4]))
+        for p, was in zip(policy.parameters(), before, strict=True):
+            assert p.grad is not None
+            torch.testing.assert_close(p.detach(), was - 0.25 * (p.grad + 0.1 * was), rtol=0, atol=1e-12)
+        norm = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]).norm()
+        assert metrics["grad_norm"] == pytest.approx(float(norm))
+        assert metrics["grad_norm"] > 1
+        assert metrics["grad_clipped"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_with_plain_steps_goes_on_to_the_last_bit(make_policy: Make, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Without moments the float32 copies of bfloat16 weights are all that has to be kept."""
+    made = [make_policy(dtype=dtype, lora=False) for _ in range(2)]
+    one, other = (Learner(policy, credit.full, optimizer="sgd", learning_rate=1e-3) for policy in made)
+    one.learn(ledger(made[0], [2, 2]))
+    one.save(tmp_path)
+    other.load(tmp_path)
+    assert other.steps == 1
+    for ours, theirs in zip(other.masters, one.masters, strict=True):
+        assert torch.equal(ours, theirs)
+    assert (one.masters[0] is not made[0].parameters()[0]) == (dtype == torch.bfloat16)
+
+
 def test_refusals_and_registry(policy: Policy) -> None:
+    for wrong, message in (
+        ({"optimizer": "adam"}, "expected an optimizer in"),
+        ({"optimizer": "sgd", "betas": (0.9, 0.95)}, "betas with the optimizer 'adamw' alone"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Learner(policy, credit.full, **wrong)
     with pytest.raises(ValueError, match="got 'gae'"):
         Learner(policy, credit.full, baseline="gae")
     with pytest.raises(ValueError, match="n_turns"):

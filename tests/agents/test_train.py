@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -318,6 +319,27 @@ def test_offline_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path, monke
     assert records(again) == records(whole)
     for name, tensor in weights(whole).items():
         assert np.array_equal(tensor, weights(again)[name])
+
+
+def test_offline_the_groups_advantage_is_taken_of_the_whole_training_set(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offline = replace(config.offline, files=(str(dialogue_file(tmp_path)),), epochs=2)
+    logged = replace(config, baseline="group", offline=offline)
+    whole = training.train(logged, tmp_path / "whole")
+    assert re.search(r"advantage: \d groups of one persona and topic, 0 of them with one", capsys.readouterr().err)
+    assert "log_likelihood" not in whole.metrics()[0]  # what is raised is not the likelihood of these rewards
+    stop_in(monkeypatch, "batch_metrics", 3, offline_learning)
+    with pytest.raises(Interrupted):
+        training.train(logged, tmp_path / "stopped")
+    assert records(training.train(logged, tmp_path / "stopped", resume=True)) == records(whole)
+
+    def alone(trajectories: list[Trajectory]) -> list[tuple[str, str]]:
+        return [(str(i), "") for i, _ in enumerate(trajectories)]
+
+    monkeypatch.setattr(offline_learning, "group_labels", alone)
+    with pytest.raises(ConfigError, match=r"turn by turn: expected two of some, got one of each; use 'group'"):
+        training.train(replace(logged, baseline="group-turn"), tmp_path / "alone")
 
 
 def test_offline_segments_are_those_of_the_longest_dialogue(config: TrainConfig, tmp_path: Path) -> None:

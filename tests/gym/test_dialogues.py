@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_gym.conversation import Persona
-from ppg_gym.data import read_dialogues
+from ppg_gym.data import read_dialogues, write_dialogues
 from ppg_gym.data.dialogues import LoggedDialogue, split_by_persona
 from ppg_gym.data.files import DataError
 from ppg_gym.domain.personas import persona_key, read_personas, role_play_instruction
@@ -115,6 +115,18 @@ def test_both_judged_speakers_are_read_each_with_their_own_persona(tmp_path: Pat
     assert (report.dialogues, report.judged_lines, report.scored) == (1, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("stored", "topic"),
+    [({"topic": " World War 2"}, "World War 2"), ({"topic": None}, ""), ({"topic": ""}, ""), ({}, "")],
+)
+def test_the_topic_is_kept(tmp_path: Path, stored: dict[str, Any], topic: str) -> None:
+    (dialogue,), _ = read_dialogues(save(tmp_path, [lesson(ANSWERS, 0.75, **stored)]))
+    assert dialogue.topic == topic
+    write_dialogues(tmp_path / "again.jsonl", [dialogue])
+    assert ("topic" in (tmp_path / "again.jsonl").read_text()) == bool(topic)
+    assert read_dialogues(tmp_path / "again.jsonl")[0] == [dialogue]
+
+
 def test_the_second_speaker_may_open(tmp_path: Path) -> None:
     swapped = chat() | {"pturn": 2, "P1_prompt_consistency_score": 1.0, "P2_prompt_consistency_score": 0.5}
     first, second = read_dialogues(save(tmp_path, [swapped]))[0]
@@ -155,6 +167,7 @@ def test_a_judged_speakers_line_without_a_verdict_is_kept_without_a_score(tmp_pa
     [
         ({"task_name": "Cooking"}, "dialogue 1, key 'task_name': expected one of"),
         ({"task_name": None}, "dialogue 1, key 'task_name': expected str, got NoneType"),
+        ({"topic": 3}, "dialogue 1, key 'topic': expected str, got int"),
         ({"pturn": 3}, "dialogue 1, key 'pturn': expected 1 or 2"),
         ({"pturn": True}, "dialogue 1, key 'pturn': expected int, got bool"),
         ({"P2": " "}, "dialogue 1, key 'P2': expected the persona of a judged speaker"),

@@ -291,6 +291,27 @@ def test_the_question_holds_the_texts_as_data_and_names_every_key() -> None:
         assert all(f"`{key}`" in task for key in shape["properties"])
 
 
+@pytest.mark.parametrize(("metric", "scale"), [("prompt-to-line", "binary"), ("prompt-to-line", "graded")])
+def test_without_history_the_line_is_judged_alone(metric: str, scale: str) -> None:
+    """The same line after other lines, earlier or later, is the same question: its score depends on nothing else."""
+    chat = FakeChat(lambda _: says() if scale == "binary" else says(grade=4))
+    options = {"history": 0, "metric": metric, "scale": scale}
+    judge = LLMJudge("therapy", options, chat)
+    judge.judge([talk("I am fine."), talk("One.", "Two.", "I am fine."), talk("Other words.", "I am fine.")])
+    one, *others = (request.messages for request in chat.asked)
+    assert [one] * 2 == others
+    assert framing.parse(one) == {"persona": PROSE.instruction, "reply": {"text": "I am fine."}}
+    assert "`history`" not in one[0]["content"]
+    assert "What was said before it is not shown" in one[0]["content"]
+
+
+def test_the_prompt_speaks_of_history_only_where_it_is_shown() -> None:
+    for metric in ("prompt-to-line", "qa"):
+        assert "`history`" in verdicts.task(metric, "binary", "")
+        assert "`history`" not in verdicts.task(metric, "binary", "", history=False)
+        assert "{after}" not in verdicts.task(metric, "binary", "")
+
+
 @pytest.mark.parametrize(
     ("option", "honoured", "sent", "probes"),
     [("auto", True, True, 1), ("auto", False, False, 1), ("always", False, True, 0), ("never", True, False, 0)],
