@@ -134,7 +134,7 @@ def test_logged_dialogues_are_cut_at_whole_turns(policy: Policy, caplog: pytest.
 
     lines = [said("", "I am Ann.", 1.0), said("Sure <|end|>?", "Yes.", None), said("x" * 99, "No.", 0.0)]
     persona = SimpleNamespace(id="p", instruction="Be Ann.")
-    dialogue = SimpleNamespace(domain="d", persona=persona, turns=lines)
+    dialogue = SimpleNamespace(domain="d", persona=persona, turns=lines, topic="")
     with caplog.at_level(logging.WARNING):
         got, whole = from_logged([dialogue], policy, max_tokens=80) + from_logged([dialogue], policy)
     assert "1 of 1 dialogues cut at 80 tokens" in caplog.text
