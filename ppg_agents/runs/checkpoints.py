@@ -82,11 +82,15 @@ def write(root: Path, step: int, save: Callable[[Path], None], lines: Sequence[P
     os.rename(temporary, target)
     sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
+    _keep_newest(root, keep)
+    return target
+
+
+def _keep_newest(root: Path, keep: int) -> None:
     for old, path in whole(root)[:-keep]:
         removed = root / f".{old}.removed"  # rename first: a half-deleted folder must not pass for a checkpoint
         os.rename(path, removed)
         shutil.rmtree(removed)
-    return target
 
 
 def read(folder: Path, load: Callable[[Path], None]) -> None:
@@ -113,8 +117,8 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def tidy(root: Path) -> None:
-    """Undo or finish what a killed process left half done."""
+def tidy(root: Path, keep: int) -> None:
+    """Undo or finish what a killed process left half done, the removal of all but the newest ``keep`` included."""
     for path in list(root.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None:
@@ -123,6 +127,7 @@ def tidy(root: Path) -> None:
             os.rename(path, path.with_name(match[1]))  # killed between the two renames
         else:
             shutil.rmtree(path)
+    _keep_newest(root, keep)
 
 
 def free(path: Path) -> Path:

@@ -199,7 +199,7 @@ class Run:
         """
         root = self.folder / "checkpoints"
         with self._writing("checkpoints"):
-            checkpoints.tidy(root)
+            checkpoints.tidy(root, self.config.keep_checkpoints)
             for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(f"{HELD_OUT}/.*.tmp")):
                 path.unlink()
         whole, damaged = self.checkpoints(), checkpoints.damaged(root)
