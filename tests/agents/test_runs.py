@@ -143,8 +143,8 @@ def test_what_a_killed_process_left_is_cleaned_up(tmp_path: Path) -> None:
 def test_a_kill_before_the_oldest_checkpoint_is_removed_leaves_it_to_the_next_start(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
     checkpoints = run.folder / "checkpoints"
-    run.config = replace(run.config, keep_checkpoints=1)
-    assert run.rewind() == (4, checkpoints / "4")
+    fewer = replace(run, config=replace(run.config, keep_checkpoints=1))
+    assert fewer.rewind() == (4, checkpoints / "4")
     assert listing(checkpoints) == {"4"}
 
 
